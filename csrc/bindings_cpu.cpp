@@ -1,0 +1,81 @@
+// The Python module grank_kernels._cpu: addresses in, nothing out. grank_kernels/backends/cpu.py is its only caller and
+// has checked every shape; what only the data can tell is checked here, before anything is read through it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/mips_topk.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Offsets must not lead outside the ids, nor ids outside [-1, limit); limit < 0: any id.
+void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queries, int64_t num_ids, int64_t limit) {
+  if (offsets[0] < 0 || offsets[num_queries] > num_ids) {
+    throw std::invalid_argument("exclude: offsets run from " + std::to_string(offsets[0]) + " to " +
+                                std::to_string(offsets[num_queries]) + "; they take 0 to " + std::to_string(num_ids) +
+                                ", the number of ids");
+  }
+  for (int64_t b = 0; b < num_queries; ++b) {
+    if (offsets[b] > offsets[b + 1]) {
+      throw std::invalid_argument("exclude: offsets must not decrease, got " + std::to_string(offsets[b]) +
+                                  " before " + std::to_string(offsets[b + 1]) + " at query " + std::to_string(b));
+    }
+  }
+  for (int64_t i = offsets[0]; i < offsets[num_queries]; ++i) {
+    if (ids[i] < -1 || (limit >= 0 && ids[i] >= limit)) {
+      throw std::invalid_argument("exclude: id " + std::to_string(ids[i]) + " is out of range; it takes ids in [-1, " +
+                                  (limit >= 0 ? std::to_string(limit) : std::string("2^63")) + "), -1 for none");
+    }
+  }
+}
+
+void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype, int64_t num_rows, int64_t d,
+               int64_t row_stride, uintptr_t row_scale, uintptr_t ids, uintptr_t exclude_offsets,
+               uintptr_t exclude_ids, int64_t num_exclude_ids, uintptr_t allow, int64_t allow_stride, int64_t k,
+               int threads, uintptr_t values, uintptr_t positions) {
+  const py::gil_scoped_release release;
+  const grank::MipsTopkProblem problem{pointer<const float>(queries),
+                                       num_queries,
+                                       pointer<const void>(rows),
+                                       static_cast<grank::DType>(dtype),
+                                       num_rows,
+                                       d,
+                                       row_stride,
+                                       pointer<const float>(row_scale),
+                                       pointer<const int64_t>(ids),
+                                       pointer<const int64_t>(exclude_offsets),
+                                       pointer<const int64_t>(exclude_ids),
+                                       pointer<const bool>(allow),
+                                       allow_stride,
+                                       k,
+                                       threads,
+                                       pointer<float>(values),
+                                       pointer<int64_t>(positions)};
+  if (exclude_offsets != 0) {
+    check_exclude(problem.exclude_offsets, problem.exclude_ids, num_queries, num_exclude_ids, ids ? -1 : num_rows);
+  }
+  grank::mips_topk(problem, grank::active_isa());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of grank_kernels; addresses in, nothing out.";
+  m.def("mips_topk", &mips_topk);
+  m.def("isa", [] { return std::string(grank::active_isa().name); });
+  m.def("isas", [] {
+    std::vector<std::pair<std::string, bool>> all;
+    for (const grank::Isa& isa : grank::isas()) all.emplace_back(isa.name, isa.runs_here);
+    return all;
+  });
+}

@@ -1,0 +1,27 @@
+// The instruction sets this library was compiled for, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "mips_topk_kernel.h"
+
+namespace grank {
+
+struct Isa {
+  const char* name;
+  bool runs_here;                // this processor and operating system can execute it
+  const MipsTopkKernel* kernel;  // its kernel for mips_topk
+};
+
+// All that were compiled, weakest first.
+const std::vector<Isa>& isas();
+
+// The best that runs here, or the one named by the environment variable GRANK_CPU_ISA (read once).
+// Throws std::invalid_argument if that name is unknown or cannot run here.
+const Isa& active_isa();
+
+// Finds one by name; throws std::invalid_argument as above.
+const Isa& find_isa(const std::string& name);
+
+}  // namespace grank

@@ -1,0 +1,338 @@
+#include "mips_topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "threads.h"
+
+namespace grank {
+namespace {
+
+// A candidate as one integer: the larger, the better. Upper half the score, lower half the complement of the row's
+// position, so that of equal scores the smaller position is better.
+using Key = uint64_t;
+
+constexpr Key kNoThreshold = static_cast<Key>(0x007fffff) << 32;  // -infinity at the last position: everything passes
+
+Key key_of(float score, uint32_t row) { return static_cast<Key>(ordered_bits(score + 0.0f)) << 32 | ~row; }
+uint32_t row_of(Key key) { return ~static_cast<uint32_t>(key); }
+
+// "a is better than b": with external ids those decide between equal scores.
+struct Better {
+  const int64_t* ids;
+  bool operator()(Key a, Key b) const {
+    if (ids == nullptr || (a ^ b) >> 32 != 0) return a > b;
+    return ids[row_of(a)] < ids[row_of(b)];
+  }
+};
+
+class SpinLock {
+ public:
+  void lock() {
+    while (taken_.exchange(true, std::memory_order_acquire)) {
+    }
+  }
+  void unlock() { taken_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> taken_{false};
+};
+
+// The best candidates of one query seen so far.
+struct Reservoir {
+  SpinLock lock;
+  int64_t count = 0;
+  Key worst = kNoThreshold;  // a lower bound of the k-th best: no worse candidate is wanted
+  Key* keys = nullptr;
+};
+
+template <typename T>
+std::unique_ptr<T[]> allocate(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // uninitialised, unlike make_unique
+}
+
+// A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-6, below the k-th best of all: of the
+// k best the sample holds k * fraction on average with a standard deviation below sqrt(k * fraction).
+struct Sample {
+  int64_t rows = 0;  // 0: not worth it
+  int64_t rank = 0;
+};
+
+Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
+  // A row of the sample costs a cache miss, an emitted candidate about as much; many queries share the former.
+  const int64_t rows = std::max<int64_t>(num_rows / 64, num_queries < 8 ? 4096 : 16384);
+  const double expected = static_cast<double>(k) * rows / num_rows;
+  const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected) + 6));
+  if (rows > num_rows / 4 || rank > rows / 4) return {};
+  return {rows, rank};
+}
+
+// One row of every stride, at a place in it that no order of the table can be aligned with.
+std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count) {
+  std::vector<uint32_t> rows(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = num_rows * i / count, end = num_rows * (i + 1) / count;  // num_rows < 2^32, count < 2^27
+    const uint64_t mixed = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
+    rows[static_cast<size_t>(i)] = static_cast<uint32_t>(begin + static_cast<int64_t>((mixed >> 32) % (end - begin)));
+  }
+  return rows;
+}
+
+// int8 numbers and their scale: q is about scale * q8.
+float quantise(const float* q, int64_t d, int8_t* q8) {
+  float largest = 0;
+  for (int64_t j = 0; j < d; ++j) {
+    const float a = std::fabs(q[j]);
+    if (!(a <= largest)) largest = a;
+    if (std::isnan(largest)) break;
+  }
+  const float scale = largest / 127.0f;
+  for (int64_t j = 0; j < d; ++j) {
+    const float x = std::nearbyint(q[j] / scale);
+    // A scale of zero, infinity or NaN leaves no number to round; the product with the scale then says it all.
+    q8[j] = std::isnan(x) ? 0 : static_cast<int8_t>(std::clamp(x, -127.0f, 127.0f));
+  }
+  return scale;
+}
+
+class Search {
+ public:
+  Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, bool may_sample)
+      : p_(problem),
+        kernel_(kernel),
+        better_{problem.ids},
+        threads_(useful_threads(problem)),
+        k_(std::min(problem.k, problem.num_rows)),
+        sample_(may_sample ? sample_of(problem.num_rows, problem.num_queries, k_) : Sample{}),
+        capacity_(std::min(k_ + std::max<int64_t>(k_, 256), problem.num_rows)),
+        panel_bytes_((kernel.panel_bytes(problem.dtype, problem.d) + 63) / 64 * 64),
+        keys_(allocate<Key>(problem.num_queries * capacity_)),
+        reservoirs_(static_cast<size_t>(problem.num_queries)),
+        thresholds_(static_cast<size_t>(problem.num_queries), kNoThreshold),
+        panels_(allocate<char>(threads_ * panel_bytes_ + 64)),
+        packed_(allocate<char>(kernel.queries_bytes(problem.dtype, problem.num_queries, problem.d))) {
+    for (int64_t b = 0; b < p_.num_queries; ++b) reservoirs_[b].keys = keys_.get() + b * capacity_;
+    pack_queries();
+    sort_exclusions();
+  }
+
+  void run() {
+    if (sample_.rows > 0) {
+      const std::vector<uint32_t> rows = sampled_rows(p_.num_rows, sample_.rows);
+      keep_ = sample_.rank;
+      scan(rows.data(), sample_.rows);
+      for (int64_t b = 0; b < p_.num_queries; ++b) start_from_sample(b);
+    }
+    keep_ = k_;
+    scan(nullptr, p_.num_rows);
+    parallel_for(threads_, p_.num_queries, [this](int64_t b, int) {
+      if (is_complete(b)) finish(b);
+    });
+    for (int64_t b = 0; b < p_.num_queries; ++b) {
+      if (!is_complete(b)) Search(only_query(b), kernel_, false).run();
+    }
+  }
+
+ private:
+  // A step of a scan: some tiles of rows times some queries. Small enough to balance the threads, large enough to hide
+  // what a step costs; the packed queries of a step stay in the second-level cache.
+  static constexpr int64_t kStepRows = 32 * kTileRows;
+  static constexpr int64_t kStepQueries = 85 * kQueryBlock;
+
+  // What emit() must know of the tile being scanned.
+  struct Tile {
+    Search* search;
+    int64_t first_query;
+    uint32_t first_row;
+    const uint32_t* list;  // the rows' positions, or null: they follow first_row
+  };
+
+  // Waking a thread costs about as much as a hundred thousand multiply-adds.
+  static int useful_threads(const MipsTopkProblem& p) {
+    const double work = static_cast<double>(p.num_rows) * static_cast<double>(p.d) * (4.0 + p.num_queries);
+    return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
+  }
+
+  MipsTopkProblem only_query(int64_t b) const {
+    MipsTopkProblem one = p_;
+    one.num_queries = 1;
+    one.queries += b * p_.d;
+    one.values += b * p_.k;
+    one.positions += b * p_.k;
+    if (one.exclude_offsets != nullptr) one.exclude_offsets += b;
+    if (one.allow != nullptr) one.allow += b * p_.allow_stride;
+    return one;
+  }
+
+  void pack_queries() {
+    const void* queries = p_.queries;
+    std::unique_ptr<int8_t[]> q8;
+    if (p_.dtype == DType::kInt8) {
+      q8 = allocate<int8_t>(p_.num_queries * p_.d);
+      query_scale_ = allocate<float>(p_.num_queries);
+      parallel_for(threads_, p_.num_queries, [&](int64_t b, int) {
+        query_scale_[b] = quantise(p_.queries + b * p_.d, p_.d, q8.get() + b * p_.d);
+      });
+      queries = q8.get();
+    }
+    kernel_.pack_queries(p_.dtype, queries, p_.num_queries, p_.d, packed_.get());
+  }
+
+  void sort_exclusions() {
+    if (p_.exclude_offsets == nullptr) return;
+    const int64_t begin = p_.exclude_offsets[0], end = p_.exclude_offsets[p_.num_queries];
+    excluded_ = allocate<int64_t>(end - begin);
+    std::copy(p_.exclude_ids + begin, p_.exclude_ids + end, excluded_.get());
+    parallel_for(threads_, p_.num_queries, [&](int64_t b, int) {
+      std::sort(excluded_.get() + p_.exclude_offsets[b] - begin, excluded_.get() + p_.exclude_offsets[b + 1] - begin);
+    });
+  }
+
+  bool is_eligible(int64_t query, uint32_t row) const {
+    if (p_.allow != nullptr && !p_.allow[query * p_.allow_stride + row]) return false;
+    if (excluded_ == nullptr) return true;
+    const int64_t id = p_.ids != nullptr ? p_.ids[row] : row;
+    const int64_t* sorted = excluded_.get() - p_.exclude_offsets[0];
+    return !std::binary_search(sorted + p_.exclude_offsets[query], sorted + p_.exclude_offsets[query + 1], id);
+  }
+
+  void set_threshold(int64_t query, Key worst) {
+    reservoirs_[query].worst = worst;
+    // With external ids the position says nothing about a tie, so every row of that score must pass.
+    const Key threshold = p_.ids != nullptr ? worst & ~static_cast<Key>(0xffffffffu) : worst;
+    __atomic_store_n(&thresholds_[query], threshold, __ATOMIC_RELAXED);
+  }
+
+  // Drops all but the keep_ best of a reservoir; nothing worse than those is wanted from now on.
+  void compact(int64_t query) {
+    Reservoir& r = reservoirs_[query];
+    std::nth_element(r.keys, r.keys + keep_ - 1, r.keys + r.count, better_);
+    r.count = keep_;
+    set_threshold(query, r.keys[keep_ - 1]);
+  }
+
+  void start_from_sample(int64_t query) {
+    Reservoir& r = reservoirs_[query];
+    if (r.count >= keep_) {
+      compact(query);
+    } else {
+      set_threshold(query, kNoThreshold);  // hardly a row is eligible
+    }
+    r.count = 0;
+  }
+
+  // False if the sampled threshold was above the k-th best.
+  bool is_complete(int64_t query) const {
+    return reservoirs_[query].count >= k_ || reservoirs_[query].worst == kNoThreshold;
+  }
+
+  void finish(int64_t query) {
+    Reservoir& r = reservoirs_[query];
+    if (r.count > k_) std::nth_element(r.keys, r.keys + k_ - 1, r.keys + r.count, better_);
+    const int64_t found = std::min(r.count, k_);
+    std::sort(r.keys, r.keys + found, better_);
+    float* values = p_.values + query * p_.k;
+    int64_t* positions = p_.positions + query * p_.k;
+    for (int64_t i = 0; i < found; ++i) {
+      values[i] = score_of(static_cast<uint32_t>(r.keys[i] >> 32));
+      positions[i] = row_of(r.keys[i]);
+    }
+    std::fill(values + found, values + p_.k, -std::numeric_limits<float>::infinity());
+    std::fill(positions + found, positions + p_.k, -1);
+  }
+
+  static void emit(void* context, int64_t query_in_step, const float* scores, uint64_t passed) {
+    const Tile& tile = *static_cast<const Tile*>(context);
+    tile.search->emit(tile, tile.first_query + query_in_step, scores, passed);
+  }
+
+  void emit(const Tile& tile, int64_t query, const float* scores, uint64_t passed) {
+    Key found[kTileRows];
+    int count = 0;
+    for (; passed != 0; passed &= passed - 1) {
+      const int i = __builtin_ctzll(passed);
+      const uint32_t row = tile.list != nullptr ? tile.list[i] : tile.first_row + static_cast<uint32_t>(i);
+      if (is_eligible(query, row)) found[count++] = key_of(scores[i], row);
+    }
+    Reservoir& r = reservoirs_[query];
+    const std::lock_guard<SpinLock> lock(r.lock);
+    for (int i = 0; i < count; ++i) {
+      if (r.worst != kNoThreshold && better_(r.worst, found[i])) continue;
+      if (r.count == capacity_) compact(query);
+      r.keys[r.count++] = found[i];
+    }
+  }
+
+  // Offers every eligible row of list[0 .. count), or of the first `count` rows where list is null, to the reservoirs.
+  void scan(const uint32_t* list, int64_t count) {
+    const int64_t blocks = (p_.num_queries + kStepQueries - 1) / kStepQueries;
+    const int64_t steps = (count + kStepRows - 1) / kStepRows * blocks;
+    parallel_for(threads_, steps, [&](int64_t step, int worker) {
+      const int64_t begin = step / blocks * kStepRows;
+      scan_step(list, begin, std::min(begin + kStepRows, count), step % blocks * kStepQueries, worker);
+    });
+  }
+
+  void scan_step(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
+    uint32_t eligible[kStepRows];
+    if (p_.allow != nullptr && p_.allow_stride == 0) {  // rows no query may have are not even read
+      int64_t n = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        eligible[n] = list != nullptr ? list[i] : static_cast<uint32_t>(i);
+        n += p_.allow[eligible[n]];
+      }
+      list = eligible, begin = 0, end = n;
+    }
+    const int64_t one_query = kernel_.queries_bytes(p_.dtype, 1, p_.d);
+    const MipsTopkQueries queries{packed_.get() + first_query * one_query, query_scale_.get() + first_query,
+                                  std::min(kStepQueries, p_.num_queries - first_query),
+                                  thresholds_.data() + first_query};
+    const auto address = reinterpret_cast<uintptr_t>(panels_.get()) + worker * panel_bytes_;
+    void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    MipsTopkTile tile;
+    tile.prefetch = list != nullptr ? 0 : kTileRows * p_.row_stride;
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      const int64_t n = std::min<int64_t>(kTileRows, end - row);
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const int64_t at = row + std::min(i, n - 1);
+        const int64_t position = list != nullptr ? list[at] : at;
+        tile.rows[i] = static_cast<const char*>(p_.rows) + position * p_.row_stride;
+        if (p_.dtype == DType::kInt8) tile.row_scale[i] = p_.row_scale[position];
+      }
+      tile.valid = ~uint64_t{0} >> (kTileRows - n);
+      tile.first_row = list != nullptr ? list[row] : static_cast<uint32_t>(row);
+      Tile context{this, first_query, tile.first_row, list != nullptr ? list + row : nullptr};
+      kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
+    }
+  }
+
+  const MipsTopkProblem p_;
+  const MipsTopkKernel& kernel_;
+  const Better better_;
+  const int threads_;
+  const int64_t k_;
+  const Sample sample_;
+  const int64_t capacity_;     // of a reservoir
+  const int64_t panel_bytes_;  // of a thread
+  int64_t keep_ = 0;           // how many a reservoir must keep: k, or the rank wanted of the sample
+  const std::unique_ptr<Key[]> keys_;
+  std::vector<Reservoir> reservoirs_;
+  std::vector<Key> thresholds_;
+  const std::unique_ptr<char[]> panels_;
+  const std::unique_ptr<char[]> packed_;
+  std::unique_ptr<float[]> query_scale_;
+  std::unique_ptr<int64_t[]> excluded_;
+};
+
+}  // namespace
+
+void mips_topk(const MipsTopkProblem& problem, const Isa& isa) {
+  if (problem.num_queries > 0) Search(problem, *isa.kernel, true).run();
+}
+
+}  // namespace grank

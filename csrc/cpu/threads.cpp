@@ -1,0 +1,125 @@
+#include "threads.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace grank {
+namespace {
+
+// Scores must not depend on the thread that computes them, so every thread works with the default rounding and
+// denormals kept, whatever torch.set_flush_denormal did to the caller.
+class DefaultFloatMode {
+#if defined(__SSE__)
+ public:
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+ public:
+  DefaultFloatMode() {}
+  ~DefaultFloatMode() {}
+#endif
+};
+
+struct Job {
+  ParallelBody body;
+  void* context;
+  int64_t steps;
+  int helpers_wanted;            // guarded by the pool's mutex
+  int helpers_inside = 0;        // guarded by the pool's mutex
+  std::atomic<int64_t> next{0};  // the next step nobody has taken
+
+  void work(int worker) {
+    const DefaultFloatMode mode;
+    for (int64_t step; (step = next.fetch_add(1, std::memory_order_relaxed)) < steps;) body(context, step, worker);
+  }
+};
+
+class Pool {
+ public:
+  void run(Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(job.helpers_wanted);
+      jobs_.push_back(&job);
+    }
+    wake_.notify_all();
+    job.work(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+    done_.wait(lock, [&] { return job.helpers_inside == 0; });
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  void grow(int helpers) {
+    try {
+      for (; helpers_ < helpers; ++helpers_) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+      // No more threads to be had: the caller and the helpers there are do all the steps.
+    }
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      Job* job = nullptr;
+      wake_.wait(lock, [&] { return (job = find_work()) != nullptr; });
+      const int worker = job->helpers_wanted--;  // each helper of a job has a number of its own, the caller has 0
+      ++job->helpers_inside;
+      lock.unlock();
+      job->work(worker);
+      lock.lock();
+      if (--job->helpers_inside == 0) done_.notify_all();
+    }
+  }
+
+  Job* find_work() {
+    for (Job* job : jobs_) {
+      if (job->helpers_wanted > 0 && job->next.load(std::memory_order_relaxed) < job->steps) return job;
+    }
+    return nullptr;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<Job*> jobs_;
+  int helpers_ = 0;
+};
+
+Pool* pool;  // never deleted: its threads sleep until the process ends
+
+// The child of a fork has none of the pool's threads, so it starts with a new pool.
+void make_pool() { pool = new Pool; }
+void before_fork() { pool->mutex().lock(); }
+void after_fork_in_parent() { pool->mutex().unlock(); }
+
+}  // namespace
+
+void parallel_for(int threads, int64_t steps, ParallelBody body, void* context) {
+  Job job{body, context, steps, static_cast<int>(std::min<int64_t>(threads, steps)) - 1};
+  if (job.helpers_wanted <= 0) return job.work(0);
+  static const bool ready = [] {
+    make_pool();
+    pthread_atfork(before_fork, after_fork_in_parent, make_pool);
+    return true;
+  }();
+  (void)ready;
+  pool->run(job);
+}
+
+}  // namespace grank

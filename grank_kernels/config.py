@@ -1,0 +1,23 @@
+"""`show_config`: versions, devices, and for every backend whether it can run and why not."""
+
+import platform
+
+import numpy as np
+import torch
+
+from grank_kernels._version import __version__
+from grank_kernels.backends import BACKENDS, cpu
+
+
+def show_config() -> str:
+    """A text for people and bug reports: versions, devices, every backend and whether it can run, or why not."""
+    lines = [
+        f"grank_kernels {__version__}, torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
+        f"processor: {platform.machine()}, {torch.get_num_threads()} threads",
+    ]
+    for name, module in BACKENDS.items():
+        lines.append(f"backend {name}: {module.unavailable() or 'can run'}")
+    if cpu.unavailable() is None:
+        sets = ", ".join(isa + ("" if here else " (not on this processor)") for isa, here in cpu.isas().items())
+        lines.append(f"cpu instruction set: {cpu.isa()}, of {sets}; GRANK_CPU_ISA chooses another")
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""`mips_topk`: the public function, its checks, the choice of a backend, and the torch op `grank::mips_topk`."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from grank_kernels.backends import BACKENDS
+from grank_kernels.table import ItemTable
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class TopK(NamedTuple):
+    """What `mips_topk` returns: the fields of `torch.topk`'s result.
+
+    Attributes:
+        values: (B, k) float32, descending.
+        indices: (B, k) int64.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+def mips_topk(
+    queries: torch.Tensor,
+    items: "torch.Tensor | ItemTable",
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str | None = None,
+) -> TopK:
+    """The k items of largest inner product with each query, exactly: `torch.topk(queries @ items.T, k)`.
+
+    No (B, N) matrix is made. Scores are accumulated in float32 (int32 for int8 tables) and depend on their query and
+    their row alone, bit for bit. Equal scores: the smaller index first. A NaN score is never returned.
+    Differentiable in `values` with respect to `queries` and to an `items` tensor (for an int8 table with respect to the
+    queries as if they had not been quantised).
+
+    Args:
+        queries: (B, d), or (d,) for one query; float32, float16 or bfloat16.
+        items: (N, d) float32, float16 or bfloat16, rows at any stride (a last dimension that is not contiguous is
+            copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`.
+        k: 1 or more, no upper limit; where fewer items are eligible the rest is -inf and -1.
+        exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
+            int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table with
+            ids of its own does not hold are ignored.
+        allow: bool (N,), or (B, N): only these rows are eligible.
+        out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
+        backend: None for the first that can run, or "cpu" or "reference": a named backend runs or raises.
+
+    Returns:
+        `TopK(values, indices)`, each (B, k), or (k,) for one query.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a dtype, shape, device, id or backend that does not fit; the message names the argument. On a GPU
+            excluded ids out of range are ignored, since looking would cost a synchronisation.
+
+    Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
+    """
+    _check_tensor("queries", queries, _FLOATS, (1, 2))
+    one = queries.dim() == 1
+    queries_2d = queries[None] if one else queries
+    rows, row_scale, ids = _operands(items)
+    if rows.shape[1] != queries_2d.shape[1]:
+        raise ValueError(
+            f"queries and items differ in width: queries are {_shape(queries)}, items {_shape(rows)}; "
+            f"both take d = {rows.shape[1]} as the last dimension"
+        )
+    if rows.device != queries.device:
+        raise ValueError(f"queries are on {queries.device} and items on {rows.device}; both must be on one device")
+    if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+    B, N = queries_2d.shape[0], rows.shape[0]
+    offsets, excluded = _exclusions(exclude, B, one, queries.device)
+    if allow is not None:
+        _check_allow(allow, B, N, queries.device)
+    name = _choose(backend, queries_2d, rows)
+    values, positions = torch.ops.grank.mips_topk(queries_2d, rows, row_scale, ids, k, offsets, excluded, allow, name)
+    indices = positions if ids is None else _external(positions, ids)
+    if one:
+        values, indices = values[0], indices[0]
+    return TopK(values, indices) if out is None else _write(out, values, indices)
+
+
+def _shape(x: torch.Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} are {x.dtype}; they take {', '.join(map(str, dtypes))}")
+    if x.dim() not in dims:
+        raise ValueError(f"{name} have shape {_shape(x)}; they take {' or '.join(map(str, dims))} dimensions")
+
+
+def _operands(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Rows, the scales of int8 rows, and external ids."""
+    if isinstance(items, ItemTable):
+        return items.operands()
+    if not isinstance(items, torch.Tensor):
+        raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
+    if items.dtype == torch.int8:
+        raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
+    _check_tensor("items", items, _FLOATS, (2,))
+    return items, None, None
+
+
+def _exclusions(
+    exclude: Any, B: int, one: bool, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Offsets (B + 1,) and ids, whichever way they came."""
+    if exclude is None:
+        return None, None
+    pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
+    for x in exclude if pair else (exclude,):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"exclude must be an int64 tensor (B, E) or a pair of int64 tensors (offsets, ids), "
+                f"got {'a pair with ' if pair else ''}{type(x).__name__}"
+            )
+        if x.dtype != torch.int64:
+            raise ValueError(f"exclude is {x.dtype}; it takes torch.int64")
+        if x.device != device:
+            raise ValueError(f"exclude is on {x.device} and queries on {device}; both must be on one device")
+    if pair:
+        offsets, ids = exclude
+        if offsets.dim() != 1 or ids.dim() != 1 or offsets.shape[0] != B + 1:
+            raise ValueError(
+                f"exclude has offsets {_shape(offsets)} and ids {_shape(ids)}; for {B} queries it takes "
+                f"offsets ({B + 1},) and ids of one dimension"
+            )
+        return offsets, ids
+    if one and exclude.dim() == 1:
+        exclude = exclude[None]
+    if exclude.dim() != 2 or exclude.shape[0] != B:
+        raise ValueError(f"exclude has shape {_shape(exclude)}; for {B} queries it takes ({B}, E)")
+    E = exclude.shape[1]
+    return torch.arange(B + 1, device=device) * E, exclude.reshape(-1)
+
+
+def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
+    if not isinstance(allow, torch.Tensor):
+        raise TypeError(f"allow must be a torch.Tensor, got {type(allow).__name__}")
+    if allow.dtype != torch.bool:
+        raise ValueError(f"allow is {allow.dtype}; it takes torch.bool")
+    if tuple(allow.shape) not in ((N,), (B, N)):
+        raise ValueError(f"allow has shape {_shape(allow)}; for {B} queries and {N} items it takes ({N},) or ({B}, {N})")
+    if allow.device != device:
+        raise ValueError(f"allow is on {allow.device} and queries on {device}; both must be on one device")
+
+
+def _choose(backend: str | None, queries: torch.Tensor, rows: torch.Tensor) -> str:
+    """The first backend that can run, or the named one or an error with its reason."""
+    if backend is None:
+        for name, module in BACKENDS.items():
+            if module.mips_topk_unsupported(queries, rows) is None:
+                return name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
+    reason = BACKENDS[backend].mips_topk_unsupported(queries, rows)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The ids of the rows at `positions`, -1 where there is none."""
+    if ids.shape[0] == 0:
+        return positions
+    return torch.where(positions >= 0, ids[positions.clamp(min=0)], -1)
+
+
+def _write(out: Any, values: torch.Tensor, indices: torch.Tensor) -> TopK:
+    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(x, torch.Tensor) for x in out):
+        raise TypeError("out must be a pair of tensors (values, indices)")
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out does not take part in gradients: call under torch.no_grad(), or without out")
+    for name, given, computed in zip(("values", "indices"), out, (values, indices), strict=True):
+        if given.dtype != computed.dtype or given.shape != computed.shape or given.device != computed.device:
+            raise ValueError(
+                f"out's {name} are {given.dtype} {_shape(given)} on {given.device}; "
+                f"they take {computed.dtype} {_shape(computed)} on {computed.device}"
+            )
+        given.copy_(computed)
+    return TopK(out[0], out[1])
+
+
+# ---- the torch op ----
+
+torch.library.define(
+    "grank::mips_topk",
+    "(Tensor queries, Tensor items, Tensor? row_scale, Tensor? ids, SymInt k, Tensor? exclude_offsets, "
+    "Tensor? exclude_ids, Tensor? allow, str backend) -> (Tensor values, Tensor positions)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("grank::mips_topk", "default")
+def _run(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values, positions = BACKENDS[backend].mips_topk(
+        queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow
+    )
+    return values, positions
+
+
+@torch.library.register_fake("grank::mips_topk")
+def _fake(queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any) -> Any:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    queries, items, row_scale = inputs[:3]
+    _, positions = output
+    ctx.mark_non_differentiable(positions)
+    ctx.save_for_backward(queries, items, row_scale, positions)
+
+
+def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    """The gradient of values[b, j] = <queries[b], items[positions[b, j]]>; deterministic, no (B, N) matrix."""
+    queries, items, row_scale, positions = ctx.saved_tensors
+    (B, k), (N, d) = positions.shape, items.shape
+    found = (positions >= 0)[..., None]
+    rows = positions.clamp(min=0)
+    weights = grad_values[..., None]
+    grad_queries = grad_items = None
+    if ctx.needs_input_grad[0]:
+        if N == 0:
+            grad_queries = torch.zeros_like(queries)
+        else:
+            picked = items[rows].float() if row_scale is None else items[rows] * row_scale[rows][..., None]
+            grad_queries = (weights * picked).masked_fill(~found, 0).sum(1).to(queries.dtype)
+    if ctx.needs_input_grad[1]:
+        by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).reshape(B * k, d)
+        grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False).to(items.dtype)
+    return grad_queries, grad_items, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("grank::mips_topk", _backward, setup_context=_setup_context)

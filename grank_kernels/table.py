@@ -1,0 +1,158 @@
+"""`ItemTable`: the rows a search goes over, in the precision they are searched in."""
+
+from typing import Any
+
+import torch
+
+from grank_kernels.quantise import quantise
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+class ItemTable:
+    """Item rows in one precision, with external ids if wanted, on one device. There is no index to build.
+
+    Made by `ItemTable.from_rows`. `mips_topk(queries, table, k)` searches it.
+    """
+
+    def __init__(self, rows: torch.Tensor, row_scale: torch.Tensor | None, ids: torch.Tensor | None):
+        """Takes what `from_rows` has checked and converted."""
+        self._rows = rows  # (N, d), contiguous
+        self._row_scale = row_scale  # (N,) float32, int8 rows only
+        self._ids = ids  # (N,) int64, unique, or None: the positions are the ids
+        self._by_id: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def from_rows(
+        cls, rows: torch.Tensor, *, ids: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> "ItemTable":
+        """Copies rows into a table.
+
+        Args:
+            rows: (N, d) float32, float16 or bfloat16.
+            ids: (N,) int64, unique, not negative: what searches return instead of positions.
+            dtype: float32, float16, bfloat16 or int8; None keeps that of `rows`. int8 is symmetric by row:
+                `scale = max|row| / 127`, numbers rounded half to even.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: a dtype or shape that does not fit, ids that repeat or are negative, rows that int8 or the
+                narrower dtype cannot hold (NaN and infinities for int8).
+        """
+        if not isinstance(rows, torch.Tensor):
+            raise TypeError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
+        if rows.dim() != 2 or rows.dtype not in _DTYPES[:3]:
+            raise ValueError(
+                f"rows are {rows.dtype} of shape {tuple(rows.shape)}; they take (N, d) float32, float16 or bfloat16"
+            )
+        dtype = rows.dtype if dtype is None else dtype
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype}; it takes one of {', '.join(map(str, _DTYPES))}")
+        if ids is not None:
+            _check_ids(ids, rows)
+            ids = ids.clone(memory_format=torch.contiguous_format)
+        rows = rows.detach()
+        if dtype != torch.int8:
+            return cls(rows.to(dtype, copy=True, memory_format=torch.contiguous_format), None, ids)
+        numbers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+        scale = torch.empty(len(rows), device=rows.device)
+        step = max(1, (1 << 22) // max(1, rows.shape[1]))  # float32 copies of 16 MB, not of the whole table
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            numbers[part], scale[part] = quantise(rows[part].float())
+        if not bool(scale.isfinite().all()):
+            row = int((~scale.isfinite()).nonzero()[0])
+            raise ValueError(f"rows hold NaN or infinity, first in row {row}; int8 takes finite numbers")
+        return cls(numbers, scale, ids)
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What a search reads: rows (N, d), the scales of int8 rows (N,) float32, external ids (N,) int64."""
+        return self._rows, self._row_scale, self._ids
+
+    def __len__(self) -> int:
+        return self._rows.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self._rows.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision the rows are kept and searched in."""
+        return self._rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._rows.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows, scales and ids."""
+        return sum(x.nbytes for x in self.operands() if x is not None)
+
+    def to(self, device: torch.device | str) -> "ItemTable":
+        """The table on another device; itself if it is there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return ItemTable(*(None if x is None else x.to(device) for x in self.operands()))  # type: ignore[arg-type]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of some ids, as they are searched.
+
+        Args:
+            ids: int64 of any shape, on the table's device.
+
+        Returns:
+            (*ids.shape, d) float32; int8 rows times their scale.
+
+        Raises:
+            TypeError: ids is no tensor.
+            ValueError: ids are not int64, or one is not in the table.
+        """
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
+        if ids.dtype != torch.int64:
+            raise ValueError(f"ids are {ids.dtype}; they take torch.int64")
+        positions = self._positions(ids)
+        rows = self._rows[positions].float()
+        return rows if self._row_scale is None else rows * self._row_scale[positions][..., None]
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._ids is None:
+            known, positions = (ids >= 0) & (ids < len(self)), ids
+        else:
+            if self._by_id is None:
+                self._by_id = self._ids.sort()
+            by_id, order = self._by_id
+            place = torch.searchsorted(by_id, ids).clamp(max=max(len(self) - 1, 0))
+            known, positions = (by_id[place] == ids, order[place]) if len(self) else (ids != ids, ids)
+        if not bool(known.all()):
+            raise ValueError(f"ids: {int(ids[~known][0])} is not in the table")
+        return positions
+
+    def __repr__(self) -> str:
+        ids = ", ids" if self._ids is not None else ""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"ItemTable({len(self):_} x {self.dim} {name}, {_megabytes(self.nbytes)}{ids}, {self.device})"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.3g} GB"
+
+
+def _check_ids(ids: Any, rows: torch.Tensor) -> None:
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64 or ids.shape != rows.shape[:1]:
+        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; they take int64 ({len(rows)},), one a row")
+    if ids.device != rows.device:
+        raise ValueError(f"ids are on {ids.device} and rows on {rows.device}; both must be on one device")
+    by_id = ids.sort().values
+    repeated = by_id[1:][by_id[1:] == by_id[:-1]]
+    if len(repeated):
+        raise ValueError(f"ids must be unique; {int(repeated[0])} stands there more than once")
+    if len(by_id) and int(by_id[0]) < 0:
+        raise ValueError(f"ids must not be negative, got {int(by_id[0])}; -1 marks a place where nothing was found")
