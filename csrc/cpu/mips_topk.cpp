@@ -64,11 +64,11 @@ struct Sample {
 };
 
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
-  // A row of the sample costs a cache miss, an emitted candidate about as much; many queries share the former.
-  const int64_t rows = std::max<int64_t>(num_rows / 64, num_queries < 8 ? 4096 : 16384);
+  // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
+  const int64_t rows = num_queries < 8 ? 2048 : 16384;
   const double expected = static_cast<double>(k) * rows / num_rows;
   const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected) + 6));
-  if (rows > num_rows / 4 || rank > rows / 4) return {};
+  if (rows > num_rows / 16 || rank > rows / 4) return {};
   return {rows, rank};
 }
 
@@ -246,17 +246,32 @@ class Search {
     std::fill(positions + found, positions + p_.k, -1);
   }
 
-  static void emit(void* context, int64_t query_in_step, const float* scores, uint64_t passed) {
-    const Tile& tile = *static_cast<const Tile*>(context);
-    tile.search->emit(tile, tile.first_query + query_in_step, scores, passed);
+  // What a score of the tile at `first_row` must reach; thresholds of other threads may come late.
+  float bound_of(int64_t query, uint32_t first_row) const {
+    const Key threshold = __atomic_load_n(&thresholds_[query], __ATOMIC_RELAXED);
+    // Behind the row of the threshold itself a tie is lost.
+    const float bound = score_of(static_cast<uint32_t>(threshold >> 32) + (first_row > row_of(threshold)));
+    if (p_.dtype != DType::kInt8) return bound;
+    // The kernel compares float(sum) * row_scale: two roundings where the score has three, 2^-24 each, and one here. Far
+    // from overflow and underflow those are relative errors, below 2^-21 in all.
+    const float scaled = bound / query_scale_[query];
+    const bool safe = std::fabs(bound) > 1e-28f && std::fabs(scaled) > 1e-28f && std::fabs(scaled) < 1e38f;
+    return safe ? scaled - std::fabs(scaled) * 1e-6f : -std::numeric_limits<float>::infinity();
   }
 
-  void emit(const Tile& tile, int64_t query, const float* scores, uint64_t passed) {
+  static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
+    const Tile& tile = *static_cast<const Tile*>(context);
+    const int64_t query = tile.first_query + query_in_step;
+    tile.search->emit(tile, query, first, scores, passed);
+    return tile.search->bound_of(query, tile.first_row);
+  }
+
+  void emit(const Tile& tile, int64_t query, int first, const float* scores, uint64_t passed) {
     Key found[kTileRows];
     int count = 0;
     for (; passed != 0; passed &= passed - 1) {
       const int i = __builtin_ctzll(passed);
-      const uint32_t row = tile.list != nullptr ? tile.list[i] : tile.first_row + static_cast<uint32_t>(i);
+      const uint32_t row = tile.list != nullptr ? tile.list[first + i] : tile.first_row + static_cast<uint32_t>(first + i);
       if (is_eligible(query, row)) found[count++] = key_of(scores[i], row);
     }
     Reservoir& r = reservoirs_[query];
@@ -286,27 +301,34 @@ class Search {
         eligible[n] = list != nullptr ? list[i] : static_cast<uint32_t>(i);
         n += p_.allow[eligible[n]];
       }
+      if (n == 0) return;
       list = eligible, begin = 0, end = n;
     }
     const int64_t one_query = kernel_.queries_bytes(p_.dtype, 1, p_.d);
+    float bounds[kStepQueries];
+    const int64_t num_queries = std::min(kStepQueries, p_.num_queries - first_query);
     const MipsTopkQueries queries{packed_.get() + first_query * one_query, query_scale_.get() + first_query,
-                                  std::min(kStepQueries, p_.num_queries - first_query),
-                                  thresholds_.data() + first_query};
+                                  num_queries, bounds};
     const auto address = reinterpret_cast<uintptr_t>(panels_.get()) + worker * panel_bytes_;
     void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
-    MipsTopkTile tile;
-    tile.prefetch = list != nullptr ? 0 : kTileRows * p_.row_stride;
+    const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
+    for (int64_t q = 0; q < num_queries; ++q) bounds[q] = bound_of(first_query + q, first_row);
+    const char* rows = static_cast<const char*>(p_.rows);
     for (int64_t row = begin; row < end; row += kTileRows) {
-      const int64_t n = std::min<int64_t>(kTileRows, end - row);
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        const int64_t at = row + std::min(i, n - 1);
-        const int64_t position = list != nullptr ? list[at] : at;
-        tile.rows[i] = static_cast<const char*>(p_.rows) + position * p_.row_stride;
-        if (p_.dtype == DType::kInt8) tile.row_scale[i] = p_.row_scale[position];
+      uint32_t listed[kTileRows];
+      float listed_scale[kTileRows];
+      const float* row_scale = p_.row_scale != nullptr ? p_.row_scale + row : nullptr;
+      MipsTopkTile tile{rows + row * p_.row_stride, p_.row_stride, nullptr, row_scale, ~uint64_t{0}};
+      if (list != nullptr || end - row < kTileRows) {  // a short tile repeats its last row
+        const int64_t n = std::min<int64_t>(kTileRows, end - row);
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          const int64_t at = row + std::min(i, n - 1);
+          listed[i] = list != nullptr ? list[at] : static_cast<uint32_t>(at);
+          if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
+        }
+        tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }
-      tile.valid = ~uint64_t{0} >> (kTileRows - n);
-      tile.first_row = list != nullptr ? list[row] : static_cast<uint32_t>(row);
-      Tile context{this, first_query, tile.first_row, list != nullptr ? list + row : nullptr};
+      Tile context{this, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row), tile.list};
       kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
     }
   }

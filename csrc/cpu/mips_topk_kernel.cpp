@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kVectors = kTileRows / kLanes;           // vectors that hold one number of every row of a tile
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;   // times kQueryBlock accumulators fit the registers
+constexpr int64_t kPrefetchBytes = 4096;               // ahead of the rows being packed
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;        // packed units of four int8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -67,153 +68,196 @@ void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, vo
 
 // ---- packing a tile ----
 
-// How kLanes units are read from a row, and written as packed units of kLanes rows.
+constexpr int element_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
+
+// Writes what `column` holds of one element (or of four int8) of consecutive rows: kLanes rows, or twice as many of
+// 16-bit elements, which become floats here.
 template <DType kType>
-struct Row;
-
-template <>
-struct Row<DType::kFloat32> {
-  static constexpr int kUnitBytes = 4;
-  static Units read(const char* p) { return load<Units>(p); }
-  static Units read_first(const char* p, int64_t bytes) { return load_first<Units>(p, bytes); }
-};
-
-template <>
-struct Row<DType::kFloat16> {
-  static constexpr int kUnitBytes = 2;
-  static Units read(const char* p) { return (Units)float_of_float16(load<Halves>(p)); }
-  static Units read_first(const char* p, int64_t bytes) { return (Units)float_of_float16(load_first<Halves>(p, bytes)); }
-};
-
-template <>
-struct Row<DType::kBFloat16> {
-  static constexpr int kUnitBytes = 2;
-  static Units read(const char* p) { return (Units)float_of_bfloat16(load<Halves>(p)); }
-  static Units read_first(const char* p, int64_t bytes) {
-    return (Units)float_of_bfloat16(load_first<Halves>(p, bytes));
-  }
-};
-
-template <>
-struct Row<DType::kInt8> : Row<DType::kFloat32> {};  // four int8 travel as one unit
-
-template <DType kType>
-inline void write_unit(uint32_t* panel, int64_t unit, Units column) {
-  if constexpr (kType != DType::kInt8) {
-    store(panel + unit * kTileRows, column);
+inline void write_column(uint32_t* panel, Units column) {
+  if constexpr (kType == DType::kFloat32) {
+    store(panel, column);
+  } else if constexpr (kType != DType::kInt8) {
+    Halves halves[2];
+    __builtin_memcpy(halves, &column, sizeof column);
+    for (int i = 0; i < 2; ++i) {
+      store(panel + i * kLanes,
+            kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i]));
+    }
   } else if constexpr (kInt8PerUnit == 4) {
-    store(panel + unit * kTileRows, column ^ 0x80808080u);
+    store(panel, column ^ 0x80808080u);
   } else {
     const Shorts bytes = (Shorts)column;
-    store(panel + 2 * unit * kTileRows, bytes << 8 >> 8);
-    store(panel + (2 * unit + 1) * kTileRows, bytes >> 8);
+    store(panel, bytes << 8 >> 8);
+    store(panel + kTileRows, bytes >> 8);
+  }
+}
+
+// Packs 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns.
+template <DType kType, bool kListed, bool kWhole>
+[[gnu::always_inline]] inline void pack_square(const char* row, int64_t stride, const uint32_t* list, int64_t bytes,
+                                               const char* ahead, uint32_t* out) {
+  constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // what is moved as one
+  constexpr int kSize = 16 / kBytes;
+  constexpr int kUnits = kType == DType::kInt8 ? kUnitsPerFour : 1;  // packed units of a column
+  Units columns[kSize] = {};
+  const char* const first = row;
+#pragma GCC unroll 4
+  for (int g = 0; g < kPieces; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSize; ++i, row += stride) {
+      if (kListed) row = first + list[g * kSize + i] * stride;
+      if (!kListed && i % 4 == 0) __builtin_prefetch(ahead + (g * kSize + i) * 16);
+      asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
+      columns[i] = put_piece(columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
+    }
+  }
+  transpose_pieces<kBytes>(columns);
+#pragma GCC unroll 8
+  for (int j = 0; j < kSize; ++j) {
+    if (kWhole || j * kBytes < bytes) write_column<kType>(out + j * kUnits * kTileRows, columns[j]);
+  }
+}
+
+template <DType kType, bool kListed>
+void pack(const MipsTopkTile& tile, int64_t d, uint32_t* panel) {
+  constexpr int kRows = kType == DType::kFloat16 || kType == DType::kBFloat16 ? 2 * kLanes : kLanes;
+  const int64_t row_bytes = d * element_bytes(kType);
+  // Rows are read across, memory in order: the prefetches tell it to those who fetch ahead.
+  const char* ahead = tile.rows + kPrefetchBytes;
+  for (int first = 0; first < kTileRows; first += kRows) {
+    const uint32_t* list = kListed ? tile.list + first : nullptr;
+    const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride);
+    uint32_t* out = panel + first;
+    int64_t left = row_bytes;
+    for (; left >= 16; left -= 16, row += 16, ahead += 16 * kRows) {
+      pack_square<kType, kListed, true>(row, tile.row_stride, list, 16, ahead, out);
+      out += units_of(kType, 16 / element_bytes(kType)) * kTileRows;
+    }
+    if (left > 0) pack_square<kType, kListed, false>(row, tile.row_stride, list, left, ahead, out);
   }
 }
 
 template <DType kType>
 void pack(const MipsTopkTile& tile, int64_t d, uint32_t* panel) {
-  const int64_t row_bytes = kType == DType::kInt8 ? d : d * Row<kType>::kUnitBytes;
-  constexpr int64_t kChunk = kLanes * Row<kType>::kUnitBytes;
-  for (int vector = 0; vector < kVectors; ++vector, panel += kLanes) {
-    const void* const* rows = tile.rows + vector * kLanes;
-    for (int64_t byte = 0; byte < row_bytes; byte += kChunk) {
-      const int64_t left = row_bytes - byte;
-      const int columns = left >= kChunk ? kLanes : divide_up(left, Row<kType>::kUnitBytes);
-      Units units[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const char* p = static_cast<const char*>(rows[i]) + byte;
-        __builtin_prefetch(p + tile.prefetch);
-        units[i] = left >= kChunk ? Row<kType>::read(p) : Row<kType>::read_first(p, left);
-      }
-      transpose(units);
-      const int64_t unit = byte / Row<kType>::kUnitBytes;
-      if (columns == kLanes) {
-        for (int i = 0; i < kLanes; ++i) write_unit<kType>(panel, unit + i, units[i]);
-      } else {
-        for (int i = 0; i < columns; ++i) write_unit<kType>(panel, unit + i, units[i]);
-      }
-    }
-  }
+  tile.list != nullptr ? pack<kType, true>(tile, d, panel) : pack<kType, false>(tile, d, panel);
 }
 
-// ---- multiplication: kQueries queries x kVectorsAtOnce vectors of rows, sums in registers ----
+// ---- multiply, compare, emit: kQueries queries x kVectorsAtOnce vectors of rows, sums in registers ----
 
-template <int kQueries>
-inline void multiply_floats(const float* panel, const float* queries, int64_t d, float* scores) {
-  for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
-    const int64_t end = d - begin < kSegment ? d : begin + kSegment;
-    Floats sums[kQueries][kVectorsAtOnce] = {};
-    for (int64_t j = begin; j < end; ++j) {
-      Floats rows[kVectorsAtOnce];
-      for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Floats>(panel + j * kTileRows + v * kLanes);
+constexpr int kRowsAtOnce = kVectorsAtOnce * kLanes;
+
+// What a kind of row needs: the sums of some queries and rows, what is compared of a sum, and the score it makes.
+struct FloatProducts {
+  using Sum = Floats;
+
+  template <int kQueries>
+  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
+                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
+    const float* queries = reinterpret_cast<const float*>(packed);
+    Floats totals[kQueries][kVectorsAtOnce];  // touched only by rows of more than one segment
+    for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
+      const int64_t end = d - begin < kSegment ? d : begin + kSegment;
       for (int q = 0; q < kQueries; ++q) {
-        const Floats query = broadcast<Floats>(queries[j * kQueries + q]);
-        for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = multiply_add(query, rows[v], sums[q][v]);
+        for (int v = 0; v < kVectorsAtOnce; ++v) {
+          if (begin > 0) totals[q][v] = begin > kSegment ? totals[q][v] + sums[q][v] : sums[q][v];
+          sums[q][v] = Floats{};
+        }
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        Floats rows[kVectorsAtOnce];
+        for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Floats>(panel + j * kTileRows + v * kLanes);
+        for (int q = 0; q < kQueries; ++q) {
+          const Floats query = broadcast<Floats>(queries[j * kQueries + q]);
+          for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = multiply_add(query, rows[v], sums[q][v]);
+        }
       }
     }
-    for (int q = 0; q < kQueries; ++q) {
-      for (int v = 0; v < kVectorsAtOnce; ++v) {
-        float* score = scores + q * kTileRows + v * kLanes;
-        store(score, begin == 0 ? sums[q][v] : load<Floats>(score) + sums[q][v]);
+    if (d > kSegment) {
+      for (int q = 0; q < kQueries; ++q) {
+        for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = totals[q][v] + sums[q][v];
       }
     }
   }
-}
 
-template <int kQueries>
-inline void multiply_int8(const uint32_t* panel, const uint32_t* queries, int64_t units, const float* row_scale,
-                          const float* query_scale, float* scores) {
-  Ints sums[kQueries][kVectorsAtOnce];
-  for (int q = 0; q < kQueries; ++q) {
-    for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = (Ints)broadcast<Units>(queries[q]);
-  }
-  queries += kQueries;
-  for (int64_t unit = 0; unit < units; ++unit) {
-    Units rows[kVectorsAtOnce];
-    for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Units>(panel + unit * kTileRows + v * kLanes);
+  static Floats row_scale(const MipsTopkTile&, int) { return Floats{}; }
+  static Floats compared(Floats sum, Floats) { return sum; }
+  static Floats score(Floats sum, Floats, const MipsTopkQueries&, int64_t) { return sum; }
+};
+
+struct Int8Products {
+  using Sum = Ints;
+
+  template <int kQueries>
+  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
+                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
     for (int q = 0; q < kQueries; ++q) {
-      const Units query = broadcast<Units>(queries[unit * kQueries + q]);
-      for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = dot(sums[q][v], rows[v], query);
+      for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = (Ints)broadcast<Units>(packed[q]);
+    }
+    packed += kQueries;
+    const int64_t units = units_of(DType::kInt8, d);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      Units rows[kVectorsAtOnce];
+      for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Units>(panel + unit * kTileRows + v * kLanes);
+      for (int q = 0; q < kQueries; ++q) {
+        const Units query = broadcast<Units>(packed[unit * kQueries + q]);
+        for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = dot(sums[q][v], rows[v], query);
+      }
     }
   }
-  for (int v = 0; v < kVectorsAtOnce; ++v) {
-    const Floats scale = load<Floats>(row_scale + v * kLanes);
-    for (int q = 0; q < kQueries; ++q) {
-      store(scores + q * kTileRows + v * kLanes, __builtin_convertvector(sums[q][v], Floats) * (query_scale[q] * scale));
+
+  static Floats row_scale(const MipsTopkTile& tile, int row) { return load<Floats>(tile.row_scale + row); }
+  static Floats compared(Ints sum, Floats scale) { return __builtin_convertvector(sum, Floats) * scale; }
+  static Floats score(Ints sum, Floats scale, const MipsTopkQueries& queries, int64_t query) {
+    return __builtin_convertvector(sum, Floats) * (queries.scale[query] * scale);
+  }
+};
+
+// Passes the queries from `first` on, kQueries at a time, over a packed tile. Returns the first that is left.
+template <typename Products, int kQueries>
+int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
+                     const uint32_t* panel, MipsTopkEmit emit, void* context) {
+  const int64_t one_query = packed_units(dtype, d);
+  for (; first + kQueries <= queries.count; first += kQueries) {
+    const uint32_t* packed = static_cast<const uint32_t*>(queries.packed) + first * one_query;
+    for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
+      typename Products::Sum sums[kQueries][kVectorsAtOnce];
+      Products::template sum<kQueries>(panel + row, packed, d, sums);
+      Floats scale[kVectorsAtOnce];
+      for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
+#pragma GCC unroll 8  // or the sums would leave the registers
+      for (int q = 0; q < kQueries; ++q) {
+        const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
+        Floats largest = Products::compared(sums[q][0], scale[0]);
+        for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
+        if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
+        alignas(64) float scores[kRowsAtOnce];
+        uint64_t passed = 0;
+        for (int v = 0; v < kVectorsAtOnce; ++v) {
+          store(scores + v * kLanes, Products::score(sums[q][v], scale[v], queries, first + q));
+          passed |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
+        }
+        passed &= tile.valid >> row;
+        if (passed != 0) queries.bounds[first + q] = emit(context, first + q, row, scores, passed);
+      }
     }
   }
+  return first;
 }
 
-// ---- compare and emit ----
-
-// The rows whose score reaches the threshold. Rows after the threshold's own lose a tie, so they must exceed it.
-inline uint64_t passing(const float* scores, uint64_t threshold, uint32_t first_row) {
-  const uint32_t last_winner = ~static_cast<uint32_t>(threshold);
-  const Floats bound = broadcast<Floats>(score_of((threshold >> 32) + (first_row > last_winner)));
-  uint64_t passed = 0;
-  for (int v = 0; v < kVectors; ++v) passed |= at_least(load<Floats>(scores + v * kLanes), bound) << v * kLanes;
-  return passed;
-}
-
-template <int kQueries>
-void scan_block(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first_query,
-                const uint32_t* panel, MipsTopkEmit emit, void* context) {
-  alignas(64) float scores[kQueries * kTileRows];
-  const uint32_t* packed = static_cast<const uint32_t*>(queries.packed) + first_query * packed_units(dtype, d);
-  for (int row = 0; row < kTileRows; row += kVectorsAtOnce * kLanes) {
-    if (dtype == DType::kInt8) {
-      multiply_int8<kQueries>(panel + row, packed, units_of(dtype, d), tile.row_scale + row,
-                              queries.scale + first_query, scores + row);
-    } else {
-      multiply_floats<kQueries>(reinterpret_cast<const float*>(panel) + row, reinterpret_cast<const float*>(packed), d,
-                                scores + row);
-    }
-  }
-  for (int q = 0; q < kQueries; ++q) {
-    const int64_t query = first_query + q;
-    const uint64_t threshold = __atomic_load_n(queries.thresholds + query, __ATOMIC_RELAXED);
-    const uint64_t passed = passing(scores + q * kTileRows, threshold, tile.first_row) & tile.valid;
-    if (__builtin_expect(passed != 0, 0)) emit(context, query, scores + q * kTileRows, passed);
+template <typename Products>
+void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries,
+                 const uint32_t* panel, MipsTopkEmit emit, void* context) {
+  const int64_t first =
+      scan_queries<Products, kQueryBlock>(dtype, d, tile, queries, 0, panel, emit, context);
+  static_assert(kQueryBlock == 6, "one case for every smaller block");
+  switch (queries.count - first) {
+    case 1: scan_queries<Products, 1>(dtype, d, tile, queries, first, panel, emit, context); break;
+    case 2: scan_queries<Products, 2>(dtype, d, tile, queries, first, panel, emit, context); break;
+    case 3: scan_queries<Products, 3>(dtype, d, tile, queries, first, panel, emit, context); break;
+    case 4: scan_queries<Products, 4>(dtype, d, tile, queries, first, panel, emit, context); break;
+    case 5: scan_queries<Products, 5>(dtype, d, tile, queries, first, panel, emit, context); break;
   }
 }
 
@@ -226,17 +270,10 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
     case DType::kBFloat16: pack<DType::kBFloat16>(tile, d, units); break;
     case DType::kInt8: pack<DType::kInt8>(tile, d, units); break;
   }
-  int64_t query = 0;
-  for (; query + kQueryBlock <= queries.count; query += kQueryBlock) {
-    scan_block<kQueryBlock>(dtype, d, tile, queries, query, units, emit, context);
-  }
-  static_assert(kQueryBlock == 6, "one case for every smaller block");
-  switch (queries.count - query) {
-    case 1: return scan_block<1>(dtype, d, tile, queries, query, units, emit, context);
-    case 2: return scan_block<2>(dtype, d, tile, queries, query, units, emit, context);
-    case 3: return scan_block<3>(dtype, d, tile, queries, query, units, emit, context);
-    case 4: return scan_block<4>(dtype, d, tile, queries, query, units, emit, context);
-    case 5: return scan_block<5>(dtype, d, tile, queries, query, units, emit, context);
+  if (dtype == DType::kInt8) {
+    scan_packed<Int8Products>(dtype, d, tile, queries, units, emit, context);
+  } else {
+    scan_packed<FloatProducts>(dtype, d, tile, queries, units, emit, context);
   }
 }
 

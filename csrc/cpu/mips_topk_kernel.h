@@ -25,23 +25,25 @@ constexpr int kQueryBlock = 6;      // queries multiplied together; packed queri
 constexpr int64_t kMaxInt8Width = 131072;
 
 struct MipsTopkTile {
-  const void* rows[kTileRows];    // all valid addresses; past the last row of a short tile the last one again
-  float row_scale[kTileRows];     // int8 only
-  uint64_t valid;                 // bit i: rows[i] counts
-  uint32_t first_row;             // position of rows[0]; positions ascend with i
-  int64_t prefetch;               // bytes from a row to the same place of the tile that comes next
+  const char* rows;        // row i stands at rows + (list ? list[i] : i) * row_stride
+  int64_t row_stride;      // bytes
+  const uint32_t* list;    // kTileRows positions, or null
+  const float* row_scale;  // (kTileRows,), int8 only
+  uint64_t valid;          // bit i: row i counts; all kTileRows can be read
 };
 
 struct MipsTopkQueries {
-  const void* packed;             // as pack_queries laid them out
-  const float* scale;             // int8 only
+  const void* packed;   // as pack_queries laid them out
+  const float* scale;   // int8 only
   int64_t count;
-  // A lower bound of each query's k-th best, packed as MipsTopkKey (mips_topk.cpp); other threads raise it meanwhile.
-  const uint64_t* thresholds;
+  // What a score must reach to be wanted. For int8 rows in units of the query's scale, and low enough for rounding: it is
+  // compared with float(sum) * row_scale, which spares a multiplication a score.
+  float* bounds;
 };
 
-// Called for a query when bits of `passed` mark rows whose score reaches its threshold; scores[i] belongs to rows[i].
-using MipsTopkEmit = void (*)(void* context, int64_t query, const float* scores, uint64_t passed);
+// Called for a query when some of its scores reach its bound: bit i of `passed` stands for row first + i of the tile and
+// scores[i]. Returns the query's bound from now on.
+using MipsTopkEmit = float (*)(void* context, int64_t query, int first, const float* scores, uint64_t passed);
 
 struct MipsTopkKernel {
   // Bytes of `panel` for rows of width d, and of packed queries.

@@ -40,13 +40,6 @@ inline V load(const void* p) {
 template <typename V>
 inline V load_first(const void* p, int64_t bytes) {
   V v{};
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  if constexpr (sizeof(V) == 64) {
-    return (V)_mm512_maskz_loadu_epi8(_cvtu64_mask64(~0ull >> (64 - bytes)), p);
-  } else if constexpr (sizeof(V) == 32) {
-    return (V)_mm256_maskz_loadu_epi8(_cvtu32_mask32(~0u >> (32 - bytes)), p);
-  }
-#endif
   __builtin_memcpy(&v, p, bytes);
   return v;
 }
@@ -71,6 +64,16 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
+#endif
+}
+
+// The larger of a and b; where either is NaN, one that is a number.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_range_ps(a, b, 0x5);
+#else
+  const Ints take = (a > b) | (b != b);
+  return (Floats)(((Ints)a & take) | ((Ints)b & ~take));
 #endif
 }
 
@@ -131,24 +134,61 @@ inline Ints dot(Ints sum, Units row, Units query) {
 }
 #endif
 
-// Writes the kLanes x kLanes matrix of units whose row i is v[i] with rows and columns exchanged.
-inline void transpose(Units (&v)[kLanes]) {
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Units out[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const Units a = v[i], b = v[i + kLanes / 2];
+// ---- transposition of rows that lie apart ----
+
+typedef uint32_t Piece __attribute__((vector_size(16)));
+constexpr int kPieces = kLanes / 4;  // 16-byte pieces in a register
+
+// `v` with its piece number `g` (a constant once the caller's loop is unrolled) replaced.
+[[gnu::always_inline]] inline Units put_piece(Units v, Piece piece, int g) {
 #if defined(__AVX512F__)
-      out[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      out[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512i x = (__m512i)v;
+  const __m128i y = (__m128i)piece;
+  switch (g) {
+    case 0: return (Units)_mm512_inserti32x4(x, y, 0);
+    case 1: return (Units)_mm512_inserti32x4(x, y, 1);
+    case 2: return (Units)_mm512_inserti32x4(x, y, 2);
+    default: return (Units)_mm512_inserti32x4(x, y, 3);
+  }
 #elif defined(__AVX2__)
-      out[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-      out[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m256i x = (__m256i)v;
+  return (Units)(g == 0 ? _mm256_inserti128_si256(x, (__m128i)piece, 0)
+                        : _mm256_inserti128_si256(x, (__m128i)piece, 1));
 #else
-      out[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-      out[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  (void)v, (void)g;
+  return piece;
 #endif
+}
+
+// Within every 16-byte piece: the elements (of kBytes bytes) of the lower or upper halves of a and b in turn.
+template <int kBytes, bool kUpper>
+inline Units interleave(Units a, Units b) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  if constexpr (kBytes == 4) return (Units)(kUpper ? _mm512_unpackhi_epi32(x, y) : _mm512_unpacklo_epi32(x, y));
+  return (Units)(kUpper ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, y = (__m256i)b;
+  if constexpr (kBytes == 4) return (Units)(kUpper ? _mm256_unpackhi_epi32(x, y) : _mm256_unpacklo_epi32(x, y));
+  return (Units)(kUpper ? _mm256_unpackhi_epi16(x, y) : _mm256_unpacklo_epi16(x, y));
+#else
+  constexpr int k = kUpper ? 8 / kBytes : 0;
+  if constexpr (kBytes == 4) return __builtin_shufflevector(a, b, k, k + 4, k + 1, k + 5);
+  return (Units)__builtin_shufflevector((Shorts)a, (Shorts)b, k, k + 8, k + 1, k + 9, k + 2, k + 10, k + 3, k + 11);
+#endif
+}
+
+// Exchanges rows and columns of the square of elements in every piece: element j of v[i] becomes element i of v[j].
+template <int kBytes>
+inline void transpose_pieces(Units (&v)[16 / kBytes]) {
+  constexpr int kSize = 16 / kBytes;
+  for (int stage = 1; stage < kSize; stage *= 2) {
+    Units out[kSize];
+    for (int i = 0; i < kSize / 2; ++i) {
+      out[2 * i] = interleave<kBytes, false>(v[i], v[i + kSize / 2]);
+      out[2 * i + 1] = interleave<kBytes, true>(v[i], v[i + kSize / 2]);
     }
-    for (int i = 0; i < kLanes; ++i) v[i] = out[i];
+    for (int i = 0; i < kSize; ++i) v[i] = out[i];
   }
 }
 
