@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""HR@k and NDCG@k over the full corpus, retrieved by `mips_topk` less what each user has seen."""
 
 from typing import NamedTuple
 
@@ -6,31 +6,36 @@ import torch
 from torch import Tensor
 
 from grank_kernels import mips_topk
-
-from .data import Cases, last_items
-from .models import GRank
+from grank_kernels.data import Cases, last_items
+from grank_kernels.models import GRank
 
 
 class Metrics(NamedTuple):
-    """Means over the users asked."""
+    """Means over the users asked.
+
+    Attributes:
+        hr: HR@k, the share of users whose held-out item is among the first k.
+        ndcg: NDCG@k, `1 / log2(1 + rank)` of the held-out item, ranks from 1; 0 behind rank k.
+    """
 
     hr: float
-    """HR@k: the share of users whose held-out item is among the first k."""
     ndcg: float
-    """NDCG@k: `1 / log2(1 + rank)` of the held-out item, ranks from 1, and 0 behind rank k."""
 
 
 class Recommendations(NamedTuple):
-    """Lists for B users, best first; -1 where the corpus has no more items to offer."""
+    """Items for B users, best first; -1 where the corpus has no more to offer.
+
+    Attributes:
+        first: (B, k1) int64, as the first stage retrieved them.
+        second: (B, k1) int64, the same items as the Ranker orders them.
+    """
 
     first: Tensor
-    """(B, k1) int64: retrieved, in the order of the first stage."""
     second: Tensor
-    """(B, k1) int64: the same items as the Ranker orders them."""
 
 
 def hit_and_ndcg(recommended: Tensor, targets: Tensor, k: int) -> Metrics:
-    """HR@k and NDCG@k of one target a user, `recommended` `(B, >= k)` and `targets` `(B,)` int64."""
+    """HR@k and NDCG@k of one target a user, `recommended` (B, >= k) and `targets` (B,) int64."""
     hits = recommended[:, :k] == targets.unsqueeze(1)
     gains = torch.log2(torch.arange(2, hits.shape[1] + 2, device=hits.device)).reciprocal()
     return Metrics(hits.any(1).float().mean().item(), (hits * gains).sum(1).mean().item())
@@ -46,12 +51,12 @@ def recommend(model: GRank, cases: Cases, k1: int) -> Recommendations:
     history = last_items(cases.items, cases.offsets[:-1], cases.offsets[1:], length)
     users = model.user_vectors(history)
     logits, candidates = mips_topk(users, model.items, k1, exclude=(cases.offsets, cases.items))
-    order = model.score(history, users, candidates, logits).argsort(1, descending=True, stable=True)
+    order = model.rank(history, users, candidates, logits).argsort(dim=1, descending=True, stable=True)
     return Recommendations(candidates, candidates.gather(1, order))
 
 
 def most_popular(cases: Cases, train_items: Tensor, num_items: int, k: int) -> Tensor:
-    """The k items with the most training interactions that a user has not seen, `(B, k)` int64.
+    """The k items with the most training interactions that a user has not seen, (B, k) int64.
 
     Also an inner-product search: every item is its count, every user the number one.
     """

@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Fitting a model; Lightning runs the loop."""
 
 import logging
 import sys
@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
-from .data import LeaveOneOut, TrainingWindows
-from .models import GRank
+from grank_kernels.data import LeaveOneOut, TrainingWindows
+from grank_kernels.models import GRank
 
 
 class GRankTraining(lightning.LightningModule):
@@ -27,8 +27,8 @@ class GRankTraining(lightning.LightningModule):
         self.steps = steps
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of windows `(B, W)`."""
-        retrieval, ranking = self.model.loss(batch)
+        """One batch of windows (B, W)."""
+        retrieval, ranking = self.model.losses(batch)
         self.log_dict({"retrieval": retrieval, "ranking": ranking}, prog_bar=True, batch_size=len(batch))
         return retrieval + ranking
 
@@ -47,7 +47,7 @@ def train_grank(
     epochs: int,
     seed: int = 0,
     learning_rate: float = 2e-3,
-    batch_size: int = 64,
+    batch_size: int = 32,
     progress: bool = False,
     **model: Any,
 ) -> GRank:
@@ -77,7 +77,7 @@ def train_grank(
     )
     callbacks: list[Callback] = []
     if progress:  # without a terminal, one line an epoch
-        callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else len(windows)))
+        callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else len(windows)))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")

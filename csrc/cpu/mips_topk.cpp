@@ -1,60 +1,16 @@
 #include "mips_topk.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <vector>
 
+#include "reservoirs.h"
 #include "threads.h"
 
 namespace grank {
 namespace {
-
-// A candidate as one integer: the larger, the better. Upper half the score, lower half the complement of the row's
-// position, so that of equal scores the smaller position is better.
-using Key = uint64_t;
-
-constexpr Key kNoThreshold = static_cast<Key>(0x007fffff) << 32;  // -infinity at the last position: everything passes
-
-Key key_of(float score, uint32_t row) { return static_cast<Key>(ordered_bits(score + 0.0f)) << 32 | ~row; }
-uint32_t row_of(Key key) { return ~static_cast<uint32_t>(key); }
-
-// "a is better than b": with external ids those decide between equal scores.
-struct Better {
-  const int64_t* ids;
-  bool operator()(Key a, Key b) const {
-    if (ids == nullptr || (a ^ b) >> 32 != 0) return a > b;
-    return ids[row_of(a)] < ids[row_of(b)];
-  }
-};
-
-class SpinLock {
- public:
-  void lock() {
-    while (taken_.exchange(true, std::memory_order_acquire)) {
-    }
-  }
-  void unlock() { taken_.store(false, std::memory_order_release); }
-
- private:
-  std::atomic<bool> taken_{false};
-};
-
-// The best candidates of one query seen so far.
-struct Reservoir {
-  SpinLock lock;
-  int64_t count = 0;
-  Key worst = kNoThreshold;  // a lower bound of the k-th best: no worse candidate is wanted
-  Key* keys = nullptr;
-};
-
-template <typename T>
-std::unique_ptr<T[]> allocate(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // uninitialised, unlike make_unique
-}
 
 // A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-6, below the k-th best of all: of the
 // k best the sample holds k * fraction on average with a standard deviation below sqrt(k * fraction).
@@ -65,7 +21,7 @@ struct Sample {
 
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
   // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
-  const int64_t rows = num_queries < 8 ? 2048 : 16384;
+  const int64_t rows = num_queries < 8 ? 1024 : 16384;
   const double expected = static_cast<double>(k) * rows / num_rows;
   const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected) + 6));
   if (rows > num_rows / 16 || rank > rows / 4) return {};
@@ -105,18 +61,14 @@ class Search {
   Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, bool may_sample)
       : p_(problem),
         kernel_(kernel),
-        better_{problem.ids},
         threads_(useful_threads(problem)),
         k_(std::min(problem.k, problem.num_rows)),
         sample_(may_sample ? sample_of(problem.num_rows, problem.num_queries, k_) : Sample{}),
-        capacity_(std::min(k_ + std::max<int64_t>(k_, 256), problem.num_rows)),
         panel_bytes_((kernel.panel_bytes(problem.dtype, problem.d) + 63) / 64 * 64),
-        keys_(allocate<Key>(problem.num_queries * capacity_)),
-        reservoirs_(static_cast<size_t>(problem.num_queries)),
-        thresholds_(static_cast<size_t>(problem.num_queries), kNoThreshold),
+        found_(problem.num_queries, std::max(k_, sample_.rank), threads_, problem.ids),
+        scratch_(allocate<Key>(threads_ * found_.capacity())),
         panels_(allocate<char>(threads_ * panel_bytes_ + 64)),
         packed_(allocate<char>(kernel.queries_bytes(problem.dtype, problem.num_queries, problem.d))) {
-    for (int64_t b = 0; b < p_.num_queries; ++b) reservoirs_[b].keys = keys_.get() + b * capacity_;
     pack_queries();
     sort_exclusions();
   }
@@ -124,17 +76,18 @@ class Search {
   void run() {
     if (sample_.rows > 0) {
       const std::vector<uint32_t> rows = sampled_rows(p_.num_rows, sample_.rows);
-      keep_ = sample_.rank;
-      scan(rows.data(), sample_.rows);
-      for (int64_t b = 0; b < p_.num_queries; ++b) start_from_sample(b);
+      scan(rows.data(), sample_.rows, sample_.rank);
+      for (int64_t b = 0; b < p_.num_queries; ++b) found_.restart(b);
     }
-    keep_ = k_;
-    scan(nullptr, p_.num_rows);
-    parallel_for(threads_, p_.num_queries, [this](int64_t b, int) {
-      if (is_complete(b)) finish(b);
+    std::vector<char> missed(static_cast<size_t>(p_.num_queries), false);
+    for (int64_t b = 0; b < p_.num_queries; ++b) missed[b] = found_.threshold(b) != kNoThreshold;
+    scan(nullptr, p_.num_rows, k_);
+    for (int64_t b = 0; b < p_.num_queries; ++b) missed[b] = missed[b] && found_.count(b) < k_;
+    parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
+      if (!missed[b]) finish(b, worker);
     });
     for (int64_t b = 0; b < p_.num_queries; ++b) {
-      if (!is_complete(b)) Search(only_query(b), kernel_, false).run();
+      if (missed[b]) Search(only_query(b), kernel_, false).run();  // the sampled threshold was above the k-th best
     }
   }
 
@@ -147,6 +100,8 @@ class Search {
   // What emit() must know of the tile being scanned.
   struct Tile {
     Search* search;
+    int worker;
+    float* bounds;
     int64_t first_query;
     uint32_t first_row;
     const uint32_t* list;  // the rows' positions, or null: they follow first_row
@@ -201,56 +156,25 @@ class Search {
     return !std::binary_search(sorted + p_.exclude_offsets[query], sorted + p_.exclude_offsets[query + 1], id);
   }
 
-  void set_threshold(int64_t query, Key worst) {
-    reservoirs_[query].worst = worst;
-    // With external ids the position says nothing about a tie, so every row of that score must pass.
-    const Key threshold = p_.ids != nullptr ? worst & ~static_cast<Key>(0xffffffffu) : worst;
-    __atomic_store_n(&thresholds_[query], threshold, __ATOMIC_RELAXED);
-  }
-
-  // Drops all but the keep_ best of a reservoir; nothing worse than those is wanted from now on.
-  void compact(int64_t query) {
-    Reservoir& r = reservoirs_[query];
-    std::nth_element(r.keys, r.keys + keep_ - 1, r.keys + r.count, better_);
-    r.count = keep_;
-    set_threshold(query, r.keys[keep_ - 1]);
-  }
-
-  void start_from_sample(int64_t query) {
-    Reservoir& r = reservoirs_[query];
-    if (r.count >= keep_) {
-      compact(query);
-    } else {
-      set_threshold(query, kNoThreshold);  // hardly a row is eligible
-    }
-    r.count = 0;
-  }
-
-  // False if the sampled threshold was above the k-th best.
-  bool is_complete(int64_t query) const {
-    return reservoirs_[query].count >= k_ || reservoirs_[query].worst == kNoThreshold;
-  }
-
-  void finish(int64_t query) {
-    Reservoir& r = reservoirs_[query];
-    if (r.count > k_) std::nth_element(r.keys, r.keys + k_ - 1, r.keys + r.count, better_);
-    const int64_t found = std::min(r.count, k_);
-    std::sort(r.keys, r.keys + found, better_);
+  void finish(int64_t query, int worker) {
+    const int64_t n = std::min(found_.count(query), k_);
+    const Key* best = found_.best(query, n, scratch_.get() + worker * found_.capacity());
     float* values = p_.values + query * p_.k;
     int64_t* positions = p_.positions + query * p_.k;
-    for (int64_t i = 0; i < found; ++i) {
-      values[i] = score_of(static_cast<uint32_t>(r.keys[i] >> 32));
-      positions[i] = row_of(r.keys[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      values[i] = score_of(best[i]);
+      positions[i] = row_of(best[i]);
     }
-    std::fill(values + found, values + p_.k, -std::numeric_limits<float>::infinity());
-    std::fill(positions + found, positions + p_.k, -1);
+    std::fill(values + n, values + p_.k, -std::numeric_limits<float>::infinity());
+    std::fill(positions + n, positions + p_.k, -1);
   }
 
-  // What a score of the tile at `first_row` must reach; thresholds of other threads may come late.
+  // What a score must reach in the rows from `first_row` on; thresholds that other threads raise may come late.
   float bound_of(int64_t query, uint32_t first_row) const {
-    const Key threshold = __atomic_load_n(&thresholds_[query], __ATOMIC_RELAXED);
-    // Behind the row of the threshold itself a tie is lost.
-    const float bound = score_of(static_cast<uint32_t>(threshold >> 32) + (first_row > row_of(threshold)));
+    const Key threshold = found_.threshold(query);
+    // Behind the threshold's own row a tie is lost, unless external ids decide it.
+    const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
+    const float bound = score_of_bits(static_cast<uint32_t>(threshold >> 32) + tie_is_lost);
     if (p_.dtype != DType::kInt8) return bound;
     // The kernel compares float(sum) * row_scale: two roundings where the score has three, 2^-24 each, and one here. Far
     // from overflow and underflow those are relative errors, below 2^-21 in all.
@@ -261,36 +185,31 @@ class Search {
 
   static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
     const Tile& tile = *static_cast<const Tile*>(context);
+    Search& search = *tile.search;
     const int64_t query = tile.first_query + query_in_step;
-    tile.search->emit(tile, query, first, scores, passed);
-    return tile.search->bound_of(query, tile.first_row);
-  }
-
-  void emit(const Tile& tile, int64_t query, int first, const float* scores, uint64_t passed) {
-    Key found[kTileRows];
-    int count = 0;
+    bool risen = false;
     for (; passed != 0; passed &= passed - 1) {
       const int i = __builtin_ctzll(passed);
-      const uint32_t row = tile.list != nullptr ? tile.list[first + i] : tile.first_row + static_cast<uint32_t>(first + i);
-      if (is_eligible(query, row)) found[count++] = key_of(scores[i], row);
+      const uint32_t row =
+          tile.list != nullptr ? tile.list[first + i] : tile.first_row + static_cast<uint32_t>(first + i);
+      const Key key = key_of(scores[i], row);
+      if (search.found_.is_wanted(query, key) && search.is_eligible(query, row)) {
+        risen |= search.found_.add(tile.worker, query, key);
+      }
     }
-    Reservoir& r = reservoirs_[query];
-    const std::lock_guard<SpinLock> lock(r.lock);
-    for (int i = 0; i < count; ++i) {
-      if (r.worst != kNoThreshold && better_(r.worst, found[i])) continue;
-      if (r.count == capacity_) compact(query);
-      r.keys[r.count++] = found[i];
-    }
+    return risen ? search.bound_of(query, tile.first_row) : tile.bounds[query_in_step];
   }
 
   // Offers every eligible row of list[0 .. count), or of the first `count` rows where list is null, to the reservoirs.
-  void scan(const uint32_t* list, int64_t count) {
+  void scan(const uint32_t* list, int64_t count, int64_t keep) {
+    found_.begin(keep);
     const int64_t blocks = (p_.num_queries + kStepQueries - 1) / kStepQueries;
     const int64_t steps = (count + kStepRows - 1) / kStepRows * blocks;
     parallel_for(threads_, steps, [&](int64_t step, int worker) {
       const int64_t begin = step / blocks * kStepRows;
       scan_step(list, begin, std::min(begin + kStepRows, count), step % blocks * kStepQueries, worker);
     });
+    for (int64_t b = 0; b < p_.num_queries; ++b) found_.end(b);
   }
 
   void scan_step(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
@@ -328,23 +247,19 @@ class Search {
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }
-      Tile context{this, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row), tile.list};
+      Tile context{this, worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row), tile.list};
       kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
     }
   }
 
   const MipsTopkProblem p_;
   const MipsTopkKernel& kernel_;
-  const Better better_;
   const int threads_;
   const int64_t k_;
   const Sample sample_;
-  const int64_t capacity_;     // of a reservoir
   const int64_t panel_bytes_;  // of a thread
-  int64_t keep_ = 0;           // how many a reservoir must keep: k, or the rank wanted of the sample
-  const std::unique_ptr<Key[]> keys_;
-  std::vector<Reservoir> reservoirs_;
-  std::vector<Key> thresholds_;
+  Reservoirs found_;
+  const std::unique_ptr<Key[]> scratch_;
   const std::unique_ptr<char[]> panels_;
   const std::unique_ptr<char[]> packed_;
   std::unique_ptr<float[]> query_scale_;

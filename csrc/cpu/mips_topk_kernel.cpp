@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kVectors = kTileRows / kLanes;           // vectors that hold one number of every row of a tile
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;   // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 4096;               // ahead of the rows being packed
+constexpr int64_t kPrefetchBytes = 4096;               // at least so far ahead of the tile being worked on
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;        // packed units of four int8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -94,10 +94,23 @@ inline void write_column(uint32_t* panel, Units column) {
   }
 }
 
+// Fetches the next tile while this one is worked on. Rows are packed across, so the hardware sees no order in them; asked
+// for line by line, in the order of memory, they arrive at its full bandwidth, spread over packing and multiplying.
+struct Ahead {
+  const char* line;  // the next to ask for
+  const char* end;
+
+  [[gnu::always_inline]] void fetch(int lines) {
+    if (line >= end) return;
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i);
+    line += 64 * lines;
+  }
+};
+
 // Packs 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns.
 template <DType kType, bool kListed, bool kWhole>
 [[gnu::always_inline]] inline void pack_square(const char* row, int64_t stride, const uint32_t* list, int64_t bytes,
-                                               const char* ahead, uint32_t* out) {
+                                               uint32_t* out) {
   constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // what is moved as one
   constexpr int kSize = 16 / kBytes;
   constexpr int kUnits = kType == DType::kInt8 ? kUnitsPerFour : 1;  // packed units of a column
@@ -108,7 +121,6 @@ template <DType kType, bool kListed, bool kWhole>
 #pragma GCC unroll 8
     for (int i = 0; i < kSize; ++i, row += stride) {
       if (kListed) row = first + list[g * kSize + i] * stride;
-      if (!kListed && i % 4 == 0) __builtin_prefetch(ahead + (g * kSize + i) * 16);
       asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
       columns[i] = put_piece(columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
     }
@@ -121,27 +133,26 @@ template <DType kType, bool kListed, bool kWhole>
 }
 
 template <DType kType, bool kListed>
-void pack(const MipsTopkTile& tile, int64_t d, uint32_t* panel) {
+void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
   constexpr int kRows = kType == DType::kFloat16 || kType == DType::kBFloat16 ? 2 * kLanes : kLanes;
   const int64_t row_bytes = d * element_bytes(kType);
-  // Rows are read across, memory in order: the prefetches tell it to those who fetch ahead.
-  const char* ahead = tile.rows + kPrefetchBytes;
   for (int first = 0; first < kTileRows; first += kRows) {
     const uint32_t* list = kListed ? tile.list + first : nullptr;
     const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride);
     uint32_t* out = panel + first;
     int64_t left = row_bytes;
-    for (; left >= 16; left -= 16, row += 16, ahead += 16 * kRows) {
-      pack_square<kType, kListed, true>(row, tile.row_stride, list, 16, ahead, out);
+    for (; left >= 16; left -= 16, row += 16) {
+      ahead.fetch(16 * kRows / 64);
+      pack_square<kType, kListed, true>(row, tile.row_stride, list, 16, out);
       out += units_of(kType, 16 / element_bytes(kType)) * kTileRows;
     }
-    if (left > 0) pack_square<kType, kListed, false>(row, tile.row_stride, list, left, ahead, out);
+    if (left > 0) pack_square<kType, kListed, false>(row, tile.row_stride, list, left, out);
   }
 }
 
 template <DType kType>
-void pack(const MipsTopkTile& tile, int64_t d, uint32_t* panel) {
-  tile.list != nullptr ? pack<kType, true>(tile, d, panel) : pack<kType, false>(tile, d, panel);
+void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
+  tile.list != nullptr ? pack<kType, true>(tile, d, ahead, panel) : pack<kType, false>(tile, d, ahead, panel);
 }
 
 // ---- multiply, compare, emit: kQueries queries x kVectorsAtOnce vectors of rows, sums in registers ----
@@ -154,7 +165,7 @@ struct FloatProducts {
 
   template <int kQueries>
   [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
-                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
+                                         Ahead& ahead, Sum (&sums)[kQueries][kVectorsAtOnce]) {
     const float* queries = reinterpret_cast<const float*>(packed);
     Floats totals[kQueries][kVectorsAtOnce];  // touched only by rows of more than one segment
     for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
@@ -166,6 +177,7 @@ struct FloatProducts {
         }
       }
       for (int64_t j = begin; j < end; ++j) {
+        ahead.fetch(1);
         Floats rows[kVectorsAtOnce];
         for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Floats>(panel + j * kTileRows + v * kLanes);
         for (int q = 0; q < kQueries; ++q) {
@@ -191,13 +203,14 @@ struct Int8Products {
 
   template <int kQueries>
   [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
-                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
+                                         Ahead& ahead, Sum (&sums)[kQueries][kVectorsAtOnce]) {
     for (int q = 0; q < kQueries; ++q) {
       for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = (Ints)broadcast<Units>(packed[q]);
     }
     packed += kQueries;
     const int64_t units = units_of(DType::kInt8, d);
     for (int64_t unit = 0; unit < units; ++unit) {
+      ahead.fetch(1);
       Units rows[kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Units>(panel + unit * kTileRows + v * kLanes);
       for (int q = 0; q < kQueries; ++q) {
@@ -217,13 +230,13 @@ struct Int8Products {
 // Passes the queries from `first` on, kQueries at a time, over a packed tile. Returns the first that is left.
 template <typename Products, int kQueries>
 int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
-                     const uint32_t* panel, MipsTopkEmit emit, void* context) {
+                     const uint32_t* panel, Ahead& ahead, MipsTopkEmit emit, void* context) {
   const int64_t one_query = packed_units(dtype, d);
   for (; first + kQueries <= queries.count; first += kQueries) {
     const uint32_t* packed = static_cast<const uint32_t*>(queries.packed) + first * one_query;
     for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
       typename Products::Sum sums[kQueries][kVectorsAtOnce];
-      Products::template sum<kQueries>(panel + row, packed, d, sums);
+      Products::template sum<kQueries>(panel + row, packed, d, ahead, sums);
       Floats scale[kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
 #pragma GCC unroll 8  // or the sums would leave the registers
@@ -248,32 +261,40 @@ int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const Mip
 
 template <typename Products>
 void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries,
-                 const uint32_t* panel, MipsTopkEmit emit, void* context) {
+                 const uint32_t* panel, Ahead ahead, MipsTopkEmit emit, void* context) {
   const int64_t first =
-      scan_queries<Products, kQueryBlock>(dtype, d, tile, queries, 0, panel, emit, context);
+      scan_queries<Products, kQueryBlock>(dtype, d, tile, queries, 0, panel, ahead, emit, context);
   static_assert(kQueryBlock == 6, "one case for every smaller block");
   switch (queries.count - first) {
-    case 1: scan_queries<Products, 1>(dtype, d, tile, queries, first, panel, emit, context); break;
-    case 2: scan_queries<Products, 2>(dtype, d, tile, queries, first, panel, emit, context); break;
-    case 3: scan_queries<Products, 3>(dtype, d, tile, queries, first, panel, emit, context); break;
-    case 4: scan_queries<Products, 4>(dtype, d, tile, queries, first, panel, emit, context); break;
-    case 5: scan_queries<Products, 5>(dtype, d, tile, queries, first, panel, emit, context); break;
+    case 1: scan_queries<Products, 1>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
+    case 2: scan_queries<Products, 2>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
+    case 3: scan_queries<Products, 3>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
+    case 4: scan_queries<Products, 4>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
+    case 5: scan_queries<Products, 5>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
   }
 }
 
 void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                MipsTopkEmit emit, void* context) {
   auto* units = static_cast<uint32_t*>(panel);
+  // The multiplication asks for one line a packed unit and block of queries, the packing for what that leaves.
+  const int64_t tile_bytes = tile.list == nullptr ? kTileRows * tile.row_stride : 0;
+  const int64_t tiles_ahead = tile_bytes > 0 ? divide_up(kPrefetchBytes, tile_bytes) : 0;
+  const char* next = tile.rows + tiles_ahead * tile_bytes;
+  const int64_t blocks = divide_up(queries.count, kQueryBlock) * (kTileRows / kRowsAtOnce);
+  const int64_t later = blocks * units_of(dtype, d) * 64;
+  const char* middle = next + (later < tile_bytes ? tile_bytes - later : 0);
+  const Ahead early{next, middle}, late{middle, next + tile_bytes};
   switch (dtype) {
-    case DType::kFloat32: pack<DType::kFloat32>(tile, d, units); break;
-    case DType::kFloat16: pack<DType::kFloat16>(tile, d, units); break;
-    case DType::kBFloat16: pack<DType::kBFloat16>(tile, d, units); break;
-    case DType::kInt8: pack<DType::kInt8>(tile, d, units); break;
+    case DType::kFloat32: pack<DType::kFloat32>(tile, d, early, units); break;
+    case DType::kFloat16: pack<DType::kFloat16>(tile, d, early, units); break;
+    case DType::kBFloat16: pack<DType::kBFloat16>(tile, d, early, units); break;
+    case DType::kInt8: pack<DType::kInt8>(tile, d, early, units); break;
   }
   if (dtype == DType::kInt8) {
-    scan_packed<Int8Products>(dtype, d, tile, queries, units, emit, context);
+    scan_packed<Int8Products>(dtype, d, tile, queries, units, late, emit, context);
   } else {
-    scan_packed<FloatProducts>(dtype, d, tile, queries, units, emit, context);
+    scan_packed<FloatProducts>(dtype, d, tile, queries, units, late, emit, context);
   }
 }
 

