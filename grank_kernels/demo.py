@@ -52,7 +52,7 @@ def _recommend(interactions: Interactions, epochs: int, k1: int, seed: int) -> N
     )
     start = time.perf_counter()
     model = train_grank(split, epochs=epochs, seed=seed, progress=True)
-    print(f"trained in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads\n")
+    print(f"\ntrained in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads\n")
 
     lists = recommend(model, split.test, k1)
     popular = most_popular(split.test, split.train_items, split.num_items, _K)

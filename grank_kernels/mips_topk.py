@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grank_kernels.backends import BACKENDS
+from grank_kernels.dispatch import choose, is_plain
 from grank_kernels.table import ItemTable
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,10 +68,11 @@ def mips_topk(
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
     rows, row_scale, ids = _operands(items)
-    if rows.shape[1] != queries_2d.shape[1]:
+    (B, d), (N, width) = queries_2d.shape, rows.shape
+    if d != width:
         raise ValueError(
             f"queries and items differ in width: queries are {_shape(queries)}, items {_shape(rows)}; "
-            f"both take d = {rows.shape[1]} as the last dimension"
+            f"both take d = {width} as the last dimension"
         )
     if rows.device != queries.device:
         raise ValueError(f"queries are on {queries.device} and items on {rows.device}; both must be on one device")
@@ -78,12 +80,17 @@ def mips_topk(
         raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
-    B, N = queries_2d.shape[0], rows.shape[0]
-    offsets, excluded = _exclusions(exclude, B, one, queries.device)
+    offsets, excluded = None, None
+    if exclude is not None:
+        offsets, excluded = _exclusions(exclude, B, one, queries.device)
     if allow is not None:
         _check_allow(allow, B, N, queries.device)
-    name = _choose(backend, queries_2d, rows)
-    values, positions = torch.ops.grank.mips_topk(queries_2d, rows, row_scale, ids, k, offsets, excluded, allow, name)
+    name = choose("mips_topk", backend, queries_2d, rows)
+    operands = (queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
+    if is_plain(queries_2d, rows):
+        values, positions = BACKENDS[name].mips_topk(*operands)
+    else:
+        values, positions = torch.ops.grank.mips_topk.default(*operands, name)
     indices = positions if ids is None else _external(positions, ids)
     if one:
         values, indices = values[0], indices[0]
@@ -115,12 +122,8 @@ def _operands(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tens
     return items, None, None
 
 
-def _exclusions(
-    exclude: Any, B: int, one: bool, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Offsets (B + 1,) and ids, whichever way they came."""
-    if exclude is None:
-        return None, None
     pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
     for x in exclude if pair else (exclude,):
         if not isinstance(x, torch.Tensor):
@@ -157,20 +160,6 @@ def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
         raise ValueError(f"allow has shape {_shape(allow)}; for {B} queries and {N} items it takes ({N},) or ({B}, {N})")
     if allow.device != device:
         raise ValueError(f"allow is on {allow.device} and queries on {device}; both must be on one device")
-
-
-def _choose(backend: str | None, queries: torch.Tensor, rows: torch.Tensor) -> str:
-    """The first backend that can run, or the named one or an error with its reason."""
-    if backend is None:
-        for name, module in BACKENDS.items():
-            if module.mips_topk_unsupported(queries, rows) is None:
-                return name
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
-    reason = BACKENDS[backend].mips_topk_unsupported(queries, rows)
-    if reason is not None:
-        raise ValueError(f"backend {backend!r} cannot run: {reason}")
-    return backend
 
 
 def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

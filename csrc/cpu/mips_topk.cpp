@@ -12,8 +12,8 @@
 namespace grank {
 namespace {
 
-// A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-6, below the k-th best of all: of the
-// k best the sample holds k * fraction on average with a standard deviation below sqrt(k * fraction).
+// A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-5, below the k-th best of all. The
+// sample holds about Poisson(e) of the k best, e = k * rows / num_rows, and e + 4.3 sqrt(e) + 3 is above that quantile.
 struct Sample {
   int64_t rows = 0;  // 0: not worth it
   int64_t rank = 0;
@@ -23,7 +23,7 @@ Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
   // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
   const int64_t rows = num_queries < 8 ? 1024 : 16384;
   const double expected = static_cast<double>(k) * rows / num_rows;
-  const auto rank = static_cast<int64_t>(std::ceil(expected + 5 * std::sqrt(expected) + 6));
+  const auto rank = static_cast<int64_t>(std::ceil(expected + 4.3 * std::sqrt(expected) + 3));
   if (rows > num_rows / 16 || rank > rows / 4) return {};
   return {rows, rank};
 }
@@ -233,6 +233,7 @@ class Search {
     const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
     for (int64_t q = 0; q < num_queries; ++q) bounds[q] = bound_of(first_query + q, first_row);
     const char* rows = static_cast<const char*>(p_.rows);
+    const int64_t row_bytes = p_.d * element_bytes(p_.dtype);
     for (int64_t row = begin; row < end; row += kTileRows) {
       uint32_t listed[kTileRows];
       float listed_scale[kTileRows];
@@ -244,6 +245,10 @@ class Search {
           const int64_t at = row + std::min(i, n - 1);
           listed[i] = list != nullptr ? list[at] : static_cast<uint32_t>(at);
           if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
+          if (list != nullptr && row + kTileRows + i < end) {  // rows that lie apart, of the next tile
+            const char* next = rows + list[row + kTileRows + i] * p_.row_stride;
+            for (int64_t line = 0; line < std::min<int64_t>(row_bytes, 512); line += 64) __builtin_prefetch(next + line);
+          }
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }

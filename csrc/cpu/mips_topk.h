@@ -7,7 +7,7 @@
 //   3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
 //
 // The result does not depend on the thresholds, hence neither on threads nor on their timing.
-// Memory: 8 * (k + max(k, 256)) + 8 d bytes a query, and 64 packed rows a thread.
+// Memory: 8 * (k + max(k, 64)) + 8 d bytes a query, and 64 packed rows a thread.
 #pragma once
 
 #include <cstdint>

@@ -68,10 +68,6 @@ void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, vo
 
 // ---- packing a tile ----
 
-constexpr int element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
-}
-
 // Writes what `column` holds of one element (or of four int8) of consecutive rows: kLanes rows, or twice as many of
 // 16-bit elements, which become floats here.
 template <DType kType>
@@ -102,7 +98,7 @@ struct Ahead {
 
   [[gnu::always_inline]] void fetch(int lines) {
     if (line >= end) return;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i);
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
     line += 64 * lines;
   }
 };
@@ -230,7 +226,8 @@ struct Int8Products {
 // Passes the queries from `first` on, kQueries at a time, over a packed tile. Returns the first that is left.
 template <typename Products, int kQueries>
 int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
-                     const uint32_t* panel, Ahead& ahead, MipsTopkEmit emit, void* context) {
+                     const uint32_t* panel, Ahead& shared_ahead, MipsTopkEmit emit, void* context) {
+  Ahead ahead = shared_ahead;  // in registers
   const int64_t one_query = packed_units(dtype, d);
   for (; first + kQueries <= queries.count; first += kQueries) {
     const uint32_t* packed = static_cast<const uint32_t*>(queries.packed) + first * one_query;
@@ -239,23 +236,31 @@ int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const Mip
       Products::template sum<kQueries>(panel + row, packed, d, ahead, sums);
       Floats scale[kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
-#pragma GCC unroll 8  // or the sums would leave the registers
+      alignas(64) float scores[kQueries][kRowsAtOnce];
+      uint64_t passed[kQueries];
+      unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
+#pragma GCC unroll 8      // or the sums would leave the registers
       for (int q = 0; q < kQueries; ++q) {
         const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
         Floats largest = Products::compared(sums[q][0], scale[0]);
         for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
         if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
-        alignas(64) float scores[kRowsAtOnce];
-        uint64_t passed = 0;
+        uint64_t reached = 0;
         for (int v = 0; v < kVectorsAtOnce; ++v) {
-          store(scores + v * kLanes, Products::score(sums[q][v], scale[v], queries, first + q));
-          passed |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
+          store(&scores[q][v * kLanes], Products::score(sums[q][v], scale[v], queries, first + q));
+          reached |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
         }
-        passed &= tile.valid >> row;
-        if (passed != 0) queries.bounds[first + q] = emit(context, first + q, row, scores, passed);
+        passed[q] = reached;
+        hits |= 1u << q;
+      }
+      for (; hits != 0; hits &= hits - 1) {
+        const int q = __builtin_ctz(hits);
+        const uint64_t rows = passed[q] & tile.valid >> row;
+        if (rows != 0) queries.bounds[first + q] = emit(context, first + q, row, scores[q], rows);
       }
     }
   }
+  shared_ahead = ahead;
   return first;
 }
 

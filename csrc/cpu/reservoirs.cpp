@@ -5,7 +5,7 @@
 namespace grank {
 namespace {
 
-int64_t room_for(int64_t keep) { return keep + std::max<int64_t>(keep, 256); }
+int64_t room_for(int64_t keep) { return keep + std::max<int64_t>(keep, 64); }
 
 constexpr int64_t kRadixCount = 256;  // below it a comparison sort is faster
 

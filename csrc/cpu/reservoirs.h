@@ -35,7 +35,7 @@ std::unique_ptr<T[]> allocate(int64_t count) {
 }
 
 // Threads collect a few candidates of each query on their own before they share them, so that a lock is taken once for
-// several and memory is 8 * (k + max(k, 256)) bytes a query for all threads together, plus 72 bytes a query and thread.
+// several and memory is 8 * (k + max(k, 64)) bytes a query for all threads together, plus 72 bytes a query and thread.
 class Reservoirs {
  public:
   Reservoirs(int64_t num_queries, int64_t most, int workers, const int64_t* ids);

@@ -32,7 +32,7 @@ def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | N
     """Why `mips_topk` cannot run for these tensors."""
     if _cpu is None:
         return unavailable()
-    if queries.device.type != "cpu":
+    if not queries.is_cpu:
         return f"queries are on {queries.device}, not on the CPU"
     if items.shape[0] > _MAX_ROWS:
         return f"items have {items.shape[0]} rows; one search takes at most {_MAX_ROWS}, split the table"
@@ -56,11 +56,12 @@ def mips_topk(
     allow: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
-    B, d = queries.shape
-    N = items.shape[0]
+    (B, d), N = queries.shape, len(items)
     queries = queries.float().contiguous()
-    if items.stride(1) != 1 and d > 1:
+    row_stride, column_stride = items.stride()
+    if column_stride != 1 and d > 1:
         items = items.contiguous()
+        row_stride = d
     if exclude_offsets is not None and exclude_ids is not None:
         exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
     if allow is not None and allow.stride(-1) != 1:
@@ -68,7 +69,7 @@ def mips_topk(
     values = torch.empty(B, k)
     positions = torch.empty(B, k, dtype=torch.int64)
     _cpu.mips_topk(
-        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, items.stride(0) * items.element_size(),
+        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, row_stride * items.itemsize,
         _address(row_scale), _address(ids),
         _address(exclude_offsets), _address(exclude_ids), 0 if exclude_ids is None else len(exclude_ids),
         _address(allow), allow.stride(0) if allow is not None and allow.dim() == 2 else 0,

@@ -1,0 +1,41 @@
+"""What every op does alike: choose a backend, and skip torch's dispatcher where nobody could tell."""
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from grank_kernels.backends import BACKENDS
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
+    """The first backend that can run `op` for these tensors, or the named one.
+
+    Raises:
+        ValueError: the named backend is unknown or cannot run; the message says why.
+    """
+    if backend is None:
+        for name, module in BACKENDS.items():
+            if getattr(module, op + "_unsupported")(*tensors) is None:
+                return name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
+    reason = getattr(BACKENDS[backend], op + "_unsupported")(*tensors)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """True where a call through torch's dispatcher would do nothing but call the backend.
+
+    That is: no compiling or tracing, no dispatch mode, no functional transform, no tensor subclass, no gradient to be
+    recorded. The dispatcher costs more than a search of a thousand items.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._get_tracing_state() is not None:
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return not any(type(x) not in _PLAIN or (grad and x.requires_grad) for x in tensors)
