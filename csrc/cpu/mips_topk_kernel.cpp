@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kVectors = kTileRows / kLanes;           // vectors that hold one number of every row of a tile
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;   // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 4096;               // at least so far ahead of the tile being worked on
+constexpr int64_t kPrefetchBytes = 4096;               // from what is packed to what is fetched meanwhile
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;        // packed units of four int8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -90,16 +90,17 @@ inline void write_column(uint32_t* panel, Units column) {
   }
 }
 
-// Fetches the next tile while this one is worked on. Rows are packed across, so the hardware sees no order in them; asked
-// for line by line, in the order of memory, they arrive at its full bandwidth, spread over packing and multiplying.
+// Fetches memory while something else is done. Rows are packed across, so the hardware sees no order in them; asked for
+// line by line, in the order of memory, they arrive at its full bandwidth.
 struct Ahead {
   const char* line;  // the next to ask for
   const char* end;
 
-  [[gnu::always_inline]] void fetch(int lines) {
+  template <int kLines, int kCache>  // 3: into the first-level cache; 2: only into the second
+  [[gnu::always_inline]] void fetch() {
     if (line >= end) return;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
-    line += 64 * lines;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + 64 * i, 0, kCache);
+    line += 64 * kLines;
   }
 };
 
@@ -138,7 +139,7 @@ void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
     uint32_t* out = panel + first;
     int64_t left = row_bytes;
     for (; left >= 16; left -= 16, row += 16) {
-      ahead.fetch(16 * kRows / 64);
+      ahead.fetch<16 * kRows / 64, 3>();
       pack_square<kType, kListed, true>(row, tile.row_stride, list, 16, out);
       out += units_of(kType, 16 / element_bytes(kType)) * kTileRows;
     }
@@ -173,7 +174,7 @@ struct FloatProducts {
         }
       }
       for (int64_t j = begin; j < end; ++j) {
-        ahead.fetch(1);
+        ahead.fetch<2, 2>();
         Floats rows[kVectorsAtOnce];
         for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Floats>(panel + j * kTileRows + v * kLanes);
         for (int q = 0; q < kQueries; ++q) {
@@ -206,7 +207,7 @@ struct Int8Products {
     packed += kQueries;
     const int64_t units = units_of(DType::kInt8, d);
     for (int64_t unit = 0; unit < units; ++unit) {
-      ahead.fetch(1);
+      ahead.fetch<2, 2>();
       Units rows[kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Units>(panel + unit * kTileRows + v * kLanes);
       for (int q = 0; q < kQueries; ++q) {
@@ -282,14 +283,13 @@ void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTop
 void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                MipsTopkEmit emit, void* context) {
   auto* units = static_cast<uint32_t*>(panel);
-  // The multiplication asks for one line a packed unit and block of queries, the packing for what that leaves.
+  // With few queries packing takes the time, so it fetches, a little ahead of itself; with many the multiplications do,
+  // the whole next tile.
   const int64_t tile_bytes = tile.list == nullptr ? kTileRows * tile.row_stride : 0;
-  const int64_t tiles_ahead = tile_bytes > 0 ? divide_up(kPrefetchBytes, tile_bytes) : 0;
-  const char* next = tile.rows + tiles_ahead * tile_bytes;
-  const int64_t blocks = divide_up(queries.count, kQueryBlock) * (kTileRows / kRowsAtOnce);
-  const int64_t later = blocks * units_of(dtype, d) * 64;
-  const char* middle = next + (later < tile_bytes ? tile_bytes - later : 0);
-  const Ahead early{next, middle}, late{middle, next + tile_bytes};
+  const bool few = queries.count <= kQueryBlock;
+  const char* near = tile.rows + kPrefetchBytes;
+  const char* next = tile.rows + tile_bytes;
+  const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
   switch (dtype) {
     case DType::kFloat32: pack<DType::kFloat32>(tile, d, early, units); break;
     case DType::kFloat16: pack<DType::kFloat16>(tile, d, early, units); break;
