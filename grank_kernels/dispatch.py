@@ -30,12 +30,12 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
 def is_plain(*tensors: torch.Tensor) -> bool:
     """True where a call through torch's dispatcher would do nothing but call the backend.
 
-    That is: no compiling or tracing, no dispatch mode, no functional transform, no tensor subclass, no gradient to be
-    recorded. The dispatcher costs more than a search of a thousand items.
+    That is: no compiling or tracing, no dispatch mode, no functional transform, no tensor subclass, no tensor without
+    data or with a sign yet to be applied (`is_neg`), no gradient to be recorded. The dispatcher costs more than a search of a thousand items.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._get_tracing_state() is not None:
         return False
     if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return not any(type(x) not in _PLAIN or (grad and x.requires_grad) for x in tensors)
+    return not any(type(x) not in _PLAIN or x.is_meta or x.is_neg() or (grad and x.requires_grad) for x in tensors)

@@ -212,7 +212,6 @@ def _run(
     return values, positions
 
 
-@torch.library.register_fake("grank::mips_topk")
 def _fake(queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any) -> Any:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
@@ -245,4 +244,5 @@ def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor
     return grad_queries, grad_items, None, None, None, None, None, None, None
 
 
+torch.library.register_fake("grank::mips_topk", _fake)
 torch.library.register_autograd("grank::mips_topk", _backward, setup_context=_setup_context)

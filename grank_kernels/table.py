@@ -55,7 +55,7 @@ class ItemTable:
         if dtype != torch.int8:
             return cls(rows.to(dtype, copy=True, memory_format=torch.contiguous_format), None, ids)
         numbers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-        scale = torch.empty(len(rows), device=rows.device)
+        scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         step = max(1, (1 << 22) // max(1, rows.shape[1]))  # float32 copies of 16 MB, not of the whole table
         for start in range(0, len(rows), step):
             part = slice(start, start + step)

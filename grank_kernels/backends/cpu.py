@@ -1,5 +1,7 @@
 """The C++ SIMD kernels (csrc/cpu): tensors to addresses, outputs allocated here."""
 
+import warnings
+
 import torch
 
 try:
@@ -7,6 +9,11 @@ try:
 except ImportError as error:  # the package works without its native library, see unavailable()
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
+    warnings.warn(
+        f"the native library of grank_kernels could not be loaded ({error}); the much slower 'reference' backend is used",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _MAX_ROWS = (1 << 32) - 1
@@ -66,8 +73,8 @@ def mips_topk(
         exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
     if allow is not None and allow.stride(-1) != 1:
         allow = allow.contiguous()
-    values = torch.empty(B, k)
-    positions = torch.empty(B, k, dtype=torch.int64)
+    values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
+    positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
     _cpu.mips_topk(
         queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, row_stride * items.itemsize,
         _address(row_scale), _address(ids),

@@ -32,7 +32,7 @@ def mips_topk(
     B, N = len(queries), len(items)
     device = queries.device
     excluded = _excluded_positions(exclude_offsets, exclude_ids, ids, B, N)
-    values = torch.empty(B, 0, device=device)
+    values = torch.empty(B, 0, dtype=torch.float32, device=device)
     positions = torch.empty(B, 0, dtype=torch.int64, device=device)
     eligible = torch.empty(B, 0, dtype=torch.bool, device=device)
     step = max(1, CHUNK_SCORES // max(B, 1))
@@ -64,7 +64,7 @@ def _scores(queries: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor |
         sums = numbers.double() @ rows.double().T  # integers below 2^53: exact in any order
         return sums.float() * (query_scale[:, None] * row_scale)
     columns = rows.T.float().contiguous()
-    total = torch.zeros(len(queries), len(rows), device=queries.device)
+    total = torch.zeros(len(queries), len(rows), dtype=torch.float32, device=queries.device)
     for begin in range(0, queries.shape[1], SEGMENT):
         partial = torch.zeros_like(total)
         for j in range(begin, min(begin + SEGMENT, queries.shape[1])):
@@ -86,6 +86,7 @@ def _excluded_positions(
     """The (query, position) pairs that are excluded; ids that no row has are left out."""
     if offsets is None or excluded is None:
         return None
+    offsets, excluded = offsets.contiguous(), excluded.contiguous()  # searchsorted warns otherwise
     if offsets.device.type == "cpu":
         _check_exclude(offsets, excluded, None if ids is not None else N)
     entry = torch.arange(len(excluded), device=excluded.device)

@@ -55,6 +55,7 @@ class Ranker(nn.Module):
     def __init__(self, dim: int, history: int, hidden: int) -> None:
         super().__init__()
         self.history = history
+        self.recency = nn.Parameter(0.02 * torch.randn(history, dim))
         self.history_mlp = mlp(dim, dim, dim)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -65,32 +66,26 @@ class Ranker(nn.Module):
         self.hidden_user = nn.Linear(dim, hidden)
         self.out = nn.Linear(hidden, 1)
 
-    def keys_values(self, table: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-        """What all candidates of a user share: history (B, L) int64 -> keys and values, each (B, L, d)."""
-        items, _ = masked_lookup(table, history)
-        x = items + self.history_mlp(items)
-        return self.key(x), self.value(x)
-
-    def forward(
-        self, table: Tensor, keys: Tensor, values: Tensor, visible: Tensor, users: Tensor, candidates: Tensor
-    ) -> Tensor:
+    def forward(self, table: Tensor, history: Tensor, users: Tensor, candidates: Tensor) -> Tensor:
         """Scores of the candidates.
 
         Args:
             table: (N, d) float32 item vectors.
-            keys: (B, L, d), values: (B, L, d), both from `keys_values`.
-            values: see keys.
-            visible: (B, L) bool: the items of the history that count.
+            history: (B, L) int64, oldest first, padded on the left with -1; the last `self.history` columns count.
             users: (B, d) from the Generator.
             candidates: (B, C) int64 in [0, N).
 
         Returns:
-            (B, C). An empty history has o = 0.
+            (B, C) float32. Of an empty history o is 0.
         """
-        values = values.masked_fill(~visible.unsqueeze(-1), 0.0)
-        mask = visible | ~visible.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
-        e = F.embedding(candidates, table)
-        o = F.scaled_dot_product_attention(self.query(e), keys, values, attn_mask=mask.unsqueeze(1))
+        items, valid = masked_lookup(table, history[:, -self.history :])
+        scale = items.shape[2] ** 0.5
+        x = items * scale + self.recency[-items.shape[1] :]
+        x = x + self.history_mlp(x)
+        values = self.value(x).masked_fill(~valid.unsqueeze(-1), 0.0)
+        mask = valid | ~valid.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
+        e = F.embedding(candidates, table) * scale
+        o = F.scaled_dot_product_attention(self.query(e), self.key(x), values, attn_mask=mask.unsqueeze(1))
         hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
         scores: Tensor = self.out(F.relu(hidden))
         return scores.squeeze(-1)
@@ -156,9 +151,7 @@ class GRank(nn.Module):
         Returns:
             (B, C).
         """
-        history = history[:, -self.ranker.history :]
-        keys, values = self.ranker.keys_values(self.items, history)
-        corrections: Tensor = self.ranker(self.items, keys, values, history >= 0, users, candidates.clamp(min=0))
+        corrections: Tensor = self.ranker(self.items, history, users, candidates.clamp(min=0))
         return (logits + corrections).masked_fill(candidates < 0, float("-inf"))
 
     def losses(self, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,12 +186,8 @@ class GRank(nn.Module):
         with torch.no_grad():
             proposal = logits[pick].softmax(1).clamp(min=1e-9).scatter(1, target, 0.0)
             negatives = proposal.multinomial(min(self.negatives, len(self.items) - 1))
-        past = history[:, -self.ranker.history :]
-        keys, values = self.ranker.keys_values(self.items, past)
-        place = torch.arange(history.shape[1], device=rows.device)[-self.ranker.history :]
-        visible = (past >= 0)[rows] & (place <= columns.unsqueeze(1))
         candidates = torch.cat([target, negatives], 1)
-        outputs = self.ranker(self.items, keys[rows], values[rows], visible, users[pick], candidates)
+        outputs = self.ranker(self.items, _until(history[rows], columns), users[pick], candidates)
         return retrieval, F.cross_entropy(outputs, torch.zeros_like(rows))
 
 
@@ -208,3 +197,9 @@ def _first_seen(history: Tensor, num_items: int) -> Tensor:
     slots = history.where(history >= 0, num_items)
     first = torch.full((len(history), num_items + 1), 32767, dtype=torch.int16, device=history.device)
     return first.scatter_reduce(1, slots, columns, "amin")[:, :-1]
+
+
+def _until(history: Tensor, columns: Tensor) -> Tensor:
+    """Each row of `history` (B, L) as it stood at its column, which moves into the last place; -1 fills the front."""
+    source = torch.arange(1 - history.shape[1], 1, device=history.device) + columns.unsqueeze(1)
+    return history.gather(1, source.clamp(min=0)).where(source >= 0, -1)
