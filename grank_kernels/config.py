@@ -1,6 +1,7 @@
 """`show_config`: versions, devices, and for every backend whether it can run and why not."""
 
 import platform
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -9,14 +10,25 @@ from grank_kernels._version import __version__
 from grank_kernels.backends import BACKENDS, cpu
 
 
+def _cuda_module() -> str:
+    if find_spec("grank_kernels._cuda") is None:
+        return "not built: there was no nvcc where the package was installed"
+    try:
+        from grank_kernels import _cuda
+    except ImportError as error:
+        return f"could not be loaded: {error}"
+    return f"compiled for {', '.join(_cuda.architectures())}; it holds no kernels yet"
+
+
 def show_config() -> str:
     """A text for people and bug reports: versions, devices, every backend and whether it can run, or why not."""
     lines = [
         f"grank_kernels {__version__}, torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
-        f"processor: {platform.machine()}, {torch.get_num_threads()} threads",
+        f"processor: {platform.machine()}, {torch.get_num_threads()} threads; {torch.cuda.device_count()} CUDA devices",
     ]
     for name, module in BACKENDS.items():
         lines.append(f"backend {name}: {module.unavailable() or 'can run'}")
+    lines.append(f"cuda module: {_cuda_module()}")
     if cpu.unavailable() is None:
         sets = ", ".join(isa + ("" if here else " (not on this processor)") for isa, here in cpu.isas().items())
         lines.append(f"cpu instruction set: {cpu.isa()}, of {sets}; GRANK_CPU_ISA chooses another")

@@ -171,6 +171,10 @@ inline Units interleave(Units a, Units b) {
   const __m256i x = (__m256i)a, y = (__m256i)b;
   if constexpr (kBytes == 4) return (Units)(kUpper ? _mm256_unpackhi_epi32(x, y) : _mm256_unpacklo_epi32(x, y));
   return (Units)(kUpper ? _mm256_unpackhi_epi16(x, y) : _mm256_unpacklo_epi16(x, y));
+#elif defined(__SSE2__)
+  const __m128i x = (__m128i)a, y = (__m128i)b;
+  if constexpr (kBytes == 4) return (Units)(kUpper ? _mm_unpackhi_epi32(x, y) : _mm_unpacklo_epi32(x, y));
+  return (Units)(kUpper ? _mm_unpackhi_epi16(x, y) : _mm_unpacklo_epi16(x, y));
 #else
   constexpr int k = kUpper ? 8 / kBytes : 0;
   if constexpr (kBytes == 4) return __builtin_shufflevector(a, b, k, k + 4, k + 1, k + 5);
