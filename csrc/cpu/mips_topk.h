@@ -7,7 +7,8 @@
 //   3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
 //
 // The result does not depend on the thresholds, hence neither on threads nor on their timing.
-// Memory: 8 * (k + max(k, 64)) + 8 d bytes a query, and 64 packed rows a thread.
+// Memory: 8 (k + max(k, 64)) + 4 d bytes a query (a fifth of that for int8), 72 bytes a query and thread, and for every
+// thread 64 packed rows and one reservoir more.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,6 @@ namespace grank {
 namespace GRANK_ISA {
 namespace {
 
-constexpr int kVectors = kTileRows / kLanes;           // vectors that hold one number of every row of a tile
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;   // times kQueryBlock accumulators fit the registers
 constexpr int64_t kPrefetchBytes = 4096;               // from what is packed to what is fetched meanwhile
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;        // packed units of four int8
