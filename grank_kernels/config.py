@@ -31,5 +31,8 @@ def show_config() -> str:
     lines.append(f"cuda module: {_cuda_module()}")
     if cpu.unavailable() is None:
         sets = ", ".join(isa + ("" if here else " (not on this processor)") for isa, here in cpu.isas().items())
-        lines.append(f"cpu instruction set: {cpu.isa()}, of {sets}; GRANK_CPU_ISA chooses another")
+        try:
+            lines.append(f"cpu instruction set: {cpu.isa()}, of {sets}; GRANK_CPU_ISA chooses another")
+        except ValueError as error:
+            lines.append(f"cpu instruction set: none, every search will raise: {error}")
     return "\n".join(lines)

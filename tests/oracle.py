@@ -1,4 +1,4 @@
-"""What mips_topk must return, bit for bit, computed in the plainest way: NumPy, one rounding at a time, one sort a query.
+"""What mips_topk must return, bit for bit, in the plainest way: NumPy, one rounding at a time, one sort a query.
 
 Nothing here calls the package, but for asking which instruction set is in use.
 """

@@ -190,6 +190,7 @@ class Search {
     bool risen = false;
     for (; passed != 0; passed &= passed - 1) {
       const int i = __builtin_ctzll(passed);
+      if (std::isnan(scores[i])) continue;  // of int8 rows: what was compared does not know of the query's scale
       const uint32_t row =
           tile.list != nullptr ? tile.list[first + i] : tile.first_row + static_cast<uint32_t>(first + i);
       const Key key = key_of(scores[i], row);

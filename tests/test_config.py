@@ -1,0 +1,101 @@
+"""What a user sees before the first search: the import, show_config, and a package without its native library."""
+
+import platform
+
+import torch
+from oracle import isas, run_python
+
+import grank_kernels as gk
+from grank_kernels.backends import cpu
+
+
+def test_show_config() -> None:
+    text = gk.show_config()
+    for fact in (gk.__version__, torch.__version__, platform.python_version(), f"{torch.get_num_threads()} threads"):
+        assert fact in text
+    assert "backend cpu: can run" in text
+    assert "backend reference: can run" in text
+    assert f"cpu instruction set: {cpu.isa()}, of baseline" in text
+    for isa, runs_here in cpu.isas().items():
+        assert isa in text
+        assert (f"{isa} (not on this processor)" in text) != runs_here
+    assert "GRANK_CPU_ISA" in text
+
+
+def test_baseline_runs_everywhere() -> None:
+    assert isas()[0] == "baseline"
+    assert cpu.isa() in isas()
+
+
+def test_public_names() -> None:
+    for name in gk.__all__:
+        assert getattr(gk, name).__doc__ or name == "__version__"
+    import grank_kernels.mips_topk  # noqa: F401  the op's file has the op's name; the attribute stays the function
+
+    assert callable(gk.mips_topk)
+
+
+def test_import_does_not_touch_cuda_nor_threads() -> None:
+    done = run_python(
+        "import torch; before = torch.get_num_threads()\n"
+        "import grank_kernels as gk\n"
+        "assert not torch.cuda.is_initialized(), 'import initialised CUDA'\n"
+        "text = gk.show_config()\n"
+        "assert not torch.cuda.is_initialized(), 'show_config initialised CUDA'\n"
+        "assert torch.get_num_threads() == before\n"
+        "print(text)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "backend cpu: can run" in done.stdout
+
+
+WITHOUT_LIBRARY = """
+import sys, warnings
+
+class NoLibrary:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grank_kernels._cpu":
+            raise ImportError("libdoesnotexist.so.1: cannot open shared object file")
+
+sys.meta_path.insert(0, NoLibrary())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    before = len(caught)
+    import grank_kernels as gk
+    print(*[f"{w.category.__name__}: {w.message}" for w in caught[before:]], sep="\\n")
+print("--")
+queries, rows = torch.randn(3, 8), torch.randn(50, 8)
+top = gk.mips_topk(queries, rows, 5)
+assert torch.equal(top.values, gk.mips_topk(queries, rows, 5, backend="reference").values)
+assert torch.equal(top.indices, torch.topk(queries @ rows.T, 5).indices)
+try:
+    gk.mips_topk(queries, rows, 5, backend="cpu")
+except ValueError as error:
+    print(error)
+print("--")
+print(gk.show_config())
+"""
+
+
+def test_package_works_without_its_native_library() -> None:
+    done = run_python(WITHOUT_LIBRARY)
+    assert done.returncode == 0, done.stderr
+    warned, refused, config = (part.strip() for part in done.stdout.split("--\n"))
+    reason = "libdoesnotexist.so.1: cannot open shared object file"
+    assert len(warned.splitlines()) == 1
+    assert warned.startswith("RuntimeWarning: ")
+    assert reason in warned
+    assert "'reference' backend" in warned
+    assert refused.startswith("backend 'cpu' cannot run: the native library could not be loaded")
+    assert reason in refused
+    assert f"backend cpu: the native library could not be loaded: {reason}" in config
+    assert "backend reference: can run" in config
+    assert "instruction set" not in config
+
+
+def test_show_config_names_an_impossible_instruction_set() -> None:
+    """It is what one runs to find out why a search raises."""
+    done = run_python("import grank_kernels as gk; print(gk.show_config())", GRANK_CPU_ISA="mmx")
+    assert done.returncode == 0, done.stderr
+    assert "GRANK_CPU_ISA is 'mmx'; it takes one of: baseline" in done.stdout

@@ -1,0 +1,235 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import BACKENDS, KINDS, assert_same, quantise, search
+
+from grank_kernels import ItemTable, mips_topk
+
+FLOATS = KINDS[:3]
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    dtype = getattr(torch, kind)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+# ---- rows, as they are kept ----
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_float_rows_are_rounded_once(source: str, kind: str) -> None:
+    rows = torch.randn(50, 7).to(dtype_of(source))
+    table = ItemTable.from_rows(rows, dtype=dtype_of(kind))
+    assert table.dtype == dtype_of(kind)
+    assert torch.equal(table.rows(torch.arange(50)), rows.to(dtype_of(kind)).float())
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_dtype_of_the_rows_is_kept(source: str) -> None:
+    assert ItemTable.from_rows(torch.randn(5, 3).to(dtype_of(source))).dtype == dtype_of(source)
+
+
+def assert_quantised(rows: torch.Tensor) -> None:
+    table = ItemTable.from_rows(rows, dtype=torch.int8)
+    numbers, scale = quantise(rows.float().numpy())
+    kept, kept_scale, ids = table.operands()
+    assert (kept.dtype, kept.shape, ids) == (torch.int8, rows.shape, None)
+    assert kept_scale is not None
+    assert kept_scale.dtype == torch.float32
+    assert np.array_equal(kept.numpy(), numbers)
+    assert np.array_equal(kept_scale.numpy().view(np.int32), scale.view(np.int32))
+    dequantised = numbers.astype(np.float32) * scale[:, None]
+    assert np.array_equal(table.rows(torch.arange(len(rows))).numpy(), dequantised)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_int8_formula(source: str) -> None:
+    assert_quantised((torch.randn(3000, 37) * torch.randn(3000, 1).exp()).to(dtype_of(source)))
+
+
+def test_int8_rounds_half_to_even() -> None:
+    rows = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
+    table = ItemTable.from_rows(rows, dtype=torch.int8)
+    assert table.operands()[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
+    assert_quantised(rows)
+
+
+def test_int8_of_odd_rows() -> None:
+    assert_quantised(torch.zeros(3, 4))
+    assert_quantised(torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [1e-44, 3e-45], [1e-40, 1e-41], [3.4e38, -3.4e38]]))
+    assert_quantised(torch.randn(2, 0))
+    assert_quantised(torch.randn(0, 5))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
+def test_int8_of_any_row(row: list[float]) -> None:
+    assert_quantised(torch.tensor([row], dtype=torch.float32))
+
+
+def test_int8_of_a_table_larger_than_a_step() -> None:
+    rows = torch.randn(2, 5).repeat(3, 1).repeat_interleave(1 << 18, 0)  # 1.6 million rows in two steps
+    rows *= torch.arange(1, len(rows) + 1)[:, None] / len(rows)
+    rows = rows[:, :3]
+    assert_quantised(rows)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_int8_takes_finite_numbers(bad: float) -> None:
+    rows = torch.randn(9, 4)
+    rows[6, 1] = rows[7, 0] = bad
+    with pytest.raises(ValueError, match="rows hold NaN or infinity, first in row 6; int8 takes finite numbers"):
+        ItemTable.from_rows(rows, dtype=torch.int8)
+    assert len(ItemTable.from_rows(rows)) == 9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_is_a_copy(kind: str) -> None:
+    rows, ids = torch.randn(20, 4).to(dtype_of(kind) if kind != "int8" else torch.float32), torch.arange(20) + 3
+    table = ItemTable.from_rows(rows, ids=ids, dtype=dtype_of(kind))
+    before = table.rows(torch.tensor([3, 22]))
+    rows.zero_()
+    ids.zero_()
+    assert torch.equal(table.rows(torch.tensor([3, 22])), before)
+    assert before.abs().sum() > 0
+    table.rows(torch.tensor([3])).zero_()
+    assert torch.equal(table.rows(torch.tensor([3, 22])), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_any_layout(kind: str) -> None:
+    rows = torch.randn(30, 6)
+    want = ItemTable.from_rows(rows, dtype=dtype_of(kind)).rows(torch.arange(30))
+    for same in (rows.T.contiguous().T, rows.repeat(1, 2)[:, 6:], rows.repeat_interleave(2, 0)[::2]):
+        table = ItemTable.from_rows(same, dtype=dtype_of(kind))
+        assert torch.equal(table.rows(torch.arange(30)), want)
+        assert table.operands()[0].is_contiguous()
+
+
+def test_a_table_takes_no_part_in_gradients() -> None:
+    table = ItemTable.from_rows(torch.randn(5, 3, requires_grad=True))
+    assert not table.rows(torch.arange(5)).requires_grad
+    assert not mips_topk(torch.randn(2, 3), table, 2).values.requires_grad
+
+
+# ---- what a table says of itself ----
+
+
+@pytest.mark.parametrize(("kind", "nbytes"), [("float32", 4096), ("float16", 2048), ("bfloat16", 2048), ("int8", 1280)])
+def test_size_and_text(kind: str, nbytes: int) -> None:
+    table = ItemTable.from_rows(torch.randn(64, 16), dtype=dtype_of(kind))
+    assert (len(table), table.dim, table.dtype, table.nbytes) == (64, 16, dtype_of(kind), nbytes)
+    assert table.device == torch.device("cpu")
+    assert repr(table) == f"ItemTable(64 x 16 {kind}, {nbytes / 1e6:.3g} MB, cpu)"
+    with_ids = ItemTable.from_rows(torch.randn(64, 16), dtype=dtype_of(kind), ids=torch.arange(64))
+    assert with_ids.nbytes == nbytes + 512
+    assert repr(with_ids).endswith(" MB, ids, cpu)")
+
+
+def test_to() -> None:
+    table = ItemTable.from_rows(torch.randn(64, 16), dtype=torch.int8, ids=torch.arange(64))
+    assert table.to("cpu") is table
+    meta = table.to("meta")
+    assert (len(meta), meta.dim, meta.dtype, meta.nbytes) == (64, 16, torch.int8, table.nbytes)
+    assert {x.device.type for x in meta.operands() if x is not None} == {"meta"}
+
+
+# ---- rows by id ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_by_id(kind: str) -> None:
+    rows, ids = torch.randn(100, 5), torch.randperm(1000)[:100] * 10**15
+    plain, table = (ItemTable.from_rows(rows, dtype=dtype_of(kind), ids=i) for i in (None, ids))
+    places = torch.randint(0, 100, (3, 7))
+    got = table.rows(ids[places])
+    assert (got.shape, got.dtype) == ((3, 7, 5), torch.float32)
+    assert torch.equal(got, plain.rows(places))
+    assert table.rows(ids[4]).shape == (5,)
+    assert table.rows(ids[:0]).shape == (0, 5)
+
+
+def test_rows_of_unknown_ids() -> None:
+    rows = torch.randn(10, 2)
+    for table, known, unknown in (
+        (ItemTable.from_rows(rows), 9, (-1, 10, 2**40)),
+        (ItemTable.from_rows(rows, ids=torch.arange(10) * 2 + 1), 19, (-1, 0, 2, 20, 2**40)),
+        (ItemTable.from_rows(rows[:0], ids=torch.arange(0)), None, (0, -1)),
+        (ItemTable.from_rows(rows[:0]), None, (0, -1)),
+    ):
+        for wrong in unknown:
+            with pytest.raises(ValueError, match=f"ids: {wrong} is not in the table"):
+                table.rows(torch.tensor([wrong] if known is None else [known, wrong]))
+
+
+# ---- searching a table ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", FLOATS)
+def test_a_table_of_floats_searches_as_its_tensor(kind: str, backend: str) -> None:
+    queries, rows = torch.randn(6, 21), torch.randn(900, 21).to(dtype_of(kind))
+    want = mips_topk(queries, rows, 40, backend=backend)
+    assert_same(mips_topk(queries, ItemTable.from_rows(rows), 40, backend=backend), want)
+    ids = torch.arange(900) * 7 + 2**35
+    got = mips_topk(queries, ItemTable.from_rows(rows, ids=ids), 40, backend=backend)
+    assert torch.equal(got.values, want.values)
+    assert torch.equal(got.indices, want.indices * 7 + 2**35)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_rows_a_table_gives(kind: str, backend: str) -> None:
+    """Whole numbers, the largest of a query and of a row 127: exact in every dtype but bfloat16's 8 bits of them."""
+    most = 4 if kind == "bfloat16" else 127
+    queries, rows = torch.randint(-most, most + 1, (5, 30)).float(), torch.randint(-most, most + 1, (400, 30)).float()
+    queries[:, 3] = 127
+    rows[:, 7] = 127
+    ids = torch.randperm(400) + 11
+    got = search(queries, rows, 25, kind=kind, backend=backend, ids=ids)
+    table = ItemTable.from_rows(rows, dtype=dtype_of(kind), ids=ids)
+    scores = (queries[:, None] * table.rows(got.indices)).sum(2)
+    assert torch.equal(got.values, scores)
+    assert torch.equal(got.values, (queries @ rows.T).sort(dim=1, descending=True).values[:, :25])
+
+
+# ---- errors ----
+
+ROWS = torch.ones(4, 3)
+ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+    (TypeError, "rows must be a torch.Tensor, got list", [[1.0]], {}),
+    (TypeError, "ids must be a torch.Tensor, got list", ROWS, {"ids": [1, 2, 3, 4]}),
+    (ValueError, r"rows are torch.float32 of shape \(3,\); they take \(N, d\)", ROWS[0], {}),
+    (ValueError, r"rows are torch.float32 of shape \(1, 4, 3\)", ROWS[None], {}),
+    (ValueError, "rows are torch.float64", ROWS.double(), {}),
+    (ValueError, "rows are torch.int8", ROWS.to(torch.int8), {}),
+    (ValueError, "dtype is torch.float64; it takes one of torch.float32", ROWS, {"dtype": torch.float64}),
+    (ValueError, "dtype is int8; it takes one of", ROWS, {"dtype": "int8"}),
+    (ValueError, r"ids are torch.int64 of shape \(3,\); they take int64 \(4,\)", ROWS, {"ids": torch.arange(3)}),
+    (ValueError, r"ids are torch.int64 of shape \(4, 1\)", ROWS, {"ids": torch.arange(4)[:, None]}),
+    (ValueError, "ids are torch.int32", ROWS, {"ids": torch.arange(4, dtype=torch.int32)}),
+    (ValueError, "ids must be unique; 7 stands there more than once", ROWS, {"ids": torch.tensor([7, 1, 7, 2])}),
+    (ValueError, "ids must not be negative, got -5", ROWS, {"ids": torch.tensor([7, -5, 1, 2])}),
+    (ValueError, "ids are on meta and rows on cpu", ROWS, {"ids": torch.arange(4, device="meta")}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "rows", "more"), ERRORS)
+def test_errors(error: type[Exception], message: str, rows: Any, more: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        ItemTable.from_rows(rows, **more)
+
+
+def test_errors_of_rows() -> None:
+    table = ItemTable.from_rows(ROWS)
+    with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got list"):
+        table.rows([1])
+    with pytest.raises(ValueError, match=r"ids are torch\.int32; they take torch.int64"):
+        table.rows(torch.ones(1, dtype=torch.int32))
