@@ -22,8 +22,7 @@ T* pointer(uintptr_t address) {
 void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queries, int64_t num_ids, int64_t limit) {
   if (offsets[0] < 0 || offsets[num_queries] > num_ids) {
     throw std::invalid_argument("exclude: offsets run from " + std::to_string(offsets[0]) + " to " +
-                                std::to_string(offsets[num_queries]) + "; they take 0 to " + std::to_string(num_ids) +
-                                ", the number of ids");
+                                std::to_string(offsets[num_queries]) + "; they take 0 to " + std::to_string(num_ids));
   }
   for (int64_t b = 0; b < num_queries; ++b) {
     if (offsets[b] > offsets[b + 1]) {

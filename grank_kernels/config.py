@@ -23,7 +23,8 @@ def _cuda_module() -> str:
 def show_config() -> str:
     """A text for people and bug reports: versions, devices, every backend and whether it can run, or why not."""
     lines = [
-        f"grank_kernels {__version__}, torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
+        f"grank_kernels {__version__}",
+        f"torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
         f"processor: {platform.machine()}, {torch.get_num_threads()} threads; {torch.cuda.device_count()} CUDA devices",
     ]
     for name, module in BACKENDS.items():

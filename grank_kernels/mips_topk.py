@@ -48,8 +48,8 @@ def mips_topk(
             copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`.
         k: 1 or more, no upper limit; where fewer items are eligible the rest is -inf and -1.
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
-            int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table with
-            ids of its own does not hold are ignored.
+            int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
+            with ids of its own does not hold are ignored.
         allow: bool (N,), or (B, N): only these rows are eligible.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu" or "reference": a named backend runs or raises.
@@ -157,7 +157,8 @@ def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
     if allow.dtype != torch.bool:
         raise ValueError(f"allow is {allow.dtype}; it takes torch.bool")
     if tuple(allow.shape) not in ((N,), (B, N)):
-        raise ValueError(f"allow has shape {_shape(allow)}; for {B} queries and {N} items it takes ({N},) or ({B}, {N})")
+        takes = f"for {B} queries and {N} items it takes ({N},) or ({B}, {N})"
+        raise ValueError(f"allow has shape {_shape(allow)}; {takes}")
     if allow.device != device:
         raise ValueError(f"allow is on {allow.device} and queries on {device}; both must be on one device")
 

@@ -6,7 +6,7 @@ import torch
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Int8 numbers and one scale a row: `x` is about `scale[:, None] * numbers`.
 
-    `scale = max|x| / 127`, `numbers = round_half_even(x / scale)`. A row of zeros, or one that holds an infinity or NaN,
+    `scale = max|x| / 127`, `numbers = round_half_even(x / scale)`. A row of zeros, or one with an infinity or NaN,
     has numbers 0 and the scale 0, infinity or NaN: its products with finite numbers are 0 or NaN.
 
     Args:

@@ -41,13 +41,17 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     float64 holds the product exactly. The sum is rounded to odd there (of its two neighbours the one with an odd last
     bit), which the second rounding, to float32, cannot turn into a wrong result.
     """
-    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + addend
-    from_addend = total - product
-    error = (product - (total - from_addend)) + (addend - from_addend)  # Knuth: exactly what was rounded away
-    even = total.view(np.int64) & 1 == 0
-    move = np.isfinite(total) & np.isfinite(error) & (error != 0) & even
-    return np.where(move, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
+    product = a.astype(np.float64) * b
+    total = product + c
+    # Two roundings differ from one only beside the middle between two float32 (which lie closer to zero below 2^-126).
+    doubtful = (total.view(np.int64) & 0x1FFFFFFF == 0x10000000) | (np.abs(total) < 2.0**-126)
+    if doubtful.any():
+        p, s, addend = product[doubtful], total[doubtful], np.broadcast_to(c, total.shape)[doubtful].astype(np.float64)
+        from_addend = s - p
+        error = (p - (s - from_addend)) + (addend - from_addend)  # Knuth: exactly what was rounded away
+        move = (error != 0) & (s.view(np.int64) & 1 == 0)
+        total[doubtful] = np.where(move, np.nextafter(s, np.copysign(np.inf, error)), s)
+    return total.astype(np.float32)
 
 
 def float_scores(queries: np.ndarray, rows: np.ndarray, once: bool) -> np.ndarray:

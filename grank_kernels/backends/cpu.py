@@ -10,7 +10,7 @@ except ImportError as error:  # the package works without its native library, se
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
     warnings.warn(
-        f"the native library of grank_kernels could not be loaded ({error}); the much slower 'reference' backend is used",
+        f"the native library of grank_kernels could not be loaded ({error}); the slow 'reference' backend is used",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,6 +1,7 @@
 """Plain torch on any device: the definition, the oracle of the tests, and what runs where nothing faster can."""
 
 import torch
+from torch.nn import functional as F
 
 from grank_kernels.quantise import quantise
 
@@ -53,7 +54,7 @@ def mips_topk(
         values, positions, eligible = (x.gather(1, order) for x in (values, positions, eligible))
     positions = positions.masked_fill(~eligible, -1)
     missing = (0, k - values.shape[1])
-    return torch.nn.functional.pad(values, missing, value=-torch.inf), torch.nn.functional.pad(positions, missing, value=-1)
+    return F.pad(values, missing, value=-torch.inf), F.pad(positions, missing, value=-1)
 
 
 def _scores(queries: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
@@ -105,7 +106,7 @@ def _check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | N
     """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first < 0 or last > len(excluded):
-        raise ValueError(f"exclude: offsets run from {first} to {last}; they take 0 to {len(excluded)}, the number of ids")
+        raise ValueError(f"exclude: offsets run from {first} to {last}; they take 0 to {len(excluded)}")
     if bool((offsets.diff() < 0).any()):
         raise ValueError("exclude: offsets must not decrease")
     used = excluded[first:last]
