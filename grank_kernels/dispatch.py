@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from grank_kernels.backends import BACKENDS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_tracing_state = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.maybe_current_level
 
 
 def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
@@ -34,9 +36,9 @@ def is_plain(*tensors: torch.Tensor) -> bool:
     data or with a sign yet to be applied (`is_neg`), no gradient to be recorded. The dispatcher costs more than a search
     of a thousand items.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _tracing_state() is not None:
         return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+    if forward_ad._current_level >= 0 or _functorch_level() is not None:
         return False
     grad = torch.is_grad_enabled()
     return not any(type(x) not in _PLAIN or x.is_meta or x.is_neg() or (grad and x.requires_grad) for x in tensors)

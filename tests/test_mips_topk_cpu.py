@@ -266,13 +266,18 @@ def sampled_rows(N: int, count: int) -> np.ndarray:
 def test_a_sample_that_misleads(B: int, N: int, sample: int, external: bool, kind: str) -> None:
     """The sample holds the k - 1 best rows, so its threshold is above the k-th best: the search must begin again."""
     k = 100
-    rows = torch.rand(N, 2)
-    rows[torch.from_numpy(sampled_rows(N, sample)[: k - 1])] += 10
+    rows, best = torch.rand(N, 2), torch.from_numpy(sampled_rows(N, sample)[: k - 1])
+    rows[best] += 10
     queries = torch.rand(B, 2)
     queries[1] *= -1  # not misled
-    exclude = torch.randint(0, N, (B, 40))
-    ids = torch.randperm(N) if external else None
-    check(queries, rows, k, kind=kind, backend="cpu", exclude=exclude, ids=ids)
+    allow = torch.ones(B, N, dtype=torch.bool)
+    allow[torch.arange(B).repeat(3), best[: 3 * B]] = False  # filters of their own, that some of the best fall to
+    exclude = torch.cat([best[-7 * B :].reshape(B, 7), torch.randint(0, N, (B, 30))], 1)
+    ids = None
+    if external:
+        ids = torch.randperm(N)
+        exclude = ids[exclude]
+    check(queries, rows, k, kind=kind, backend="cpu", exclude=exclude, allow=allow, ids=ids)
 
 
 # ---- addresses ----

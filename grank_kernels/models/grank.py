@@ -52,7 +52,7 @@ class Ranker(nn.Module):
     and values, are ours.
     """
 
-    def __init__(self, dim: int, history: int, hidden: int) -> None:
+    def __init__(self, dim: int, history: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.history = history
         self.recency = nn.Parameter(0.02 * torch.randn(history, dim))
@@ -64,7 +64,9 @@ class Ranker(nn.Module):
         self.hidden_attended = nn.Linear(dim, hidden, bias=False)
         self.hidden_item = nn.Linear(dim, hidden, bias=False)
         self.hidden_user = nn.Linear(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)  # start from the first stage's order
 
     def forward(self, table: Tensor, history: Tensor, users: Tensor, candidates: Tensor) -> Tensor:
         """Scores of the candidates.
@@ -79,15 +81,14 @@ class Ranker(nn.Module):
             (B, C) float32. Of an empty history o is 0.
         """
         items, valid = masked_lookup(table, history[:, -self.history :])
-        scale = items.shape[2] ** 0.5
-        x = items * scale + self.recency[-items.shape[1] :]
+        x = items + self.recency[-items.shape[1] :]
         x = x + self.history_mlp(x)
         values = self.value(x).masked_fill(~valid.unsqueeze(-1), 0.0)
         mask = valid | ~valid.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
-        e = F.embedding(candidates, table) * scale
+        e = F.embedding(candidates, table)
         o = F.scaled_dot_product_attention(self.query(e), self.key(x), values, attn_mask=mask.unsqueeze(1))
         hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
-        scores: Tensor = self.out(F.relu(hidden))
+        scores: Tensor = self.out(self.dropout(F.relu(hidden)))
         return scores.squeeze(-1)
 
 
@@ -105,7 +106,7 @@ class GRank(nn.Module):
         short_history: items the Generator reads (64 in the paper).
         long_history: items the Ranker reads (up to 1000 in the paper).
         hidden: width of the Ranker's head.
-        dropout: of the Generator.
+        dropout: of both parts.
         negatives: candidates from which the Ranker must tell the target in training.
         ranked: moments of each training window that train the Ranker.
 
@@ -130,7 +131,7 @@ class GRank(nn.Module):
         super().__init__()
         self.items = nn.Parameter(0.02 * torch.randn(num_items, dim))
         self.generator = Generator(dim, short_history, blocks, heads, dropout)
-        self.ranker = Ranker(dim, long_history, hidden)
+        self.ranker = Ranker(dim, long_history, hidden, dropout)
         self.negatives = negatives
         self.ranked = ranked
 
