@@ -224,6 +224,37 @@ struct Int8Products {
   }
 };
 
+// Compares the sums of kQueries queries, from `first` on, and of kRowsAtOnce rows, from `row` on. Emits what is wanted.
+template <typename Products, int kQueries>
+[[gnu::always_inline]] inline void emit_wanted(const typename Products::Sum (&sums)[kQueries][kVectorsAtOnce],
+                                               const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
+                                               int row, MipsTopkEmit emit, void* context) {
+  Floats scale[kVectorsAtOnce];
+  for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
+  alignas(64) float scores[kQueries][kRowsAtOnce];
+  uint64_t passed[kQueries];
+  unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
+#pragma GCC unroll 8  // or the sums would leave the registers
+  for (int q = 0; q < kQueries; ++q) {
+    const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
+    Floats largest = Products::compared(sums[q][0], scale[0]);
+    for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
+    if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
+    uint64_t reached = 0;
+    for (int v = 0; v < kVectorsAtOnce; ++v) {
+      store(&scores[q][v * kLanes], Products::score(sums[q][v], scale[v], queries, first + q));
+      reached |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
+    }
+    passed[q] = reached;
+    hits |= 1u << q;
+  }
+  for (; hits != 0; hits &= hits - 1) {
+    const int q = __builtin_ctz(hits);
+    const uint64_t rows = passed[q] & tile.valid >> row;
+    if (rows != 0) queries.bounds[first + q] = emit(context, first + q, row, scores[q], rows);
+  }
+}
+
 // Passes the queries from `first` on, kQueries at a time, over a packed tile. Returns the first that is left.
 template <typename Products, int kQueries>
 int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
@@ -235,30 +266,7 @@ int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const Mip
     for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
       typename Products::Sum sums[kQueries][kVectorsAtOnce];
       Products::template sum<kQueries>(panel + row, packed, d, ahead, sums);
-      Floats scale[kVectorsAtOnce];
-      for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
-      alignas(64) float scores[kQueries][kRowsAtOnce];
-      uint64_t passed[kQueries];
-      unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
-#pragma GCC unroll 8      // or the sums would leave the registers
-      for (int q = 0; q < kQueries; ++q) {
-        const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
-        Floats largest = Products::compared(sums[q][0], scale[0]);
-        for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
-        if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
-        uint64_t reached = 0;
-        for (int v = 0; v < kVectorsAtOnce; ++v) {
-          store(&scores[q][v * kLanes], Products::score(sums[q][v], scale[v], queries, first + q));
-          reached |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
-        }
-        passed[q] = reached;
-        hits |= 1u << q;
-      }
-      for (; hits != 0; hits &= hits - 1) {
-        const int q = __builtin_ctz(hits);
-        const uint64_t rows = passed[q] & tile.valid >> row;
-        if (rows != 0) queries.bounds[first + q] = emit(context, first + q, row, scores[q], rows);
-      }
+      emit_wanted<Products, kQueries>(sums, tile, queries, first, row, emit, context);
     }
   }
   shared_ahead = ahead;
