@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace grank {
 
 #define X(isa)                                          \
@@ -14,6 +20,27 @@ GRANK_ISAS
 
 namespace {
 
+#if defined(__x86_64__)
+// AMX: the processor has it, the operating system saves the tile registers, and this process may use them, for which
+// Linux wants to be asked once (threads inherit it). Not all compilers' __builtin_cpu_supports know AMX.
+bool may_use_amx() {
+#if defined(GRANK_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kTileAndInt8 = 3u << 24;  // in EDX of CPUID leaf 7
+  constexpr unsigned kTileStates = 3u << 17;   // in XCR0; AVX-512 was seen before, so XCR0 can be read
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, missing from older systems' headers
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTileAndInt8) != kTileAndInt8) return false;
+  asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax & kTileStates) == kTileStates && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // GCC's and clang's __builtin_cpu_supports also ask the operating system whether it saves the wide registers.
 bool runs_here(const std::string& isa) {
   if (isa == "baseline") return true;
@@ -23,7 +50,9 @@ bool runs_here(const std::string& isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "avx2") return avx2;
   if (isa == "avx512") return avx512;
-  if (isa == "avx512vnni") return avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (isa == "avx512vnni") return avx512vnni;
+  if (isa == "amx") return avx512vnni && may_use_amx();
 #endif
   return false;
 }

@@ -95,7 +95,7 @@ class Search {
   // A step of a scan: some tiles of rows times some queries. Small enough to balance the threads, large enough to hide
   // what a step costs; the packed queries of a step stay in the second-level cache.
   static constexpr int64_t kStepRows = 32 * kTileRows;
-  static constexpr int64_t kStepQueries = 85 * kQueryBlock;
+  static constexpr int64_t kStepQueries = 11 * kQueriesMultiple;
 
   // What emit() must know of the tile being scanned.
   struct Tile {
@@ -224,11 +224,10 @@ class Search {
       if (n == 0) return;
       list = eligible, begin = 0, end = n;
     }
-    const int64_t one_query = kernel_.queries_bytes(p_.dtype, 1, p_.d);
     float bounds[kStepQueries];
     const int64_t num_queries = std::min(kStepQueries, p_.num_queries - first_query);
-    const MipsTopkQueries queries{packed_.get() + first_query * one_query, query_scale_.get() + first_query,
-                                  num_queries, bounds};
+    const MipsTopkQueries queries{packed_.get() + kernel_.queries_bytes(p_.dtype, first_query, p_.d),
+                                  query_scale_.get() + first_query, num_queries, bounds};
     const auto address = reinterpret_cast<uintptr_t>(panels_.get()) + worker * panel_bytes_;
     void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
     const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);

@@ -1,6 +1,7 @@
 // mips_topk_kernel.h says what is computed here, and how.
 #include "mips_topk_kernel.h"
 
+#include "mips_topk_amx.h"
 #include "simd.h"
 
 namespace grank {
@@ -16,10 +17,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 32-bit units of a packed row of width d.
 int64_t units_of(DType dtype, int64_t d) { return dtype == DType::kInt8 ? kUnitsPerFour * divide_up(d, 4) : d; }
 
-int64_t panel_bytes(DType dtype, int64_t d) { return units_of(dtype, d) * kTileRows * 4; }
+// With AMX, int8 rows are read by whole products; what the panel holds behind their width is multiplied by zeros.
+int64_t panel_bytes(DType dtype, int64_t d) {
+  const bool whole = kAmx && dtype == DType::kInt8;
+  return (whole ? amx_steps(d) * kAmxUnits : units_of(dtype, d)) * kTileRows * 4;
+}
 
-// For int8 one more unit a query, in front: what its accumulators start from.
-int64_t packed_units(DType dtype, int64_t d) { return units_of(dtype, d) + (dtype == DType::kInt8); }
+// For int8 one more unit a query, in front: what its accumulators start from. Not with AMX, where they start from zero.
+int64_t packed_units(DType dtype, int64_t d) {
+  if (kAmx && dtype == DType::kInt8) return amx_steps(d) * kAmxUnits;
+  return units_of(dtype, d) + (dtype == DType::kInt8);
+}
 
 int64_t queries_bytes(DType dtype, int64_t count, int64_t d) { return count * packed_units(dtype, d) * 4; }
 
@@ -38,6 +46,11 @@ void split_four(uint32_t four, uint32_t* units, int64_t stride) {
 
 // Interleaves blocks of kQueryBlock queries unit by unit: what the multiplication reads, in its order.
 void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, void* packed) {
+#if GRANK_AMX
+  if (dtype == DType::kInt8) {
+    return pack_tiles(static_cast<const int8_t*>(queries), count, d, static_cast<char*>(packed));
+  }
+#endif
   auto* out = static_cast<uint32_t*>(packed);
   for (int64_t first = 0; first < count; first += kQueryBlock) {
     const int64_t block = count - first < kQueryBlock ? count - first : kQueryBlock;
@@ -81,7 +94,7 @@ inline void write_column(uint32_t* panel, Units column) {
             kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i]));
     }
   } else if constexpr (kInt8PerUnit == 4) {
-    store(panel, column ^ 0x80808080u);
+    store(panel, kAmx ? column : column ^ 0x80808080u);
   } else {
     const Shorts bytes = (Shorts)column;
     store(panel, bytes << 8 >> 8);
@@ -223,6 +236,37 @@ struct Int8Products {
   }
 };
 
+// Compares the sums of kQueries queries, from `first` on, and of kRowsAtOnce rows, from `row` on. Emits what is wanted.
+template <typename Products, int kQueries>
+[[gnu::always_inline]] inline void emit_wanted(const typename Products::Sum (&sums)[kQueries][kVectorsAtOnce],
+                                               const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
+                                               int row, MipsTopkEmit emit, void* context) {
+  Floats scale[kVectorsAtOnce];
+  for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
+  alignas(64) float scores[kQueries][kRowsAtOnce];
+  uint64_t passed[kQueries];
+  unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
+#pragma GCC unroll 8  // or the sums would leave the registers
+  for (int q = 0; q < kQueries; ++q) {
+    const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
+    Floats largest = Products::compared(sums[q][0], scale[0]);
+    for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
+    if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
+    uint64_t reached = 0;
+    for (int v = 0; v < kVectorsAtOnce; ++v) {
+      store(&scores[q][v * kLanes], Products::score(sums[q][v], scale[v], queries, first + q));
+      reached |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
+    }
+    passed[q] = reached;
+    hits |= 1u << q;
+  }
+  for (; hits != 0; hits &= hits - 1) {
+    const int q = __builtin_ctz(hits);
+    const uint64_t rows = passed[q] & tile.valid >> row;
+    if (rows != 0) queries.bounds[first + q] = emit(context, first + q, row, scores[q], rows);
+  }
+}
+
 // Passes the queries from `first` on, kQueries at a time, over a packed tile. Returns the first that is left.
 template <typename Products, int kQueries>
 int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
@@ -234,30 +278,7 @@ int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const Mip
     for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
       typename Products::Sum sums[kQueries][kVectorsAtOnce];
       Products::template sum<kQueries>(panel + row, packed, d, ahead, sums);
-      Floats scale[kVectorsAtOnce];
-      for (int v = 0; v < kVectorsAtOnce; ++v) scale[v] = Products::row_scale(tile, row + v * kLanes);
-      alignas(64) float scores[kQueries][kRowsAtOnce];
-      uint64_t passed[kQueries];
-      unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
-#pragma GCC unroll 8      // or the sums would leave the registers
-      for (int q = 0; q < kQueries; ++q) {
-        const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
-        Floats largest = Products::compared(sums[q][0], scale[0]);
-        for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
-        if (__builtin_expect(at_least(largest, bound) == 0, 1)) continue;
-        uint64_t reached = 0;
-        for (int v = 0; v < kVectorsAtOnce; ++v) {
-          store(&scores[q][v * kLanes], Products::score(sums[q][v], scale[v], queries, first + q));
-          reached |= at_least(Products::compared(sums[q][v], scale[v]), bound) << v * kLanes;
-        }
-        passed[q] = reached;
-        hits |= 1u << q;
-      }
-      for (; hits != 0; hits &= hits - 1) {
-        const int q = __builtin_ctz(hits);
-        const uint64_t rows = passed[q] & tile.valid >> row;
-        if (rows != 0) queries.bounds[first + q] = emit(context, first + q, row, scores[q], rows);
-      }
+      emit_wanted<Products, kQueries>(sums, tile, queries, first, row, emit, context);
     }
   }
   shared_ahead = ahead;
@@ -279,13 +300,38 @@ void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTop
   }
 }
 
+#if GRANK_AMX
+static_assert(kRowsAtOnce == kTileRows, "a block of queries meets all rows of a tile at once");
+
+void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, const uint32_t* panel,
+                     Ahead ahead, MipsTopkEmit emit, void* context) {
+  TileRegisters registers;
+  alignas(64) int32_t sums[kAmxQueries][kTileRows];
+  const auto* packed = static_cast<const char*>(queries.packed);
+  for (int64_t first = 0; first < queries.count; first += kAmxQueries) {
+    const bool whole = queries.count - first >= kAmxQueries;
+    const int block = whole ? kAmxQueries : static_cast<int>(queries.count - first);
+    if (first == 0 || !whole) registers.configure(block);
+    registers.multiply(panel, packed + queries_bytes(DType::kInt8, first, d), block, amx_steps(d), ahead, sums);
+    for (int q = 0; q < block; ++q) {
+      Ints sum[1][kVectorsAtOnce];
+      for (int v = 0; v < kVectorsAtOnce; ++v) sum[0][v] = load<Ints>(&sums[q][v * kLanes]);
+      emit_wanted<Int8Products, 1>(sum, tile, queries, first + q, 0, emit, context);
+    }
+  }
+}
+#endif
+
+// As many queries as leave most of the next tile to be fetched when their products are done.
+int64_t few_queries(DType dtype) { return kAmx && dtype == DType::kInt8 ? 3 * kAmxQueries : kQueryBlock; }
+
 void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                MipsTopkEmit emit, void* context) {
   auto* units = static_cast<uint32_t*>(panel);
   // With few queries packing takes the time, so it fetches, a little ahead of itself; with many the multiplications do,
   // the whole next tile.
   const int64_t tile_bytes = tile.list == nullptr ? kTileRows * tile.row_stride : 0;
-  const bool few = queries.count <= kQueryBlock;
+  const bool few = queries.count <= few_queries(dtype);
   const char* near = tile.rows + kPrefetchBytes;
   const char* next = tile.rows + tile_bytes;
   const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
@@ -296,7 +342,11 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
     case DType::kInt8: pack<DType::kInt8>(tile, d, early, units); break;
   }
   if (dtype == DType::kInt8) {
+#if GRANK_AMX
+    scan_packed_amx(d, tile, queries, units, late, emit, context);
+#else
     scan_packed<Int8Products>(dtype, d, tile, queries, units, late, emit, context);
+#endif
   } else {
     scan_packed<FloatProducts>(dtype, d, tile, queries, units, late, emit, context);
   }

@@ -9,7 +9,8 @@
 //
 // A tile is kTileRows rows. Packing transposes it into `panel`, one 32-bit unit (a float, or four int8) of every row after
 // the other, which stays in the first-level cache while all queries pass over it: a row is read from memory once a call.
-// Registers: 6 queries x 4 vectors of 16 accumulators with 32 registers, 6 x 2 with 16.
+// Registers: 6 queries x 4 vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16 queries x 4
+// tiles of 16 rows; 64 dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h, speed not measured).
 // Per tile: 64 d sizeof(row element) bytes read, 64 d num_queries multiply-adds, one compare a score.
 #pragma once
 
@@ -26,6 +27,8 @@ constexpr int element_bytes(DType dtype) {
 constexpr int kTileRows = 64;       // one bit of a 64-bit mask each
 constexpr int kSegment = 128;       // dimensions summed before the partial sum is added to the total
 constexpr int kQueryBlock = 6;      // queries multiplied together; packed queries are interleaved in such blocks
+constexpr int kQueriesMultiple = 48;  // where packed queries may be cut: every kernel's block divides it
+static_assert(kQueriesMultiple % kQueryBlock == 0, "or packed queries would be cut within a block");
 constexpr int64_t kMaxInt8Width = 131072;
 
 struct MipsTopkTile {
@@ -50,7 +53,8 @@ struct MipsTopkQueries {
 using MipsTopkEmit = float (*)(void* context, int64_t query, int first, const float* scores, uint64_t passed);
 
 struct MipsTopkKernel {
-  // Bytes of `panel` for rows of width d, and of packed queries.
+  // Bytes of `panel` for rows of width d, and of packed queries: those from number n on, a multiple of
+  // kQueriesMultiple, begin at queries_bytes(n).
   int64_t (*panel_bytes)(DType dtype, int64_t d);
   int64_t (*queries_bytes)(DType dtype, int64_t count, int64_t d);
   // queries (count, d), row-major: float32, or int8 for int8 rows.
