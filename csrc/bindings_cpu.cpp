@@ -26,8 +26,8 @@ void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queri
   }
   for (int64_t b = 0; b < num_queries; ++b) {
     if (offsets[b] > offsets[b + 1]) {
-      throw std::invalid_argument("exclude: offsets must not decrease, got " + std::to_string(offsets[b]) +
-                                  " before " + std::to_string(offsets[b + 1]) + " at query " + std::to_string(b));
+      throw std::invalid_argument("exclude: offsets must not decrease, got " + std::to_string(offsets[b]) + " before " +
+                                  std::to_string(offsets[b + 1]) + " at query " + std::to_string(b));
     }
   }
   for (int64_t i = offsets[0]; i < offsets[num_queries]; ++i) {
@@ -39,9 +39,9 @@ void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queri
 }
 
 void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype, int64_t num_rows, int64_t d,
-               int64_t row_stride, uintptr_t row_scale, uintptr_t ids, uintptr_t exclude_offsets,
-               uintptr_t exclude_ids, int64_t num_exclude_ids, uintptr_t allow, int64_t allow_stride, int64_t k,
-               int threads, uintptr_t values, uintptr_t positions) {
+               int64_t row_stride, uintptr_t row_scale, uintptr_t ids, uintptr_t exclude_offsets, uintptr_t exclude_ids,
+               int64_t num_exclude_ids, uintptr_t allow, int64_t allow_stride, int64_t k, int threads, uintptr_t values,
+               uintptr_t positions) {
   const py::gil_scoped_release release;
   const grank::MipsTopkProblem problem{pointer<const float>(queries),
                                        num_queries,

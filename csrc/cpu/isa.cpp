@@ -11,9 +11,9 @@
 
 namespace grank {
 
-#define X(isa)                                          \
-  namespace isa {                                       \
-  extern const MipsTopkKernel mips_topk_kernel;         \
+#define X(isa)                                  \
+  namespace isa {                               \
+  extern const MipsTopkKernel mips_topk_kernel; \
   }
 GRANK_ISAS
 #undef X

@@ -176,8 +176,8 @@ class Search {
     const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
     const float bound = score_of_bits(static_cast<uint32_t>(threshold >> 32) + tie_is_lost);
     if (p_.dtype != DType::kInt8) return bound;
-    // The kernel compares float(sum) * row_scale: two roundings where the score has three, 2^-24 each, and one here. Far
-    // from overflow and underflow those are relative errors, below 2^-21 in all.
+    // The kernel compares float(sum) * row_scale: two roundings where the score has three, 2^-24 each, and one here.
+    // Far from overflow and underflow those are relative errors, below 2^-21 in all.
     const float scaled = bound / query_scale_[query];
     const bool safe = std::fabs(bound) > 1e-28f && std::fabs(scaled) > 1e-28f && std::fabs(scaled) < 1e38f;
     return safe ? scaled - std::fabs(scaled) * 1e-6f : -std::numeric_limits<float>::infinity();
@@ -247,12 +247,14 @@ class Search {
           if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
           if (list != nullptr && row + kTileRows + i < end) {  // rows that lie apart, of the next tile
             const char* next = rows + list[row + kTileRows + i] * p_.row_stride;
-            for (int64_t line = 0; line < std::min<int64_t>(row_bytes, 512); line += 64) __builtin_prefetch(next + line);
+            for (int64_t line = 0; line < std::min<int64_t>(row_bytes, 512); line += 64)
+              __builtin_prefetch(next + line);
           }
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }
-      Tile context{this, worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row), tile.list};
+      Tile context{this,     worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row),
+                   tile.list};
       kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
     }
   }

@@ -1,8 +1,10 @@
 // The k best rows of a table for every query: threshold, emit, finish.
 //
-//   1. Threshold. Score a sample of the rows and take its r-th best, so that with probability > 1 - 1e-6 at least k rows of
+//   1. Threshold. Score a sample of the rows and take its r-th best, so that with probability > 1 - 1e-6 at least k
+//   rows of
 //      the table beat it (mips_topk.cpp: sample_of). Any lower bound of the k-th best is valid.
-//   2. Scan and emit. Tile by tile inner products, one compare a score; what reaches the threshold goes into the query's
+//   2. Scan and emit. Tile by tile inner products, one compare a score; what reaches the threshold goes into the
+//   query's
 //      reservoir. A full reservoir keeps its k best, and the worst of them is the new threshold for all threads.
 //   3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
 //
@@ -24,18 +26,19 @@ struct MipsTopkProblem {
   // Items: (num_rows, d), the last dimension contiguous.
   const void* rows;
   DType dtype;
-  int64_t num_rows;     // below 2^32
+  int64_t num_rows;  // below 2^32
   int64_t d;
-  int64_t row_stride;   // bytes
-  const float* row_scale;       // (num_rows,), int8 only
-  const int64_t* ids;           // (num_rows,) external ids, unique; null: the positions are the ids
-  // Rows never to return: ids of query b stand at exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is no id.
+  int64_t row_stride;      // bytes
+  const float* row_scale;  // (num_rows,), int8 only
+  const int64_t* ids;      // (num_rows,) external ids, unique; null: the positions are the ids
+  // Rows never to return: ids of query b stand at exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is no
+  // id.
   const int64_t* exclude_offsets;  // (num_queries + 1,) or null
   const int64_t* exclude_ids;
   // Eligible rows: allow[b * allow_stride + i]; allow_stride 0: the same for all queries. Null: all.
   const bool* allow;
   int64_t allow_stride;
-  int64_t k;            // 1 or more
+  int64_t k;  // 1 or more
   int threads;
   // Outputs, (num_queries, k): scores descending, equal scores by ascending id; -infinity and -1 where rows run out.
   float* values;

@@ -8,9 +8,9 @@ namespace grank {
 namespace GRANK_ISA {
 namespace {
 
-constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;   // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 4096;               // from what is packed to what is fetched meanwhile
-constexpr int kUnitsPerFour = 4 / kInt8PerUnit;        // packed units of four int8
+constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // times kQueryBlock accumulators fit the registers
+constexpr int64_t kPrefetchBytes = 4096;              // from what is packed to what is fetched meanwhile
+constexpr int kUnitsPerFour = 4 / kInt8PerUnit;       // packed units of four int8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,8 +90,7 @@ inline void write_column(uint32_t* panel, Units column) {
     Halves halves[2];
     __builtin_memcpy(halves, &column, sizeof column);
     for (int i = 0; i < 2; ++i) {
-      store(panel + i * kLanes,
-            kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i]));
+      store(panel + i * kLanes, kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i]));
     }
   } else if constexpr (kInt8PerUnit == 4) {
     store(panel, kAmx ? column : column ^ 0x80808080u);
@@ -173,8 +172,8 @@ struct FloatProducts {
   using Sum = Floats;
 
   template <int kQueries>
-  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
-                                         Ahead& ahead, Sum (&sums)[kQueries][kVectorsAtOnce]) {
+  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d, Ahead& ahead,
+                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
     const float* queries = reinterpret_cast<const float*>(packed);
     Floats totals[kQueries][kVectorsAtOnce];  // touched only by rows of more than one segment
     for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
@@ -211,8 +210,8 @@ struct Int8Products {
   using Sum = Ints;
 
   template <int kQueries>
-  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d,
-                                         Ahead& ahead, Sum (&sums)[kQueries][kVectorsAtOnce]) {
+  [[gnu::always_inline]] static void sum(const uint32_t* panel, const uint32_t* packed, int64_t d, Ahead& ahead,
+                                         Sum (&sums)[kQueries][kVectorsAtOnce]) {
     for (int q = 0; q < kQueries; ++q) {
       for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = (Ints)broadcast<Units>(packed[q]);
     }
@@ -288,15 +287,24 @@ int64_t scan_queries(DType dtype, int64_t d, const MipsTopkTile& tile, const Mip
 template <typename Products>
 void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries,
                  const uint32_t* panel, Ahead ahead, MipsTopkEmit emit, void* context) {
-  const int64_t first =
-      scan_queries<Products, kQueryBlock>(dtype, d, tile, queries, 0, panel, ahead, emit, context);
+  const int64_t first = scan_queries<Products, kQueryBlock>(dtype, d, tile, queries, 0, panel, ahead, emit, context);
   static_assert(kQueryBlock == 6, "one case for every smaller block");
   switch (queries.count - first) {
-    case 1: scan_queries<Products, 1>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
-    case 2: scan_queries<Products, 2>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
-    case 3: scan_queries<Products, 3>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
-    case 4: scan_queries<Products, 4>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
-    case 5: scan_queries<Products, 5>(dtype, d, tile, queries, first, panel, ahead, emit, context); break;
+    case 1:
+      scan_queries<Products, 1>(dtype, d, tile, queries, first, panel, ahead, emit, context);
+      break;
+    case 2:
+      scan_queries<Products, 2>(dtype, d, tile, queries, first, panel, ahead, emit, context);
+      break;
+    case 3:
+      scan_queries<Products, 3>(dtype, d, tile, queries, first, panel, ahead, emit, context);
+      break;
+    case 4:
+      scan_queries<Products, 4>(dtype, d, tile, queries, first, panel, ahead, emit, context);
+      break;
+    case 5:
+      scan_queries<Products, 5>(dtype, d, tile, queries, first, panel, ahead, emit, context);
+      break;
   }
 }
 
@@ -336,10 +344,18 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
   const char* next = tile.rows + tile_bytes;
   const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
   switch (dtype) {
-    case DType::kFloat32: pack<DType::kFloat32>(tile, d, early, units); break;
-    case DType::kFloat16: pack<DType::kFloat16>(tile, d, early, units); break;
-    case DType::kBFloat16: pack<DType::kBFloat16>(tile, d, early, units); break;
-    case DType::kInt8: pack<DType::kInt8>(tile, d, early, units); break;
+    case DType::kFloat32:
+      pack<DType::kFloat32>(tile, d, early, units);
+      break;
+    case DType::kFloat16:
+      pack<DType::kFloat16>(tile, d, early, units);
+      break;
+    case DType::kBFloat16:
+      pack<DType::kBFloat16>(tile, d, early, units);
+      break;
+    case DType::kInt8:
+      pack<DType::kInt8>(tile, d, early, units);
+      break;
   }
   if (dtype == DType::kInt8) {
 #if GRANK_AMX

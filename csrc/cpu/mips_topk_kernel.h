@@ -7,11 +7,11 @@
 // j ascending from zero in segments of kSegment, the segments' sums added in order. (The baseline has no FMA: a
 // multiplication and an addition, each rounded.) int8 sums are exact in int32 for d <= kMaxInt8Width: 127^2 d < 2^31.
 //
-// A tile is kTileRows rows. Packing transposes it into `panel`, one 32-bit unit (a float, or four int8) of every row after
-// the other, which stays in the first-level cache while all queries pass over it: a row is read from memory once a call.
-// Registers: 6 queries x 4 vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16 queries x 4
-// tiles of 16 rows; 64 dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h, speed not measured).
-// Per tile: 64 d sizeof(row element) bytes read, 64 d num_queries multiply-adds, one compare a score.
+// A tile is kTileRows rows. Packing transposes it into `panel`, one 32-bit unit (a float, or four int8) of every row
+// after the other, which stays in the first-level cache while all queries pass over it: a row is read from memory once
+// a call. Registers: 6 queries x 4 vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16
+// queries x 4 tiles of 16 rows; 64 dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h, speed not
+// measured). Per tile: 64 d sizeof(row element) bytes read, 64 d num_queries multiply-adds, one compare a score.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,11 @@ namespace grank {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
 
-constexpr int element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
-}
+constexpr int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2; }
 
-constexpr int kTileRows = 64;       // one bit of a 64-bit mask each
-constexpr int kSegment = 128;       // dimensions summed before the partial sum is added to the total
-constexpr int kQueryBlock = 6;      // queries multiplied together; packed queries are interleaved in such blocks
+constexpr int kTileRows = 64;         // one bit of a 64-bit mask each
+constexpr int kSegment = 128;         // dimensions summed before the partial sum is added to the total
+constexpr int kQueryBlock = 6;        // queries multiplied together; packed queries are interleaved in such blocks
 constexpr int kQueriesMultiple = 48;  // where packed queries may be cut: every kernel's block divides it
 static_assert(kQueriesMultiple % kQueryBlock == 0, "or packed queries would be cut within a block");
 constexpr int64_t kMaxInt8Width = 131072;
@@ -40,16 +38,16 @@ struct MipsTopkTile {
 };
 
 struct MipsTopkQueries {
-  const void* packed;   // as pack_queries laid them out
-  const float* scale;   // int8 only
+  const void* packed;  // as pack_queries laid them out
+  const float* scale;  // int8 only
   int64_t count;
-  // What a score must reach to be wanted. For int8 rows in units of the query's scale, and low enough for rounding: it is
-  // compared with float(sum) * row_scale, which spares a multiplication a score.
+  // What a score must reach to be wanted. For int8 rows in units of the query's scale, and low enough for rounding: it
+  // is compared with float(sum) * row_scale, which spares a multiplication a score.
   float* bounds;
 };
 
-// Called for a query when some of its scores reach its bound: bit i of `passed` stands for row first + i of the tile and
-// scores[i]. Returns the query's bound from now on.
+// Called for a query when some of its scores reach its bound: bit i of `passed` stands for row first + i of the tile
+// and scores[i]. Returns the query's bound from now on.
 using MipsTopkEmit = float (*)(void* context, int64_t query, int first, const float* scores, uint64_t passed);
 
 struct MipsTopkKernel {

@@ -9,8 +9,8 @@ int64_t room_for(int64_t keep) { return keep + std::max<int64_t>(keep, 64); }
 
 constexpr int64_t kRadixCount = 256;  // below it a comparison sort is faster
 
-// Sorts by score, best first, equal scores in any order: least significant byte first, bytes that are all equal left out.
-// Returns where the result is: `keys` or `scratch`.
+// Sorts by score, best first, equal scores in any order: least significant byte first, bytes that are all equal left
+// out. Returns where the result is: `keys` or `scratch`.
 Key* radix_sort(Key* keys, Key* scratch, int64_t count) {
   uint32_t starts[4][256] = {};
   for (int64_t i = 0; i < count; ++i) {

@@ -145,10 +145,14 @@ constexpr int kPieces = kLanes / 4;  // 16-byte pieces in a register
   const __m512i x = (__m512i)v;
   const __m128i y = (__m128i)piece;
   switch (g) {
-    case 0: return (Units)_mm512_inserti32x4(x, y, 0);
-    case 1: return (Units)_mm512_inserti32x4(x, y, 1);
-    case 2: return (Units)_mm512_inserti32x4(x, y, 2);
-    default: return (Units)_mm512_inserti32x4(x, y, 3);
+    case 0:
+      return (Units)_mm512_inserti32x4(x, y, 0);
+    case 1:
+      return (Units)_mm512_inserti32x4(x, y, 1);
+    case 2:
+      return (Units)_mm512_inserti32x4(x, y, 2);
+    default:
+      return (Units)_mm512_inserti32x4(x, y, 3);
   }
 #elif defined(__AVX2__)
   const __m256i x = (__m256i)v;

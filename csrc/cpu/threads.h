@@ -14,8 +14,7 @@ void parallel_for(int threads, int64_t steps, ParallelBody body, void* context);
 
 template <typename F>
 void parallel_for(int threads, int64_t steps, F&& body) {
-  parallel_for(
-      threads, steps, [](void* f, int64_t step, int worker) { (*static_cast<F*>(f))(step, worker); }, &body);
+  parallel_for(threads, steps, [](void* f, int64_t step, int worker) { (*static_cast<F*>(f))(step, worker); }, &body);
 }
 
 }  // namespace grank

@@ -73,6 +73,8 @@ def mips_topk(
         exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
     if allow is not None and allow.stride(-1) != 1:
         allow = allow.contiguous()
+    if ids is not None and N == 0:
+        ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
     values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
     positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
     _cpu.mips_topk(
