@@ -33,8 +33,8 @@ def is_plain(*tensors: torch.Tensor) -> bool:
     """True where a call through torch's dispatcher would do nothing but call the backend.
 
     That is: no compiling or tracing, no dispatch mode, no functional transform, no tensor subclass, no tensor without
-    data or with a sign yet to be applied (`is_neg`), no gradient to be recorded. The dispatcher costs more than a search
-    of a thousand items.
+    data or with a sign yet to be applied (`is_neg`), no gradient to be recorded. The dispatcher costs more than a
+    search of a thousand items.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _tracing_state() is not None:
         return False
