@@ -226,8 +226,9 @@ class Search {
     }
     float bounds[kStepQueries];
     const int64_t num_queries = std::min(kStepQueries, p_.num_queries - first_query);
-    const MipsTopkQueries queries{packed_.get() + kernel_.queries_bytes(p_.dtype, first_query, p_.d),
-                                  query_scale_.get() + first_query, num_queries, bounds};
+    const float* query_scale = query_scale_ != nullptr ? query_scale_.get() + first_query : nullptr;
+    const MipsTopkQueries queries{packed_.get() + kernel_.queries_bytes(p_.dtype, first_query, p_.d), query_scale,
+                                  num_queries, bounds};
     const auto address = reinterpret_cast<uintptr_t>(panels_.get()) + worker * panel_bytes_;
     void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
     const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
