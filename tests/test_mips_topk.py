@@ -61,7 +61,7 @@ def shapes() -> list[tuple[int, int, int, int]]:
         for i in range(max(map(len, sizes))):
             B, N, d, k = (x[i % len(x)] for x in sizes)
             found.append((max(1, min(B, 2_000_000 // (N * d))), N, d, k))
-    queries_of_a_step = 510
+    queries_of_a_step = 528
     found += [(queries_of_a_step + 1, 130, 8, 3), (2 * queries_of_a_step + 3, 65, 5, 70)]
     found += [(2, 20000, 8, 10), (7, 16384, 3, 300), (1, 40000, 16, 1000)]  # thresholds from a sample
     return found
