@@ -1,6 +1,7 @@
 """Fitting a model; Lightning runs the loop."""
 
 import logging
+import signal
 import sys
 import warnings
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from grank_kernels.data import LeaveOneOut, TrainingWindows
@@ -46,7 +48,7 @@ def train_grank(
     *,
     epochs: int,
     seed: int = 0,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     batch_size: int = 32,
     progress: bool = False,
     **model: Any,
@@ -92,5 +94,8 @@ def train_grank(
             enable_progress_bar=progress,
             callbacks=callbacks,
         )
-        trainer.fit(GRankTraining(grank, learning_rate=learning_rate, steps=epochs * len(windows)), windows)
+        try:
+            trainer.fit(GRankTraining(grank, learning_rate=learning_rate, steps=epochs * len(windows)), windows)
+        except SIGTERMException:  # Lightning ends the process with status 0, as if all had gone well
+            raise SystemExit(128 + signal.SIGTERM) from None
     return grank.cpu().eval()

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn import functional as F
 
 from grank_kernels.data import Interactions, LeaveOneOut, last_items, leave_one_out
@@ -179,6 +180,16 @@ def test_training_learns_and_is_reproducible(tmp_path: Path, monkeypatch: pytest
     lists = recommend(first, split.test, 10)
     assert hit_and_ndcg(lists.first, split.test.targets, 1).hr > 0.9  # the next item of the circle; chance is 1 in 11
     assert hit_and_ndcg(lists.second, split.test.targets, 1).hr > 0.9
+
+
+def test_training_that_was_ended_early_does_not_look_like_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(model: GRank, windows: torch.Tensor) -> None:
+        raise SIGTERMException  # what Lightning makes of the signal
+
+    monkeypatch.setattr(GRank, "losses", terminated)
+    with pytest.raises(SystemExit) as status:
+        train_grank(circle(), epochs=1)
+    assert status.value.code == 143
 
 
 def test_recommend_equals_scoring_every_unseen_item(model: GRank) -> None:

@@ -106,12 +106,14 @@ class GRank(nn.Module):
         short_history: items the Generator reads (64 in the paper).
         long_history: items the Ranker reads (up to 1000 in the paper).
         hidden: width of the Ranker's head.
-        dropout: of both parts.
+        dropout: of the Generator.
+        ranker_dropout: of the Ranker's hidden layer.
         negatives: candidates from which the Ranker must tell the target in training.
         ranked: moments of each training window that train the Ranker.
 
-    Where the paper is not named, and where these defaults differ from it, they are ours, chosen on the validation items
-    of MovieLens-100K.
+    Where the paper is not named, and where these defaults differ from it, they are ours, settled by a few runs on the
+    validation items of MovieLens-100K. On that data set, with a first stage trained on the full softmax, the second
+    stage changes little: less than the spread between seeds.
     """
 
     def __init__(
@@ -125,13 +127,14 @@ class GRank(nn.Module):
         long_history: int = 128,
         hidden: int = 64,
         dropout: float = 0.2,
+        ranker_dropout: float = 0.5,
         negatives: int = 32,
-        ranked: int = 4,
+        ranked: int = 2,
     ) -> None:
         super().__init__()
         self.items = nn.Parameter(0.02 * torch.randn(num_items, dim))
         self.generator = Generator(dim, short_history, blocks, heads, dropout)
-        self.ranker = Ranker(dim, long_history, hidden, dropout)
+        self.ranker = Ranker(dim, long_history, hidden, ranker_dropout)
         self.negatives = negatives
         self.ranked = ranked
 
@@ -176,7 +179,7 @@ class GRank(nn.Module):
         users = self.generator(self.items, history)
         rows, columns = (history[:, -users.shape[1] :] >= 0).nonzero(as_tuple=True)
         users = users[rows, columns]
-        columns = columns + history.shape[1] - targets[:, -self.generator.history :].shape[1]
+        columns = columns + max(0, history.shape[1] - self.generator.history)  # from the Generator's to the window's
         target = targets[rows, columns]
         seen = _first_seen(history, len(self.items))[rows] <= columns.unsqueeze(1)
         logits = (users @ self.items.T).masked_fill(seen.scatter(1, target.unsqueeze(1), False), float("-inf"))
@@ -185,6 +188,7 @@ class GRank(nn.Module):
         pick = torch.randint(len(rows), (len(windows) * self.ranked,), device=rows.device)
         rows, columns, target = rows[pick], columns[pick], target[pick].unsqueeze(1)
         with torch.no_grad():
+            # Never quite 0, so that there are enough to draw from however many items a user has seen.
             proposal = logits[pick].softmax(1).clamp(min=1e-9).scatter(1, target, 0.0)
             negatives = proposal.multinomial(min(self.negatives, len(self.items) - 1))
         candidates = torch.cat([target, negatives], 1)
