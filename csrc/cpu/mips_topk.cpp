@@ -22,9 +22,10 @@ struct Sample {
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
   // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
   const int64_t rows = num_queries < 8 ? 1024 : 16384;
+  if (rows > num_rows / 16) return {};
   const double expected = static_cast<double>(k) * rows / num_rows;
   const auto rank = static_cast<int64_t>(std::ceil(expected + 4.3 * std::sqrt(expected) + 3));
-  if (rows > num_rows / 16 || rank > rows / 4) return {};
+  if (rank > rows / 4) return {};
   return {rows, rank};
 }
 
@@ -148,8 +149,13 @@ class Search {
     });
   }
 
+  // Read as bytes: a bool tensor may be a view of others than 0 and 1.
+  bool is_allowed(int64_t query, uint32_t row) const {
+    return reinterpret_cast<const uint8_t*>(p_.allow)[query * p_.allow_stride + row] != 0;
+  }
+
   bool is_eligible(int64_t query, uint32_t row) const {
-    if (p_.allow != nullptr && !p_.allow[query * p_.allow_stride + row]) return false;
+    if (p_.allow != nullptr && !is_allowed(query, row)) return false;
     if (excluded_ == nullptr) return true;
     const int64_t id = p_.ids != nullptr ? p_.ids[row] : row;
     const int64_t* sorted = excluded_.get() - p_.exclude_offsets[0];
@@ -219,7 +225,7 @@ class Search {
       int64_t n = 0;
       for (int64_t i = begin; i < end; ++i) {
         eligible[n] = list != nullptr ? list[i] : static_cast<uint32_t>(i);
-        n += p_.allow[eligible[n]];
+        n += is_allowed(0, eligible[n]);
       }
       if (n == 0) return;
       list = eligible, begin = 0, end = n;
