@@ -35,3 +35,12 @@ def _poisoned_outputs() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20251015)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads gain nothing on sizes this small, and wait for each other where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
