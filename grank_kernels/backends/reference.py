@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from grank_kernels.checks import check_offsets
 from grank_kernels.quantise import quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
@@ -110,12 +111,8 @@ def _excluded_positions(
 
 def _check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
     """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first < 0 or last > len(excluded):
-        raise ValueError(f"exclude: offsets run from {first} to {last}; they take 0 to {len(excluded)}")
-    if bool((offsets.diff() < 0).any()):
-        raise ValueError("exclude: offsets must not decrease")
-    used = excluded[first:last]
+    check_offsets("exclude", offsets, len(excluded))
+    used = excluded[int(offsets[0]) : int(offsets[-1])]
     wrong = used[(used < -1) | (used >= limit)] if limit is not None else used[used < -1]
     if len(wrong):
         top = "2^63" if limit is None else limit
