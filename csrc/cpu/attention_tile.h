@@ -56,10 +56,11 @@ inline Floats largest(const float* logits, int64_t count, Floats scale, Floats s
 
 // Turns logits[k][c], which `scale` takes to the exponents of 2, into weights, adds them up, and raises maxima and
 // scales what is there down where that is due.
-template <typename Tiles>
-void weigh(const float* logits, int64_t count, const float* scale, QueryTile<Tiles>& tile, int64_t out_rows,
+template <int kParts, typename Tiles>
+void weigh_parts(const float* logits, int64_t count, const float* scale, QueryTile<Tiles>& tile, int64_t out_rows,
            typename Tiles::Panel weights) {
   constexpr float kSlack = 8;
+  constexpr int kDegree = Tiles::exp2_degree(kParts);
   for (int c = 0; c < tile.columns; c += kLanes) {
     const Floats by = load<Floats>(scale + c);
     const Floats before = load<Floats>(tile.max + c);
@@ -79,19 +80,33 @@ void weigh(const float* logits, int64_t count, const float* scale, QueryTile<Til
     const Floats zero = only(max > -__builtin_inff(), max);  // where all logits are -inf, weights are 0
     int64_t k = 0;
     for (; k + 2 <= count; k += 2) {
-      const Floats even = exp2(multiply_add(load<Floats>(logits + k * kColumns + c), by, -zero));
-      const Floats odd = exp2(multiply_add(load<Floats>(logits + (k + 1) * kColumns + c), by, -zero));
+      const Floats even = exp2<kDegree>(multiply_add(load<Floats>(logits + k * kColumns + c), by, -zero));
+      const Floats odd = exp2<kDegree>(multiply_add(load<Floats>(logits + (k + 1) * kColumns + c), by, -zero));
       sum += even + odd;
-      Tiles::put_pair(weights, k / 2, c, even, odd);
+      Tiles::template put_pair<kParts>(weights, k / 2, c, even, odd);
     }
     if (k < count) {
-      const Floats even = exp2(multiply_add(load<Floats>(logits + k * kColumns + c), by, -zero));
+      const Floats even = exp2<kDegree>(multiply_add(load<Floats>(logits + k * kColumns + c), by, -zero));
       sum += even;
-      Tiles::put_pair(weights, k / 2, c, even, Floats{});
+      Tiles::template put_pair<kParts>(weights, k / 2, c, even, Floats{});
     }
     store(tile.sum + c, sum);
   }
   Tiles::end_panel(weights, count);
+}
+
+template <typename Tiles>
+void weigh(const float* logits, int64_t count, const float* scale, QueryTile<Tiles>& tile, int64_t out_rows,
+           typename Tiles::Panel weights) {
+  constexpr int kMost = Tiles::kMostParts;
+  switch (Tiles::parts(weights)) {
+    case 1:
+      return weigh_parts<1>(logits, count, scale, tile, out_rows, weights);
+    case 2:
+      return weigh_parts<kMost < 2 ? kMost : 2>(logits, count, scale, tile, out_rows, weights);
+    case 3:
+      return weigh_parts<kMost < 3 ? kMost : 3>(logits, count, scale, tile, out_rows, weights);
+  }
 }
 
 }  // namespace GRANK_ISA

@@ -120,21 +120,24 @@ inline Floats at_most(Floats x, float most) {
   return (Floats)(((Ints)broadcast<Floats>(most) & above) | ((Ints)x & ~above));
 }
 
-// 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. Error below
-// 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted to 2^r on [-1/2, 1/2], and its roundings. The bits
-// are the same for every instruction set with FMA.
+// 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. The bits are the
+// same for every instruction set with FMA. Error below 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted
+// to 2^r on [-1/2, 1/2], and its roundings. With degree 3 1.1e-4.
+template <int kDegree = 5>
 inline Floats exp2(Floats x) {
-  constexpr float kCoefficients[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+  static_assert(kDegree == 3 || kDegree == 5, "what there is");
+  constexpr float kThree[] = {1, 0x1.62f5fap-1f, 0x1.f00c4cp-3f, 0x1.c2a216p-5f};
+  constexpr float kFive[] = {1,
+                             0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
 #if defined(__AVX512F__)
   const Floats r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x minus the nearest integer, even between two
 #else
   const Floats shifted = x + 0x1.8p23f;  // that integer, in the lowest bits
   const Floats r = x - (shifted - 0x1.8p23f);
 #endif
-  Floats p = broadcast<Floats>(kCoefficients[4]);
-#pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kCoefficients[i]));
-  p = multiply_add(r, p, broadcast<Floats>(1.0f));
+  Floats p = broadcast<Floats>(kDegree == 3 ? kThree[3] : kFive[5]);
+#pragma GCC unroll 5
+  for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kDegree == 3 ? kThree[i] : kFive[i]));
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<Floats>(-125.0f), _CMP_NLT_UQ), p, x - r);
 #else
