@@ -178,6 +178,33 @@ inline Floats float_of_float16(Halves h) {
 #endif
 }
 
+// ---- and back, to nearest, ties to even ----
+
+inline Halves bfloat16_of_float(Floats x) {
+  const Units bits = (Units)x;
+  const Units rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Units nan = (Units)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40u) & nan), Halves);
+}
+
+inline Halves float16_of_float(Floats x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (Halves)vreinterpret_u16_f16(vcvt_f16_f32(x));
+#else
+  const Units bits = (Units)x, magnitude = bits & 0x7fffffffu;
+  const Units normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const Units small = (Units)((Floats)magnitude + 0.5f) - 0x3f000000u;  // 0.5f's last bit is worth the least float16
+  const Units is_small = (Units)(magnitude < 0x38800000u), is_large = (Units)(magnitude >= 0x477ff000u);
+  const Units is_nan = (Units)(magnitude > 0x7f800000u);
+  const Units rounded = (small & is_small) | (normal & ~is_small & ~is_large) | (0x7c00u & is_large) | (0x200u & is_nan);
+  return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), Halves);
+#endif
+}
+
 // ---- int8 products. A packed unit holds what one dot() takes of a row: kInt8PerUnit numbers in 32 bits. ----
 #if defined(__AVX512VNNI__)
 constexpr int kInt8PerUnit = 4;  // u8 (row + 128) times s8 (query); the query's accumulator starts at -128 sum(q)

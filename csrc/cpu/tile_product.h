@@ -88,6 +88,31 @@ inline void transpose_units(const char* rows, int64_t stride, int64_t count, int
   }
 }
 
+// Columns as rows again: numbers[j][c] * scale[c], rounded to dtype, to element j of row c, for j < width, c < count.
+// Reads numbers of `width` rounded up to kLanes.
+inline void write_rows(const float* numbers, int64_t width, int64_t count, const float* scale, DType dtype, char* rows,
+                       int64_t stride) {
+  const int64_t bytes = element_bytes(dtype);
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const int64_t left = width - j < kLanes ? width - j : kLanes;
+    for (int64_t c = 0; c < count; c += 4) {
+      Units columns[4];
+      load_columns<4, false, true>(reinterpret_cast<const char*>(numbers + j * kColumns + c), kColumns * 4, nullptr, 16,
+                                   columns);
+      for (int i = 0; i < 4 && c + i < count; ++i) {
+        const Floats x = (Floats)columns[i] * scale[c + i];
+        char* to = rows + (c + i) * stride + j * bytes;
+        if (dtype == DType::kFloat32) {
+          __builtin_memcpy(to, &x, left * 4);
+        } else {
+          const Halves halves = dtype == DType::kFloat16 ? float16_of_float(x) : bfloat16_of_float(x);
+          __builtin_memcpy(to, &halves, left * 2);
+        }
+      }
+    }
+  }
+}
+
 struct FloatTiles {
   static constexpr int kKeys = 96;  // keys that a tile of candidates meets at once: kKeys x 64 logits stay in 24 KiB
 
@@ -119,6 +144,8 @@ struct FloatTiles {
   static Panel take_panel(Pieces& pieces, DType, int64_t depth) {
     return {pieces.take<float>(padded(depth) * kColumns)};
   }
+  // For numbers (depth, 64) that there are anyway.
+  static Panel take_panel_of_floats(Pieces&, DType, int64_t) { return {nullptr}; }
 
   static Matrix matrix(const Rows& rows, void* memory) {
     const Matrix out{static_cast<float*>(memory), padded(rows.width)};
@@ -160,6 +187,8 @@ struct FloatTiles {
     store(panel.data + (2 * pair + 1) * kColumns + column, odd);
   }
   static void end_panel(Panel, int64_t) {}
+  // numbers (depth, 64) as a panel; `panel` is where it may be made.
+  static Panel panel_of(float* numbers, int64_t, int, Panel) { return {numbers}; }
 
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {

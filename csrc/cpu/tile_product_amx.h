@@ -62,6 +62,9 @@ struct AmxTiles {
     const int64_t part = round_up(depth, kDepth) / 2 * kColumns;
     return {pieces.take<uint32_t>(parts_of(dtype) * part), part, parts_of(dtype)};
   }
+  static Panel take_panel_of_floats(Pieces& pieces, DType dtype, int64_t depth) {
+    return take_panel(pieces, dtype, depth);
+  }
 
   static Matrix matrix(const Rows& rows, void* memory) {
     const int64_t stride = round_up(rows.width, kDepth), padded = round_up(rows.count, kDepth);
@@ -131,6 +134,17 @@ struct AmxTiles {
     }
   }
 
+  static Panel panel_of(const float* numbers, int64_t depth, int columns, Panel panel) {
+    switch (panel.parts) {
+      case 1:
+        return fill_with_floats<1>(numbers, depth, columns, panel);
+      case 2:
+        return fill_with_floats<2>(numbers, depth, columns, panel);
+      default:
+        return fill_with_floats<3>(numbers, depth, columns, panel);
+    }
+  }
+
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
     asm volatile("" : : : "memory");  // GCC's intrinsics for loads do not say what memory they read
@@ -164,6 +178,19 @@ struct AmxTiles {
     const Units part = (((bits + 0x8000u) & ~special) | ((bits | quiet) & special)) & 0xffff0000u;
     rest = only((Ints)(magnitude < 0x7f800000u), rest - (Floats)part);
     return __builtin_convertvector(part >> 16, Halves);
+  }
+
+  template <int kParts>
+  static Panel fill_with_floats(const float* numbers, int64_t depth, int columns, Panel panel) {
+    for (int64_t k = 0; k < depth; k += 2) {
+      for (int c = 0; c < columns; c += kLanes) {
+        const float* from = numbers + k * kColumns + c;
+        put_pair<kParts>(panel, k / 2, c, load<Floats>(from),
+                         k + 1 < depth ? load<Floats>(from + kColumns) : Floats{});
+      }
+    }
+    end_panel(panel, depth);
+    return panel;
   }
 
   template <DType kType>
@@ -226,3 +253,16 @@ struct AmxTiles {
 }  // namespace GRANK_ISA
 }  // namespace grank
 #endif  // GRANK_AMX
+
+namespace grank {
+namespace GRANK_ISA {
+
+// The kind of product that this flavour uses.
+#if GRANK_AMX
+using Tiles = AmxTiles;
+#else
+using Tiles = FloatTiles;
+#endif
+
+}  // namespace GRANK_ISA
+}  // namespace grank
