@@ -16,6 +16,8 @@ except ImportError as error:  # the package works without its native library, se
     )
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_HEAD_ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
+_ATTENTION_ACTIVATIONS = {"softmax": 0, "silu": 1}
 _MAX_ROWS = (1 << 32) - 1
 _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
@@ -52,6 +54,15 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if its last dimension is not contiguous."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_bytes(x: torch.Tensor) -> int:
+    return x.stride(0) * x.itemsize
+
+
 def mips_topk(
     queries: torch.Tensor,
     items: torch.Tensor,
@@ -65,10 +76,7 @@ def mips_topk(
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
     (B, d), N = queries.shape, items.shape[0]
     queries = queries.float().contiguous()
-    row_stride, column_stride = items.stride()
-    if column_stride != 1 and d > 1:
-        items = items.contiguous()
-        row_stride = d
+    items = _rows_contiguous(items)
     if exclude_offsets is not None and exclude_ids is not None:
         exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
     if allow is not None and allow.stride(-1) != 1:
@@ -78,10 +86,162 @@ def mips_topk(
     values = queries.new_empty((B, k))
     positions = queries.new_empty((B, k), dtype=torch.int64)
     _cpu.mips_topk(
-        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, row_stride * items.itemsize,
+        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, _row_bytes(items),
         _address(row_scale), _address(ids),
         _address(exclude_offsets), _address(exclude_ids), 0 if exclude_ids is None else len(exclude_ids),
         _address(allow), allow.stride(0) if allow is not None and allow.dim() == 2 else 0,
         k, torch.get_num_threads(), values.data_ptr(), positions.data_ptr(),
     )  # fmt: skip
     return values, positions
+
+
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Why `score_candidates` cannot run for these tensors."""
+    if _cpu is None:
+        return unavailable()
+    if not rows.is_cpu:
+        return f"items are on {rows.device}, not on the CPU"
+    if rows.shape[0] > _MAX_ROWS:
+        return f"items have {rows.shape[0]} rows; this backend takes at most {_MAX_ROWS}"
+    return None
+
+
+def score_candidates(
+    candidate_ids: torch.Tensor,
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    user_hidden: torch.Tensor,
+    item_weight: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: float,
+    softmax_scale: float,
+    activation: str,
+) -> torch.Tensor:
+    """Scores (B, C) float32 of every user's candidates."""
+    (B, C), (N, d), h = candidate_ids.shape, rows.shape, values.shape[1]
+    candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
+    rows, keys, values = _rows_contiguous(rows), _rows_contiguous(keys), _rows_contiguous(values)
+    user_hidden, out_weight = user_hidden.float().contiguous(), out_weight.float().contiguous()
+    item_weight = item_weight.contiguous()
+    scores = torch.empty(B, C, dtype=torch.float32, device="cpu")
+    _cpu.score_candidates(
+        candidate_ids.data_ptr(), B, C, rows.data_ptr(), _DTYPES[rows.dtype], N, d, _row_bytes(rows),
+        _address(row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
+        _row_bytes(values), h, cu_seqlens.data_ptr(), user_hidden.data_ptr(), item_weight.data_ptr(),
+        out_weight.data_ptr(), out_bias, softmax_scale, _HEAD_ACTIVATIONS[activation],
+        torch.get_num_threads(), scores.data_ptr(),
+    )  # fmt: skip
+    return scores
+
+
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
+    if _cpu is None:
+        return unavailable()
+    if not q.is_cpu:
+        return f"q is on {q.device}, not on the CPU"
+    if q.dtype not in _DTYPES:
+        return f"q is {q.dtype}; this backend takes torch.float32, torch.float16 or torch.bfloat16"
+    return None
+
+
+class _Attention:
+    """What the attention kernels are told of a call, forward and backward."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_k: torch.Tensor | None,
+        seqused_k: torch.Tensor | None,
+        softmax_scale: float,
+        activation: str,
+    ) -> None:
+        self.offsets = [None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+        offsets_q, offsets_k, used_k = self.offsets
+        self.ragged_q, self.ragged_k = offsets_q is not None, offsets_k is not None
+        self.softmax = activation == "softmax"
+        users = len(q) if offsets_q is None else len(offsets_q) - 1
+        self.head = (
+            users, q.shape[-2], q.shape[-1], _DTYPES[q.dtype], _ATTENTION_ACTIVATIONS[activation],
+            softmax_scale, torch.get_num_threads(),
+            (_address(offsets_q), 0, 0 if self.ragged_q else q.shape[1]),
+            (_address(offsets_k), _address(used_k), 0 if self.ragged_k else k.shape[1]),
+        )  # fmt: skip
+        self.all_keys = not self.ragged_k and used_k is None
+
+    def by_query(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
+        """The address and strides of a tensor with a row a query; x without D is given one of 1."""
+        return _by_user(x, self.ragged_q)
+
+    def by_key(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
+        return _by_user(x, self.ragged_k)
+
+
+def _by_user(x: torch.Tensor | None, ragged: bool) -> tuple[int, int, int, int]:
+    """An address and the strides in bytes of users, rows and heads; rows that lie one after another have no user's."""
+    if x is None:
+        return 0, 0, 0, 0
+    strides = [0, *x.stride()] if ragged else list(x.stride())
+    return x.data_ptr(), strides[0] * x.itemsize, strides[1] * x.itemsize, strides[2] * x.itemsize
+
+
+def _fresh(x: torch.Tensor, written: bool) -> torch.Tensor:
+    """Memory like x, contiguous; zeros where the kernels do not write all of it."""
+    make = torch.empty if written else torch.zeros
+    return make(x.shape, dtype=x.dtype, device="cpu")
+
+
+def candidate_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32; of silu (0,)."""
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
+    out = _fresh(q, not call.ragged_q)
+    lse = torch.full(q.shape[:-1] if call.softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
+    _cpu.candidate_cross_attention(
+        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
+        call.by_query(lse if call.softmax else None),
+    )  # fmt: skip
+    return out, lse
+
+
+def candidate_cross_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of q, k, v and bias_k, of their shapes and dtypes, contiguous."""
+    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
+    grad_q, grad_k, grad_v = _fresh(q, not call.ragged_q), _fresh(k, call.all_keys), _fresh(v, call.all_keys)
+    grad_bias = None if bias_k is None else _fresh(bias_k, call.all_keys)
+    delta = torch.empty_like(lse) if call.softmax else None
+    _cpu.candidate_cross_attention_backward(
+        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
+        call.by_query(lse if call.softmax else None), call.by_query(grad_out), call.by_query(grad_q),
+        call.by_key(grad_k), call.by_key(grad_v), call.by_key(grad_bias), call.by_query(delta),
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias
