@@ -119,7 +119,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 
 // ---- approximate functions of one instruction; denormal inputs and results count as zero ----
 
-// Relative error 2^-22.5 at most; 0 at -infinity.
+// Relative error 2^-22 at most; 0 at -infinity.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
