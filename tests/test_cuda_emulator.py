@@ -37,6 +37,10 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
+def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Output:
+    return Output(torch.empty(shape, dtype=dtype))
+
+
 # ---- arithmetic ----
 
 
@@ -67,8 +71,7 @@ def mma(
     probe: Emulator, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rounding: Rounding = Rounding.SEQUENTIAL
 ) -> torch.Tensor:
     """A B + C by mma_m16n8k16."""
-    d = Output((32, 4), torch.float32, fill=0)
-    d.tensor.copy_(to_fragments(c, fragment_c, 4))
+    d = Output(to_fragments(c, fragment_c, 4), initialised=True)
     name = str(a.dtype).removeprefix("torch.")
     counters = probe.run(
         f"probe_mma_{name}",
@@ -128,7 +131,7 @@ def test_ldmatrix_has_the_fragments_of_the_ptx_isa(probe: Emulator, rng: np.rand
     # PTX ISA, ldmatrix: thread t holds row t / 4, elements 2 (t % 4) and the next, of each matrix; .trans: transposed.
     x = torch.arange(32 * 8, dtype=torch.int16).view(32, 8)
     rows = torch.from_numpy(rng.permutation(32).astype(np.int32))
-    out = Output((32, 4, 2), torch.int16)
+    out = fresh(32, 4, 2, dtype=torch.int16)
     probe.run("probe_ldmatrix_x4", x=x, rows=rows, out=out, transposed=int(transposed))
     for matrix in range(4):
         expected = x[rows[8 * matrix : 8 * matrix + 8].long()]
@@ -141,7 +144,7 @@ def test_shuffles_and_votes(probe: Emulator, rng: np.random.Generator) -> None:
     source = rng.integers(0, 32, 32).astype(np.int32)
     for lane_mask in (1, 2, 16, 31):
         for x in (rng.integers(-99, 99, 32), np.full(32, 4), np.full(32, 2)):
-            others, votes = Output((2, 32), torch.int64), Output((3, 32), torch.int32)
+            others, votes = fresh(2, 32, dtype=torch.int64), fresh(3, 32, dtype=torch.int32)
             arguments = {"x": x.astype(np.int32), "source": source, "others": others, "votes": votes}
             probe.run("probe_warp_operations", **arguments, lane_mask=lane_mask)
             np.testing.assert_array_equal(others.tensor[0], x[source])
@@ -160,7 +163,7 @@ def test_conversions_round_to_nearest_even(probe: Emulator, rng: np.random.Gener
     random = torch.from_numpy(rng.integers(-(2**31), 2**31, 4096).astype(np.int32))
     x = torch.cat([every, halfway.view(torch.float32), random.view(torch.float32)])
     n = len(x)
-    singles, pairs, back = Output((n,), dtype), Output((n,), dtype), Output((2, n), torch.float32)
+    singles, pairs, back = fresh(n, dtype=dtype), fresh(n, dtype=dtype), fresh(2, n)
     probe.run(f"probe_conversions_{element}", x=x, singles=singles, pairs=pairs, back=back, n=n)
     expected = x.to(dtype)
     for result in (singles.tensor, pairs.tensor):
@@ -175,7 +178,7 @@ def test_conversions_round_to_nearest_even(probe: Emulator, rng: np.random.Gener
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_int8_is_unpacked_exactly(probe: Emulator, element: str) -> None:
     x = torch.arange(-128, 128).to(torch.int8)
-    out = Output((256,), ELEMENTS[element])
+    out = fresh(256, dtype=ELEMENTS[element])
     probe.run(f"probe_unpack_int8_{element}", x=x, out=out)
     assert torch.equal(out.tensor.float(), x.float())
 
@@ -183,7 +186,7 @@ def test_int8_is_unpacked_exactly(probe: Emulator, element: str) -> None:
 @pytest.mark.parametrize("rounding", Rounding)
 def test_approximate_functions_are_off_by_their_documented_errors(probe: Emulator, rounding: Rounding) -> None:
     x = torch.cat([torch.rand(1000) * 4, torch.rand(1000) * 100 + 1e-3])
-    out = Output((3, 2000), torch.float32)
+    out = fresh(3, 2000)
     probe.run("probe_approximate_functions", Settings(rounding=rounding), x=x, out=out, n=2000)
     exact = torch.stack([x.double().exp2(), x.double().log2(), 1 / x.double()])
     error = (out.tensor - exact).abs()
@@ -202,7 +205,7 @@ def test_approximate_functions_are_off_by_their_documented_errors(probe: Emulato
 def test_approximate_functions_at_the_ends(probe: Emulator, rounding: Rounding) -> None:
     denormal = 2.0**-130
     x = torch.tensor([0.0, -torch.inf, torch.inf, -130.0, denormal, torch.nan])
-    out = Output((3, 6), torch.float32)
+    out = fresh(3, 6)
     probe.run("probe_approximate_functions", Settings(rounding=rounding), x=x, out=out, n=6)
     inf, nan = torch.inf, torch.nan
     exp2, log2, rcp = [1, 0, inf, 0, 1, nan], [-inf, nan, inf, nan, -inf, nan], [inf, -0.0, 0, -1 / 130, inf, nan]
@@ -249,7 +252,9 @@ class Kernel:
     initial: float | None = None
 
     def run(self, emulator: Emulator, bug: Bug = Bug.NONE, settings: Settings = IN_ORDER) -> torch.Tensor:
-        out = Output(self.expected.shape, self.expected.dtype, fill=self.initial)
+        out = fresh(*self.expected.shape, dtype=self.expected.dtype)
+        if self.initial is not None:
+            out = Output(torch.full_like(self.expected, self.initial), initialised=True)
         emulator.run(self.entry, settings, x=self.x, out=out, **self.sizes, bug=int(bug))
         return out.tensor
 
@@ -365,6 +370,14 @@ def test_a_write_past_a_buffer_shows_without_the_checker_too() -> None:
         KERNELS[1].run(fast, Bug.WRITE_PAST_BUFFER)
 
 
+def test_memory_between_strided_elements_is_kept(planted: Emulator) -> None:
+    out = fresh(3, 32).tensor.fill_(0)[1]  # a view
+    planted.run("planted_gather", x=FLOATS[5:69:2], out=Output(out), stride=2)
+    assert torch.equal(out, FLOATS[5:69:2])
+    planted.run("planted_gather", x=FLOATS[5:69:2], out=Output(out), stride=1)
+    assert torch.equal(out, FLOATS[5:37])
+
+
 # ---- schedules ----
 
 
@@ -393,7 +406,7 @@ def test_a_seed_fixes_the_schedule(planted: Emulator) -> None:
 
 @pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (8, 32), (32, 32)])
 def test_sectors_of_a_strided_load(checked: Emulator, stride: int, sectors: int) -> None:
-    out = Output((32,), torch.float32)
+    out = fresh(32)
     counters = checked.run("planted_gather", x=FLOATS[: 32 * stride], out=out, stride=stride)
     assert torch.equal(out.tensor, FLOATS[: 32 * stride : stride])
     load, store = counters.global_load, counters.global_store
@@ -403,7 +416,7 @@ def test_sectors_of_a_strided_load(checked: Emulator, stride: int, sectors: int)
 
 @pytest.mark.parametrize(("stride", "wavefronts"), [(1, 1), (2, 2), (3, 1), (8, 8), (32, 32), (33, 1)])
 def test_bank_conflicts_of_a_strided_access(checked: Emulator, stride: int, wavefronts: int) -> None:
-    counters = checked.run("planted_spread", x=FLOATS[:32], out=Output((32,), torch.float32), stride=stride)
+    counters = checked.run("planted_spread", x=FLOATS[:32], out=fresh(32), stride=stride)
     for traffic in (counters.shared_load, counters.shared_store):
         assert (traffic.requests, traffic.bytes, traffic.transactions, traffic.ideal) == (1, 128, wavefronts, 1)
 
@@ -411,7 +424,7 @@ def test_bank_conflicts_of_a_strided_access(checked: Emulator, stride: int, wave
 @pytest.mark.parametrize(("swizzled", "wavefronts"), [(1, 1), (0, 8)])
 @pytest.mark.parametrize("settings", SEEDS[:2], ids=["in_order", "random"])
 def test_bank_conflicts_of_ldmatrix(checked: Emulator, swizzled: int, wavefronts: int, settings: Settings) -> None:
-    out = Output((32,), torch.int32)
+    out = fresh(32, dtype=torch.int32)
     counters = checked.run("planted_first_column", settings, x=INTEGERS, out=out, swizzled=swizzled, bug=0)
     ldmatrix, source, target = counters.ldmatrix, counters.copy_source, counters.copy_target
     assert (ldmatrix.requests, ldmatrix.bytes, ldmatrix.transactions) == (4, 512, 4 * wavefronts)
@@ -422,6 +435,6 @@ def test_bank_conflicts_of_ldmatrix(checked: Emulator, swizzled: int, wavefronts
 
 
 def test_atomics_and_blocks_are_counted(planted: Emulator) -> None:
-    out = Output((1,), torch.int32, fill=0)
+    out = Output(torch.zeros(1, dtype=torch.int32), initialised=True)
     counters = planted.run("planted_maximum", x=INTEGERS[:160], out=out, blocks=5, bug=0)
     assert (counters.atomics, counters.blocks) == (5, 5)

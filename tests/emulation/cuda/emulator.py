@@ -3,7 +3,6 @@
 import ctypes
 import re
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -42,17 +41,15 @@ class Settings:
     rounding: Rounding = Rounding.SEQUENTIAL
 
 
+@dataclass
 class Output:
-    """A tensor for a kernel to write: full of NaN (-1 for integers), and nothing may read it before it is written.
+    """A tensor that a kernel writes. Unless it is `initialised`, nothing may read it before it is written.
 
-    With a `fill` it can be read from the start.
+    The kernel sees memory full of set bits, NaN or -1, and the tensor is given what stands there at the end.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, fill: float | None = None) -> None:
-        self.initialised = fill is not None
-        self.tensor = _guarded(tuple(shape), dtype)
-        if fill is not None:
-            self.tensor.fill_(fill)
+    tensor: torch.Tensor
+    initialised: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,9 @@ class Emulator:
         Args:
             entry: name of the function.
             settings: how to run it.
-            arguments: in the order of the function's parameters. Tensors and arrays are copied to guarded memory;
-                an `Output` is filled in place; None is a null pointer; int is int64_t; float is float. The names are
-                for the reports.
+            arguments: in the order of the function's parameters. A tensor or array is copied, with its strides, to
+                guarded memory, an `Output` also back; None is a null pointer, an int an int64_t, a float a float. The
+                names are for the reports.
 
         Raises:
             EmulationError: for whatever a checker found.
@@ -144,7 +141,7 @@ class Emulator:
         self._library.emulation_forget()
         config = _Config(settings.seed, settings.preempt, settings.rounding)
         self._library.emulation_reset(ctypes.byref(config))
-        buffers: dict[str, torch.Tensor] = {}
+        buffers: dict[str, _Guarded] = {}
         values: list[Any] = []
         for name, argument in arguments.items():
             if argument is None:
@@ -154,11 +151,12 @@ class Emulator:
             elif isinstance(argument, float):
                 values.append(ctypes.c_float(argument))
             else:
-                buffers[name] = _input(argument) if not isinstance(argument, Output) else argument.tensor
-                values.append(ctypes.c_void_p(buffers[name].data_ptr()))
+                output = argument if isinstance(argument, Output) else Output(torch.as_tensor(argument), True)
+                buffers[name] = _Guarded(output)
+                values.append(ctypes.c_void_p(buffers[name].bytes.data_ptr()))
                 if self.checked:
-                    initialised = not isinstance(argument, Output) or argument.initialised
-                    self._library.emulation_buffer(values[-1], _bytes(buffers[name]), name.encode(), initialised)
+                    size = len(buffers[name].bytes)
+                    self._library.emulation_buffer(values[-1], size, name.encode(), output.initialised)
         getattr(self._library, entry)(*values)
         reports = [
             Report(
@@ -167,9 +165,14 @@ class Emulator:
             )
             for i in range(self._library.emulation_num_reports())
         ]
-        reports += [Report("guard", f"bytes around {name} were changed") for name in buffers if _changed(buffers[name])]
+        reports += [
+            Report("guard", f"bytes around {name} were changed") for name, buffer in buffers.items() if buffer.broken()
+        ]
         if reports:
             raise EmulationError(reports)
+        for name, argument in arguments.items():
+            if isinstance(argument, Output):
+                buffers[name].copy_to(argument.tensor)
         return Counters.from_buffer_copy(self._library.emulation_counters().contents)
 
     def _with_lines(self, text: str) -> str:
@@ -183,24 +186,23 @@ class Emulator:
         return " < ".join(dict.fromkeys(place.name for place in places if PRIMITIVES not in place.name))
 
 
-def _guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of set bits, with guards around it."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    memory = torch.full((GUARD_BYTES + size + GUARD_BYTES + ALIGNMENT,), 0xFF, dtype=torch.uint8)
-    begin = GUARD_BYTES + -(memory.data_ptr() + GUARD_BYTES) % ALIGNMENT
-    return memory[begin : begin + size].view(dtype).view(shape)
+class _Guarded:
+    """The memory of a tensor, from its first element to its last, with guards around it."""
 
+    def __init__(self, output: Output) -> None:
+        tensor = output.tensor
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        size = span * tensor.element_size() if tensor.numel() else 0
+        self._memory = torch.full((GUARD_BYTES + size + GUARD_BYTES + ALIGNMENT,), 0xFF, dtype=torch.uint8)
+        self._begin = GUARD_BYTES + -(self._memory.data_ptr() + GUARD_BYTES) % ALIGNMENT
+        self.bytes = self._memory[self._begin : self._begin + size]
+        if output.initialised and size:
+            self.bytes.copy_(tensor.detach().as_strided((span,), (1,)).view(torch.uint8))
 
-def _input(values: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(values)
-    return _guarded(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+    def copy_to(self, tensor: torch.Tensor) -> None:
+        if tensor.numel():
+            tensor.copy_(self.bytes.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()))
 
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _changed(tensor: torch.Tensor) -> bool:
-    memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    begin = tensor.storage_offset() * tensor.element_size()
-    return bool((memory[:begin] != 0xFF).any() or (memory[begin + _bytes(tensor) :] != 0xFF).any())
+    def broken(self) -> bool:
+        after = self._begin + len(self.bytes)
+        return bool((self._memory[: self._begin] != 0xFF).any() or (self._memory[after:] != 0xFF).any())
