@@ -1,6 +1,6 @@
-// The Python module grank_kernels._cuda: raw addresses and a stream handle in, nothing out. Importing it touches neither
-// the driver nor a device. grank_kernels/backends/cuda.py is its only caller and has checked every shape; what only the
-// data can tell stays on the device, where the kernels look out for themselves.
+// The Python module grank_kernels._cuda: raw addresses and a stream handle in, nothing out. Importing it touches
+// neither the driver nor a device. grank_kernels/backends/cuda.py is its only caller and has checked every shape; what
+// only the data can tell stays on the device, where the kernels look out for themselves.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -80,9 +80,9 @@ void candidate_cross_attention_backward(const grank::cuda::CandidateCrossAttenti
                                         uintptr_t delta, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v,
                                         uintptr_t grad_bias, bool bfloat, int width, uintptr_t stream) {
   const py::gil_scoped_release release;
-  const grank::cuda::CandidateCrossAttentionGradients gradients{pointer<const void>(grad_out), pointer<float>(delta),
-                                                                pointer<void>(grad_q),         pointer<void>(grad_k),
-                                                                pointer<void>(grad_v),         pointer<float>(grad_bias)};
+  const grank::cuda::CandidateCrossAttentionGradients gradients{
+      pointer<const void>(grad_out), pointer<float>(delta), pointer<void>(grad_q),
+      pointer<void>(grad_k),         pointer<void>(grad_v), pointer<float>(grad_bias)};
   grank::cuda::candidate_cross_attention_backward(problem, gradients, bfloat, width, pointer<void>(stream));
 }
 

@@ -165,8 +165,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& logit = logits[n][2 * half + column];
-            differentiate<kSoftmax>(weights[n][2 * half + column], logit, scale,
-                                    owned_terms[half].x + streamed_terms.x,
+            differentiate<kSoftmax>(weights[n][2 * half + column], logit, scale, owned_terms[half].x + streamed_terms.x,
                                     kOwnsKeys ? streamed_terms.y : owned_terms[half].y);
             if (kOwnsKeys) logit_sums[half] += logit;
           }
@@ -189,11 +188,11 @@ __global__ void __launch_bounds__(kThreads)
 
   const float norm = kSoftmax || history.count == 0 ? 1.0f : 1.0f / static_cast<float>(history.count);
   const float first_factor[2] = {p.softmax_scale * norm, p.softmax_scale * norm}, second_factor[2] = {norm, norm};
-  const auto store = [&](void* gradient, unsigned char* through, const float(&sums)[kWidth / 8][4],
-                         const float(&factor)[2]) {
-    store_rows<Element, kWidth>(
-        through, sums, factor,
-        static_cast<Element*>(gradient) + (owned.begin + tile.first) * stride + head * kWidth, stride, extent, count);
+  const auto store = [&](void* gradient, unsigned char* through, const float (&sums)[kWidth / 8][4],
+                         const float (&factor)[2]) {
+    store_rows<Element, kWidth>(through, sums, factor,
+                                static_cast<Element*>(gradient) + (owned.begin + tile.first) * stride + head * kWidth,
+                                stride, extent, count);
   };
   store(kOwnsKeys ? gradients.grad_k : gradients.grad_q, owned_first, first_sums, first_factor);
   if (kOwnsKeys) {

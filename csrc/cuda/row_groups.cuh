@@ -45,6 +45,7 @@ struct RowGroups {
 
   // How many (user, tile) pairs a grid must provide: an upper bound for ragged rows, from the shape alone.
   __host__ __device__ int64_t tiles() const {
+    if (users == 0) return 0;
     return offsets != nullptr ? total / kTileRows + users : users * ceil_div(per_user, kTileRows);
   }
 };
@@ -68,8 +69,7 @@ __device__ inline RowTile find_tile(const RowGroups& groups, int64_t index) {
   while (span > 1) {
     const int64_t step = (span + kWarp - 1) / kWarp;
     const int64_t probe = user + lane * step;
-    const bool reached =
-        lane * step < span && groups.offset(probe) / kTileRows + probe <= index;
+    const bool reached = lane * step < span && groups.offset(probe) / kTileRows + probe <= index;
     const unsigned ballot = __ballot_sync(kFullMask, reached);
     int last = 0;
     while (last + 1 < kWarp && (ballot >> (last + 1)) & 1) ++last;

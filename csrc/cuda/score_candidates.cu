@@ -4,12 +4,12 @@
 
 namespace grank::cuda {
 
-void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream) {
+void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream,
+                      const ScorePlan* plan) {
   with_element(bfloat, [&](auto element) {
     with_width("width", width, [&](auto width_constant) {
       with_width("hidden", hidden, [&](auto hidden_constant) {
         constexpr int kWidth = decltype(width_constant)::value, kHidden = decltype(hidden_constant)::value;
-        const ScorePlan plan = score_plan<kWidth, kHidden>(problem);
         launch_score_candidates<decltype(element), kWidth, kHidden>(problem, plan, stream);
       });
     });

@@ -213,16 +213,17 @@ ScorePlan score_plan(const ScoreCandidates& problem) {
   const int64_t wanted = ceil_div(2 * problem.num_keys, problem.users * kTileRows) + 1;
   const int64_t tiles = problem.users * ceil_div(problem.candidates, kTileRows);
   if (wanted > kMost) return {2, 1};
-  return {static_cast<int>(wanted < 2 ? 2 : wanted),
-          static_cast<int>(tiles < 2 * kBlocks ? 1 : tiles / kBlocks < kTiles ? tiles / kBlocks : kTiles)};
+  return {static_cast<int>(wanted < 2 ? 2 : wanted), static_cast<int>(tiles < 2 * kBlocks        ? 1
+                                                                      : tiles / kBlocks < kTiles ? tiles / kBlocks
+                                                                                                 : kTiles)};
 }
 
 template <class Element, int kWidth, int kHidden>
-void launch_score_candidates(const ScoreCandidates& problem, const ScorePlan& plan, void* stream) {
-  const int64_t tiles = ceil_div(problem.candidates, kTileRows);
-  const int64_t blocks = problem.users * ceil_div(tiles, plan.tiles_per_block);
+void launch_score_candidates(const ScoreCandidates& problem, const ScorePlan* given, void* stream) {
+  if (problem.users == 0 || problem.candidates == 0) return;
+  const ScorePlan plan = given != nullptr ? *given : score_plan<kWidth, kHidden>(problem);
+  const int64_t blocks = problem.users * ceil_div(ceil_div(problem.candidates, kTileRows), plan.tiles_per_block);
   if (blocks >= int64_t{1} << 31) throw std::invalid_argument("score_candidates: more than 2^31 tiles of candidates");
-  if (blocks == 0) return;
   launch(score_candidates_kernel<Element, kWidth, kHidden>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
          ScoreShared<kWidth, kHidden>::bytes(plan.stages), stream, problem, plan);
 }

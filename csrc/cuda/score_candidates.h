@@ -37,9 +37,10 @@ struct ScorePlan {
   int tiles_per_block;  // tiles of 64 candidates that a block scores, one after another
 };
 
-// Enqueues the kernel; width and hidden are 16, 32, 64 or 128. Nothing is allocated or waited for.
-// Throws std::invalid_argument for other widths and for more blocks than a grid takes, std::runtime_error where CUDA
-// refuses the launch.
-void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream);
+// Enqueues the kernel; width and hidden are 16, 32, 64 or 128. A plan changes the time it takes, and nothing else;
+// null: chosen from the shapes. Nothing is allocated or waited for. Throws std::invalid_argument for other widths and
+// for more blocks than a grid takes, std::runtime_error where CUDA refuses the launch.
+void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream,
+                      const ScorePlan* plan = nullptr);
 
 }  // namespace grank::cuda

@@ -98,7 +98,7 @@ template <class Element, int kBlocks>
 __device__ __forceinline__ void round_left(uint32_t (&a)[4], const float (&sums)[kBlocks][4], int step) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float(&block)[4] = sums[2 * step + j / 2];
+    const float (&block)[4] = sums[2 * step + j / 2];
     a[j] = pack2<Element>(block[j % 2 * 2], block[j % 2 * 2 + 1]);
   }
 }
