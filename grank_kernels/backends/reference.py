@@ -4,7 +4,9 @@ The functions named like an op say, in their docstrings, what every backend's fu
 """
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -128,11 +130,27 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of the hea
 }
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_full(op: Callable[P, R]) -> Callable[P, R]:
+    """Whatever autocast says: a backend's sums are float32."""
+
+    @wraps(op)
+    def run(*operands: P.args, **named: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return op(*operands, **named)
+
+    return run
+
+
 def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
     """Why `score_candidates` cannot run for these tensors."""
     return None
 
 
+@_in_full
 def score_candidates(
     candidate_ids: torch.Tensor,
     rows: torch.Tensor,
@@ -190,6 +208,7 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
     return None
 
 
+@_in_full
 def candidate_cross_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -239,6 +258,7 @@ def candidate_cross_attention(
     return out, lse
 
 
+@_in_full
 def candidate_cross_attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
