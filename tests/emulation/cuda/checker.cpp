@@ -37,7 +37,7 @@ struct Cell {
 struct Region {
   uintptr_t begin, end;
   std::string name;
-  Space space;
+  bool is_shared;
   std::vector<Cell> cells;
 };
 
@@ -86,8 +86,14 @@ std::string nearest(uintptr_t address) {
   return text;
 }
 
+// The thread's own stack, or a constant of the library.
+bool is_local(const Lane& lane, const void* pointer) {
+  const auto* const byte = static_cast<const char*>(pointer);
+  return (byte >= lane.stack && byte < lane.stack + kStackBytes) || (byte >= &__ehdr_start && byte < &_end);
+}
+
 // The time before which nothing in this region matters: shared memory is new in every block.
-uint32_t era(const Region& region) { return region.space == Space::kShared ? block_start : launch_start; }
+uint32_t era(const Region& region) { return region.is_shared ? block_start : launch_start; }
 
 // Whether what `thread` did at `time` comes before what `lane` does now.
 bool ordered(const Lane& lane, int thread, uint32_t time) {
@@ -141,7 +147,7 @@ void check_byte(const Lane& lane, const Region& region, Cell& cell, uintptr_t ad
     tell("cp.async", " while the copy by thread " + std::to_string(cell.writer) + at(write_pc) + " is in flight",
          write_pc);
   }
-  if (access == Access::kRead && (region.space == Space::kShared ? !written : cell.written_at == 0)) {
+  if (access == Access::kRead && (region.is_shared ? !written : cell.written_at == 0)) {
     tell("uninitialised", " before anything was written there", 0);
   }
   const bool both_atomic = access == Access::kAtomic && cell.atomic;
@@ -184,7 +190,7 @@ void check_launch(bool instrumented, void* memory, size_t bytes) {
   checking = instrumented;
   launch_start = block_start = ++now;
   const auto begin = reinterpret_cast<uintptr_t>(memory);
-  shared = {begin, begin + bytes, "shared memory", Space::kShared, std::vector<Cell>(instrumented ? bytes : 0)};
+  shared = {begin, begin + bytes, "shared memory", true, std::vector<Cell>(instrumented ? bytes : 0)};
 }
 
 void check_block() { block_start = last_barrier = ++now; }
@@ -213,13 +219,10 @@ void check_copy_landed(const Lane& lane, const Copy& copy) {
   }
 }
 
-Space check_access(const Lane& lane, const void* pointer, int bytes, Access access, uintptr_t pc) {
-  if (!checking) return Space::kUnknown;
+void check_and_count(const Lane& lane, const void* pointer, int bytes, Access access, Kind global_kind,
+                     Kind shared_kind, uintptr_t pc) {
+  if (!checking || is_local(lane, pointer)) return;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const char* const stack = lane.stack;
-  if (pointer >= stack && pointer < stack + kStackBytes) return Space::kLocal;
-  const auto library_end = reinterpret_cast<uintptr_t>(&_end);
-  if (address >= library_start() && address < library_end) return Space::kLocal;  // constants
   const auto what = [&] {
     return (access == Access::kRead ? "read of " : "write of ") + std::to_string(bytes) + " bytes ";
   };
@@ -229,24 +232,21 @@ Space check_access(const Lane& lane, const void* pointer, int bytes, Access acce
     report("out of bounds", &lane, what() + where + at(pc), pc);
     stop();
   }
+  const Kind kind = region->is_shared ? shared_kind : global_kind;
+  if (kind == Kind::kNone) {
+    report("address space", &lane,
+           what() + "at " + byte_of(*region, address) + at(pc) + " by an instruction for " +
+               (region->is_shared ? "global" : "shared") + " memory",
+           pc);
+    stop();
+  }
   const bool one_instruction = bytes <= 16 && (bytes & (bytes - 1)) == 0;
   if (one_instruction && address % bytes != 0) {
     report("misaligned", &lane, what() + "at " + byte_of(*region, address) + at(pc), pc);
   }
   Cell* const cells = &region->cells[address - region->begin];
   for (int i = 0; i < bytes; ++i) check_byte(lane, *region, cells[i], address + i, access, pc);
-  return region->space;
-}
-
-void check_and_count(const void* address, int bytes, Access access, uintptr_t pc) {
-  const Space space = check_access(*current, address, bytes, access, pc);
-  const bool reads = access == Access::kRead;
-  if (space == Space::kGlobal) {
-    count_access(*current, address, bytes, reads ? Kind::kGlobalLoad : Kind::kGlobalStore, pc);
-  }
-  if (space == Space::kShared) {
-    count_access(*current, address, bytes, reads ? Kind::kSharedLoad : Kind::kSharedStore, pc);
-  }
+  count_access(lane, pointer, bytes, kind, pc);
 }
 
 // ---- what Python calls ----
@@ -266,7 +266,7 @@ GRANK_EXPORT void emulation_buffer(const void* memory, size_t bytes, const char*
   Cell cell{};
   cell.written_at = initialised ? kBeforeAll : 0;
   buffers.push_back(
-      std::make_unique<Region>(Region{begin, begin + bytes, name, Space::kGlobal, std::vector<Cell>(bytes, cell)}));
+      std::make_unique<Region>(Region{begin, begin + bytes, name, false, std::vector<Cell>(bytes, cell)}));
 }
 
 GRANK_EXPORT size_t emulation_num_reports() { return reports.size(); }
@@ -280,7 +280,9 @@ namespace {
 void plain_access(const void* address, int bytes, Access access, void* pc) {
   if (current == nullptr) return;  // the host
   maybe_preempt();
-  check_and_count(address, bytes, access, reinterpret_cast<uintptr_t>(pc));
+  const bool reads = access == Access::kRead;
+  check_and_count(*current, address, bytes, access, reads ? Kind::kGlobalLoad : Kind::kGlobalStore,
+                  reads ? Kind::kSharedLoad : Kind::kSharedStore, reinterpret_cast<uintptr_t>(pc));
 }
 
 }  // namespace

@@ -28,17 +28,17 @@ struct Traffic {
 
 enum class Kind : int {
   kGlobalLoad,
-  kGlobalStore,
+  kGlobalStore,  // and atomics
   kSharedLoad,
-  kSharedStore,
-  kCopySource,  // cp.async, the side of global memory
-  kCopyTarget,  // cp.async, the side of shared memory
-  kLdmatrix,    // a request is one 8 x 8 matrix
-  kCount
+  kSharedStore,  // and atomics
+  kCopySource,   // cp.async, the side of global memory
+  kCopyTarget,   // cp.async, the side of shared memory
+  kLdmatrix,
+  kNone
 };
 
 struct Counters {
-  Traffic traffic[static_cast<int>(Kind::kCount)];
+  Traffic traffic[static_cast<int>(Kind::kNone)];
   uint64_t mma, barriers, atomics, blocks;
 };
 
@@ -92,7 +92,6 @@ void execute(const Lane& lane, unsigned mask);
 
 // ---- checker.cpp ----
 enum class Access { kRead, kWrite, kAtomic, kCopy };
-enum class Space { kUnknown, kLocal, kGlobal, kShared };
 
 // Keeps one report for every kind and place (`pc`, and the other access it conflicts with). By `lane`, null: the
 // launch.
@@ -105,17 +104,13 @@ void check_block();    // from here on a new block runs
 void check_barrier();  // all threads of the block have met
 void check_warp_barrier(const Lane& lane, unsigned mask);
 void check_copy_landed(const Lane& lane, const Copy& copy);
-// Where `lane` accesses memory; does not return where the access must not be made. kUnknown in a build
-// that is not instrumented, where nothing is checked.
-Space check_access(const Lane& lane, const void* address, int bytes, Access access, uintptr_t pc);
+// An access that counts as `global` or `shared`, after the memory it goes to; as kNone where it must not go there. Does
+// not return where it must not be made. Does nothing for kernels that are not instrumented.
+void check_and_count(const Lane& lane, const void* address, int bytes, Access access, Kind global, Kind shared,
+                     uintptr_t pc);
 
 // ---- traffic.cpp ----
 void count_access(const Lane& lane, const void* address, int bytes, Kind kind, uintptr_t pc);
-void count_matrix(const void* const* rows);  // eight rows of 16 bytes
-void count_block();                          // the block has ended
-
-// ---- both ----
-// A plain access of the current lane to whatever memory it may be.
-void check_and_count(const void* address, int bytes, Access access, uintptr_t pc);
+void count_block();  // the block has ended
 
 }  // namespace grank::emulation

@@ -101,12 +101,6 @@ void count_access(const Lane& lane, const void* address, int bytes, Kind kind, u
   }
 }
 
-void count_matrix(const void* const* rows) {
-  Request request{16, 0xff, {}};
-  for (int row = 0; row < 8; ++row) request.addresses[row] = reinterpret_cast<uintptr_t>(rows[row]);
-  count_request(request, Kind::kLdmatrix);
-}
-
 void count_block() {
   for (const auto& [site, requests] : sites) {
     for (const Request& request : requests.requests) count_request(request, std::get<Kind>(site));

@@ -38,27 +38,16 @@ void vote_all(const Operands* const (&operands)[kWarp], unsigned mask) {
   for_each(mask, [&](int lane) { *static_cast<unsigned*>(operands[lane]->out) = ballot; });
 }
 
-// An access of 16 bytes by an instruction that knows one address space only.
-void check_space(const Lane& lane, const void* address, Access access, Space expected, const char* name, uintptr_t pc) {
-  const Space space = check_access(lane, address, 16, access, pc);
-  if (space == Space::kUnknown || space == expected) return;
-  report("address space", &lane,
-         std::string(name) + " to an address that is not in " + (expected == Space::kShared ? "shared" : "global") +
-             " memory" + at(pc));
-  stop();
-}
-
 void ldmatrix_all(const Lane& caller, const Operands* const (&operands)[kWarp], bool transposed) {
   const void* rows[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) {
     rows[lane] = operands[lane]->a;
-    check_space(lane_of_warp(caller, lane), rows[lane], Access::kRead, Space::kShared, "ldmatrix", operands[lane]->pc);
+    check_and_count(lane_of_warp(caller, lane), rows[lane], 16, Access::kRead, Kind::kNone, Kind::kLdmatrix,
+                    operands[lane]->pc);
   }
   for (int matrix = 0; matrix < 4; ++matrix) {
-    const void* const* const matrix_rows = rows + 8 * matrix;
-    count_matrix(matrix_rows);
     uint16_t elements[8][8];
-    for (int row = 0; row < 8; ++row) std::memcpy(elements[row], matrix_rows[row], 16);
+    for (int row = 0; row < 8; ++row) std::memcpy(elements[row], rows[8 * matrix + row], 16);
     for (int lane = 0; lane < kWarp; ++lane) {
       const int i = lane / 4, j = lane % 4 * 2;
       const uint32_t low = transposed ? elements[j][i] : elements[i][j];
@@ -68,34 +57,36 @@ void ldmatrix_all(const Lane& caller, const Operands* const (&operands)[kWarp], 
   }
 }
 
+// Of a finite number other than 0; a denormal counts as the smallest normal.
+int exponent_of(float x) { return std::max<int>(bits_of(x) >> 23 & 0xff, 1) - 127; }
+
+double power_of_2(int exponent) { return __builtin_bit_cast(double, static_cast<uint64_t>(1023 + exponent) << 52); }
+
 // c + a . b over `count` terms as tensor cores are described to compute it: exact products, all terms and c aligned to
 // the largest exponent, cut off after `fraction` bits, added exactly, the result cut off to a float. (Fasi, Higham,
-// Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021.)
-float dot_in_groups(const float* a, const float (*b)[kN], int count, float c, int fraction) {
+// Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021.) b is a column of a matrix (kK, kN).
+float dot_in_groups(const float* a, const float* b, int count, float c, int fraction) {
   double terms[kK + 1];
-  int num_terms = 0, largest = -10000;
+  int largest = c != 0 ? exponent_of(c) : -1000;
   float plain = c;  // what infinities and NaN come to
-  const auto add = [&](double term, int exponent) {
-    terms[num_terms++] = term;
-    largest = std::max(largest, exponent);
-  };
   for (int k = 0; k < count; ++k) {
-    const float x = a[k], y = b[k][0];
+    const float x = a[k], y = b[k * kN];
     plain += x * y;
-    if (x != 0 && y != 0 && std::isfinite(x) && std::isfinite(y)) {
-      add(static_cast<double>(x) * y, std::ilogb(x) + std::ilogb(y));
-    }
+    terms[k] = static_cast<double>(x) * y;
+    if (terms[k] != 0) largest = std::max(largest, exponent_of(x) + exponent_of(y));
   }
+  terms[count] = c;
   if (!std::isfinite(plain)) return plain;
-  if (c != 0) add(c, std::max(std::ilogb(c), -126));
+  if (largest == -1000) return 0;
+  const double unit = power_of_2(fraction - largest);
   int64_t sum = 0;
-  for (int i = 0; i < num_terms; ++i) sum += static_cast<int64_t>(std::ldexp(terms[i], fraction - largest));
+  for (int i = 0; i <= count; ++i) sum += static_cast<int64_t>(terms[i] * unit);
   if (sum == 0) return 0;
   uint64_t magnitude = sum < 0 ? -static_cast<uint64_t>(sum) : static_cast<uint64_t>(sum);
   const int excess = std::max(0, 40 - __builtin_clzll(magnitude));
   magnitude = magnitude >> excess << excess;
-  return std::copysign(static_cast<float>(std::ldexp(static_cast<double>(magnitude), largest - fraction)),
-                       static_cast<float>(sum));
+  const auto result = static_cast<float>(static_cast<double>(magnitude) * power_of_2(largest - fraction));
+  return sum < 0 ? -result : result;
 }
 
 // Fragments as csrc/cuda/primitives.cuh states them.
@@ -133,8 +124,7 @@ void mma_all(const Operands* const (&operands)[kWarp], ToFloat to_float) {
     for (int m = 0; m < kM; ++m) {
       for (int n = 0; n < kN; ++n) {
         for (int k = 0; k < kK; k += group) {
-          const auto* const column = reinterpret_cast<const float (*)[kN]>(&b[k][n]);
-          d[m][n] = dot_in_groups(&a[m][k], column, group, d[m][n], fraction);
+          d[m][n] = dot_in_groups(&a[m][k], &b[k][n], group, d[m][n], fraction);
         }
       }
     }
@@ -190,21 +180,17 @@ void execute(const Lane& lane, unsigned mask) {
     case Op::kLdmatrixTrans:
       return ldmatrix_all(lane, operands, lane.operands->op == Op::kLdmatrixTrans);
     case Op::kMmaF16:
-      return mma_all(operands, float_of_half);
+      return mma_all(operands, [](uint16_t bits) { return float_of_half(bits); });
     case Op::kMmaBf16:
-      return mma_all(operands, float_of_bfloat16);
+      return mma_all(operands, [](uint16_t bits) { return float_of_bfloat16(bits); });
   }
 }
 
 void cp_async_16(void* shared, const void* global, bool valid) {
   const auto pc = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
   maybe_preempt();
-  if (valid) {
-    check_space(*current, global, Access::kRead, Space::kGlobal, "cp.async", pc);
-    count_access(*current, global, 16, Kind::kCopySource, pc);
-  }
-  check_space(*current, shared, Access::kCopy, Space::kShared, "cp.async", pc);
-  count_access(*current, shared, 16, Kind::kCopyTarget, pc);
+  if (valid) check_and_count(*current, global, 16, Access::kRead, Kind::kCopySource, Kind::kNone, pc);
+  check_and_count(*current, shared, 16, Access::kCopy, Kind::kNone, Kind::kCopyTarget, pc);
   current->copies.push_back({shared, global, valid, current->copy_group});
   if (config.seed != 0 && random_bits() % 2 == 0) land(current->copies.back());
 }
@@ -226,20 +212,23 @@ void cp_async_wait(int pending) {
 
 void load(void* to, const void* from, int bytes) {
   maybe_preempt();
-  check_and_count(from, bytes, Access::kRead, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+  check_and_count(*current, from, bytes, Access::kRead, Kind::kGlobalLoad, Kind::kSharedLoad,
+                  reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   std::memcpy(to, from, bytes);
 }
 
 void store(void* to, const void* from, int bytes) {
   maybe_preempt();
-  check_and_count(to, bytes, Access::kWrite, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+  check_and_count(*current, to, bytes, Access::kWrite, Kind::kGlobalStore, Kind::kSharedStore,
+                  reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   std::memcpy(to, from, bytes);
 }
 
 void atomic(const void* address, int bytes) {
   maybe_preempt();
   ++counters.atomics;
-  check_access(*current, address, bytes, Access::kAtomic, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+  check_and_count(*current, address, bytes, Access::kAtomic, Kind::kGlobalStore, Kind::kSharedStore,
+                  reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
 }
 
 void copy_unseen(void* to, const void* from, int bytes) { std::memcpy(to, from, bytes); }
