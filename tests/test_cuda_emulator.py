@@ -1,7 +1,7 @@
 """The CUDA emulator: its arithmetic against the PTX ISA, and every checker against a bug it must find."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,9 @@ class Bug(IntEnum):
     MASK_NAMES_OTHERS = 17
     MATRIX_FROM_GLOBAL = 18
     TOO_MUCH_SHARED = 19
+    NO_BARRIER_AFTER_READS = 20
+    WARP_BARRIER_FOR_BLOCK = 21
+    READ_FROM_OTHER_BLOCKS = 22
 
 
 @dataclass
@@ -303,6 +306,28 @@ KERNELS = [
         initial=-1,
     ),
     Kernel(
+        "planted_shift",
+        INTEGERS[:8],
+        torch.cat([INTEGERS[1:8], INTEGERS[:1]]),
+        {Bug.READ_FROM_OTHER_BLOCKS: {"race"}},
+        {"blocks": 8},
+        initial=-1,
+    ),
+    Kernel(
+        "planted_broadcast",
+        INTEGERS[:4],
+        torch.full((128,), 6, dtype=torch.int32),
+        {Bug.NO_BARRIER_AFTER_READS: {"race"}, Bug.WARP_BARRIER_FOR_BLOCK: {"race"}},
+        {"rounds": 4, "threads": 128},
+    ),
+    Kernel(
+        "planted_broadcast",
+        INTEGERS[:4],
+        torch.full((32,), 6, dtype=torch.int32),
+        {Bug.NO_BARRIER_AFTER_READS: {"race"}},
+        {"rounds": 4, "threads": 32},
+    ),
+    Kernel(
         "planted_swap_within_warp",
         FLOATS[:128],
         FLOATS[:128].view(64, 2).flip(1).flatten(),
@@ -323,12 +348,14 @@ KERNELS = [
     ),
 ]
 PLANTED = [
-    pytest.param(kernel, bug, kinds, id=bug.name.lower()) for kernel in KERNELS for bug, kinds in kernel.finds.items()
+    pytest.param(kernel, bug, kinds, id=f"{bug.name.lower()}-{len(kernel.expected)}")
+    for kernel in KERNELS
+    for bug, kinds in kernel.finds.items()
 ]
 
 
-def test_every_bug_is_planted_once() -> None:
-    assert sorted(bug for kernel in KERNELS for bug in kernel.finds) == sorted(set(Bug) - {Bug.NONE})
+def test_every_bug_is_planted() -> None:
+    assert {bug for kernel in KERNELS for bug in kernel.finds} == set(Bug) - {Bug.NONE}
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.entry)
@@ -376,6 +403,16 @@ def test_memory_between_strided_elements_is_kept(planted: Emulator) -> None:
     assert torch.equal(out, FLOATS[5:69:2])
     planted.run("planted_gather", x=FLOATS[5:69:2], out=Output(out), stride=1)
     assert torch.equal(out, FLOATS[5:37])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "text"),
+    [(KERNELS[3], {"blocks": 0}, "the grid is empty"), (KERNELS[5], {"threads": 1025}, "1025 threads in a block")],
+    ids=["grid", "block"],
+)
+def test_what_cuda_would_not_launch(planted: Emulator, kernel: Kernel, sizes: dict[str, int], text: str) -> None:
+    with pytest.raises(EmulationError, match=f"launch: {text}"):
+        replace(kernel, sizes={**kernel.sizes, **sizes}).run(planted)
 
 
 # ---- schedules ----

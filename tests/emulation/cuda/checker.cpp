@@ -86,10 +86,12 @@ std::string nearest(uintptr_t address) {
   return text;
 }
 
-// The thread's own stack, or a constant of the library.
+// The thread's own stack, its index, or a constant of the library.
 bool is_local(const Lane& lane, const void* pointer) {
   const auto* const byte = static_cast<const char*>(pointer);
-  return (byte >= lane.stack && byte < lane.stack + kStackBytes) || (byte >= &__ehdr_start && byte < &_end);
+  const auto* const self = reinterpret_cast<const char*>(&lane);
+  return (byte >= lane.stack && byte < lane.stack + kStackBytes) || (byte >= self && byte < self + sizeof(Lane)) ||
+         (byte >= &__ehdr_start && byte < &_end);
 }
 
 // The time before which nothing in this region matters: shared memory is new in every block.

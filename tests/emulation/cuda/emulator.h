@@ -20,10 +20,11 @@ struct dim3 {
 namespace grank::emulation {
 
 // ---- where a thread is ----
-uint3 thread_index();
-uint3 block_index();
-dim3 block_size();
-dim3 grid_size();
+// References: in (c ? a : b)[block_index().x] GCC 12 makes a temporary only if c holds.
+const uint3& thread_index();
+const uint3& block_index();
+const dim3& block_size();
+const dim3& grid_size();
 unsigned char* dynamic_shared();
 
 // ---- what threads do together ----

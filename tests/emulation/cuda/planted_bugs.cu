@@ -26,6 +26,9 @@ enum class Bug : int64_t {
   kMaskNamesOthers,
   kMatrixFromGlobal,
   kTooMuchShared,
+  kNoBarrierAfterReads,
+  kWarpBarrierForBlock,
+  kReadFromOtherBlocks,
 };
 
 constexpr int kThreads = 128;
@@ -97,6 +100,32 @@ __global__ void maximum(const int* x, int* out, Bug bug) {
   }
 }
 
+// out[i] = x[i + 1], one block for each, and the last one x[0].
+__global__ void shift(const int* x, int* out, Bug bug) {
+  out[blockIdx.x] = (bug == Bug::kReadFromOtherBlocks ? out : x)[(blockIdx.x + 1) % gridDim.x];
+}
+
+// out[i] = the sum of x over `rounds`: thread 0 hands round after round to all others.
+__global__ void broadcast(const int* x, int* out, int rounds, Bug bug) {
+  GRANK_DYNAMIC_SHARED(raw);
+  int* const shared = reinterpret_cast<int*>(raw);
+  const auto barrier = [&] {
+    if (blockDim.x == kWarp || bug == Bug::kWarpBarrierForBlock) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
+  int sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x == 0) *shared = x[round];
+    barrier();
+    sum += *shared;
+    if (bug != Bug::kNoBarrierAfterReads) barrier();
+  }
+  out[threadIdx.x] = sum;
+}
+
 // out[i] = x[i ^ 1], by way of shared memory, every second lane of a warp.
 __global__ void swap_within_warp(const float* x, float* out, Bug bug) {
   GRANK_DYNAMIC_SHARED(raw);
@@ -158,6 +187,13 @@ GRANK_ENTRY planted_copy_vectors(const float* x, float* out, int64_t bug) {
 }
 GRANK_ENTRY planted_maximum(const int* x, int* out, int64_t blocks, int64_t bug) {
   launch(maximum, static_cast<unsigned>(blocks), kWarp, 0, nullptr, x, out, Bug{bug});
+}
+GRANK_ENTRY planted_shift(const int* x, int* out, int64_t blocks, int64_t bug) {
+  launch(shift, static_cast<unsigned>(blocks), 1, 0, nullptr, x, out, Bug{bug});
+}
+GRANK_ENTRY planted_broadcast(const int* x, int* out, int64_t rounds, int64_t threads, int64_t bug) {
+  launch(broadcast, 1, static_cast<unsigned>(threads), sizeof(int), nullptr, x, out, static_cast<int>(rounds),
+         Bug{bug});
 }
 GRANK_ENTRY planted_swap_within_warp(const float* x, float* out, int64_t bug) {
   launch(swap_within_warp, 1, kThreads, kThreads * sizeof(float), nullptr, x, out, Bug{bug});

@@ -221,10 +221,10 @@ const char* name_of(Op op) {
   return kNames[static_cast<int>(op)];
 }
 
-uint3 thread_index() { return current->index; }
-uint3 block_index() { return block; }
-dim3 block_size() { return block_dim; }
-dim3 grid_size() { return grid_dim; }
+const uint3& thread_index() { return current->index; }
+const uint3& block_index() { return block; }
+const dim3& block_size() { return block_dim; }
+const dim3& grid_size() { return grid_dim; }
 unsigned char* dynamic_shared() { return shared_memory; }
 
 void sync_threads() {
