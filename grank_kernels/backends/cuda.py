@@ -32,17 +32,18 @@ def unavailable() -> str | None:
 
 
 def _device_unsupported(name: str, x: torch.Tensor) -> str | None:
-    if not x.is_cuda:
-        return f"{name} are on {x.device}, not on a CUDA device"
-    reason = unavailable()
-    if reason is None and _capability(x.device) < (8, 0):
-        reason = f"{x.device} has compute capability {_capability(x.device)}; the kernels need 8.0"
-    return reason
+    return _card_unsupported(x.device) if x.is_cuda else f"{name} are on {x.device}, not on a CUDA device"
+
+
+@torch.compiler.assume_constant_result
+def _card_unsupported(device: torch.device) -> str | None:
+    return unavailable() or _too_old(device)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"{device} has compute capability {capability}; the kernels need (8, 0)"
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
             return f"{name} have width {x.shape[1]}; the kernels take {', '.join(map(str, _WIDTHS))}"
     if len(keys) > _MAX_ROWS:
         return f"there are {len(keys)} keys; the kernels take at most {_MAX_ROWS}"
-    if rows.stride(1) != 1 or rows.stride(0) * rows.itemsize % _ALIGNMENT or rows.data_ptr() % _ALIGNMENT:
+    if rows.stride(1) != 1 or rows.stride(0) * rows.itemsize % _ALIGNMENT:
         return f"items have strides {rows.stride()}; the kernels take rows that begin at multiples of 16 bytes"
     return None
 
@@ -99,6 +100,8 @@ def score_candidates(
     activation: str,
 ) -> torch.Tensor:
     """Scores (B, C) float32 of every user's candidates."""
+    if rows.data_ptr() % _ALIGNMENT:  # the table is not copied, and while torch.compile traces there is no address
+        raise ValueError(f"items begin at {rows.data_ptr():#x}; the kernels take a multiple of {_ALIGNMENT} bytes")
     (B, C), (d, h) = candidate_ids.shape, item_weight.shape
     candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
     row_scale = None if row_scale is None else row_scale.contiguous()
@@ -112,7 +115,7 @@ def score_candidates(
             _address(rows), _address(row_scale), len(rows), rows.stride(0) * rows.itemsize,
             _address(keys), _address(values), len(keys), _address(cu_seqlens),
             _address(user_hidden), _address(item_weight), _address(out_weight),
-            out_bias, softmax_scale, _HEAD_ACTIVATIONS[activation],
+            float(out_bias), float(softmax_scale), _HEAD_ACTIVATIONS[activation],
             _address(scores), _BFLOAT[keys.dtype], d, h, stream,
         )  # fmt: skip
     return scores
@@ -170,7 +173,7 @@ class _Operands:
             _address(self.q), _address(self.cu_seqlens_q), rows[-1], out.shape[:-2].numel(), self.shared,
             _address(self.k), _address(self.v), _address(self.cu_seqlens_k), _address(self.seqused_k),
             key_rows[-1], self.k.shape[:-2].numel(),
-            _address(self.bias_k), self.softmax_scale, _ACTIVATIONS[self.activation],
+            _address(self.bias_k), float(self.softmax_scale), _ACTIVATIONS[self.activation],
             _address(out), _address(lse),
         )  # fmt: skip
 
