@@ -1,6 +1,7 @@
 """The CUDA backend on CPU tensors: its launcher as it is, its kernels in the emulator.
 
-`with_emulator(...)` puts `EmulatedModule` where the launcher has the compiled module, and tensors where it has addresses.
+Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stands where the launcher has the compiled
+module, and gets tensors where that gets addresses.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from conftest import PoisonedTorch
 from emulation.cuda.build import ROOT
 from emulation.cuda.emulator import Counters, Emulator, Output, Settings
 
-from grank_kernels.backends import cuda
+from grank_kernels.backends import BACKENDS, cuda
 
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
 OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
@@ -64,7 +65,7 @@ class EmulatedModule:
 def with_emulator(
     *, checked: bool = False, settings: Settings | None = None, plan: tuple[int, int] = (0, 0)
 ) -> Iterator[EmulatedModule]:
-    """Inside, the CUDA backend runs in the emulator. `plan`: stages and tiles per block of score_candidates."""
+    """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
 
     @contextmanager
     def no_stream(device: torch.device) -> Iterator[None]:
@@ -72,6 +73,7 @@ def with_emulator(
 
     module = EmulatedModule(checked, settings or Settings(), plan)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, "emulated", cuda)
         patch.setattr(cuda, "_cuda", module)
         patch.setattr(cuda, "torch", PoisonedTorch("torch"))
         patch.setattr(cuda, "_address", lambda tensor: tensor)
