@@ -114,10 +114,6 @@ void wait_at(const char* what, uintptr_t pc) {
   switch_to(*next);
 }
 
-void yield_by_chance() {
-  if (config.seed != 0) switch_to(*next_lane());
-}
-
 void meet(const Operands& operands) {
   Lane& lane = *current;
   Warp& warp = warp_of(lane);
@@ -141,7 +137,6 @@ void meet(const Operands& operands) {
   warp.meetings.pop_back();
   execute(lane, operands.mask);
   warp.ready |= operands.mask;
-  yield_by_chance();
 }
 
 void thread_main() {
@@ -235,7 +230,6 @@ void sync_threads() {
   ++counters.barriers;
   check_barrier();
   for (Lane& lane : lanes) warp_of(lane).ready |= bit(lane);
-  yield_by_chance();
 }
 
 void sync_warp(unsigned mask) {
