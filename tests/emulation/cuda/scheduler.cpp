@@ -89,7 +89,7 @@ Lane* next_lane() {
   return nullptr;
 }
 
-void report_deadlock() {
+[[noreturn]] void report_deadlock() {
   std::map<std::string, std::vector<int>> waiting;
   for (const Lane& lane : lanes) {
     const std::string state = lane.exited ? "have exited" : std::string("wait at ") + lane.waits_at + at(lane.waits_pc);
@@ -171,7 +171,7 @@ void run_block() {
   ++counters.blocks;
   check_block();
   current = &lanes[0];
-  current = next_lane();
+  if (config.seed != 0) current = next_lane();
   grank_emulation_switch(&launcher, current->stack_pointer);
   current = nullptr;
   count_block();
