@@ -11,10 +11,11 @@
 
 namespace grank {
 
-#define X(isa)                                                \
-  namespace isa {                                             \
-  extern const MipsTopkKernel mips_topk_kernel;               \
-  extern const ScoreCandidatesKernel score_candidates_kernel; \
+#define X(isa)                                                                                     \
+  namespace isa {                                                                                  \
+  extern const MipsTopkKernel mips_topk_kernel;                                                    \
+  extern const ScoreCandidatesKernel score_candidates_kernel;                                      \
+  extern const AttentionPass attention_forward, attention_grad_queries, attention_grad_keys;       \
   }
 GRANK_ISAS
 #undef X
@@ -71,7 +72,9 @@ const Isa& choose() {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all{
-#define X(isa) {#isa, runs_here(#isa), &isa::mips_topk_kernel, &isa::score_candidates_kernel},
+#define X(isa)                                                                                                \
+  {#isa,                          runs_here(#isa),         &isa::mips_topk_kernel, &isa::score_candidates_kernel, \
+   &isa::attention_forward, &isa::attention_grad_queries, &isa::attention_grad_keys},
       GRANK_ISAS
 #undef X
   };

@@ -43,6 +43,11 @@ struct AmxTiles {
     TileRegisters registers;
   };
 
+  static constexpr int kMostParts = 3;
+  static int parts(Panel panel) { return panel.parts; }
+  // Of exp2() for weights of so many parts: below a tenth of what rounding to 8 or 16 bits loses.
+  static constexpr int exp2_degree(int parts) { return parts == 1 ? 3 : 5; }
+
   static constexpr int parts_of(DType dtype) {
     return dtype == DType::kFloat32 ? 3 : dtype == DType::kFloat16 ? 2 : 1;
   }
@@ -57,22 +62,29 @@ struct AmxTiles {
     const int64_t part = round_up(depth, kDepth) / 2 * kColumns;
     return {pieces.take<uint32_t>(parts_of(dtype) * part), part, parts_of(dtype)};
   }
+  static Panel take_panel_of_floats(Pieces& pieces, DType dtype, int64_t depth) {
+    return take_panel(pieces, dtype, depth);
+  }
 
   static Matrix matrix(const Rows& rows, void* memory) {
     const int64_t stride = round_up(rows.width, kDepth), padded = round_up(rows.count, kDepth);
     const Matrix out{static_cast<uint16_t*>(memory), stride, padded * stride, parts_of(rows.dtype)};
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const char* row = rows.row(i);
-      for (int64_t j = 0; j < stride; j += kLanes) {
-        const int64_t left = rows.width - j;
-        const char* from = row + j * element_bytes(rows.dtype);
-        Floats rest = left >= kLanes ? load_floats<true>(from, rows.dtype, kLanes)
-                      : left > 0     ? load_floats<false>(from, rows.dtype, left)
-                                     : Floats{};
-        for (int part = 0; part < out.parts; ++part) {
-          store(out.data + part * out.part + i * stride + j, next_part(rest));
+    switch (rows.dtype) {
+      case DType::kFloat32:
+        take_apart<DType::kFloat32>(rows, out);
+        break;
+      case DType::kFloat16:
+        take_apart<DType::kFloat16>(rows, out);
+        break;
+      case DType::kBFloat16:
+        for (int64_t i = 0; i < rows.count; ++i) {
+          __builtin_memcpy(out.data + i * stride, rows.row(i), rows.width * 2);
+          __builtin_memset(out.data + i * stride + rows.width, 0, (stride - rows.width) * 2);
         }
-      }
+        break;
+      case DType::kInt8:
+        take_apart<DType::kInt8>(rows, out);
+        break;
     }
     for (int part = 0; part < out.parts; ++part) {
       __builtin_memset(out.data + part * out.part + rows.count * stride, 0, (padded - rows.count) * stride * 2);
@@ -104,9 +116,10 @@ struct AmxTiles {
     }
   }
 
+  template <int kParts>
   static void put_pair(Panel panel, int64_t pair, int column, Floats even, Floats odd) {
     uint32_t* to = panel.data + pair * kColumns + column;
-    for (int part = 0; part < panel.parts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       const Units low = rounded(even), high = rounded(odd);
       store(to + part * panel.part, low >> 16 | high);
       even -= (Floats)low;
@@ -118,6 +131,17 @@ struct AmxTiles {
     const int64_t end = round_up(depth, kDepth) / 2, begin = (depth + 1) / 2;
     for (int part = 0; part < panel.parts; ++part) {
       __builtin_memset(panel.data + part * panel.part + begin * kColumns, 0, (end - begin) * kColumns * 4);
+    }
+  }
+
+  static Panel panel_of(const float* numbers, int64_t depth, int columns, Panel panel) {
+    switch (panel.parts) {
+      case 1:
+        return fill_with_floats<1>(numbers, depth, columns, panel);
+      case 2:
+        return fill_with_floats<2>(numbers, depth, columns, panel);
+      default:
+        return fill_with_floats<3>(numbers, depth, columns, panel);
     }
   }
 
@@ -156,6 +180,32 @@ struct AmxTiles {
     return __builtin_convertvector(part >> 16, Halves);
   }
 
+  template <int kParts>
+  static Panel fill_with_floats(const float* numbers, int64_t depth, int columns, Panel panel) {
+    for (int64_t k = 0; k < depth; k += 2) {
+      for (int c = 0; c < columns; c += kLanes) {
+        const float* from = numbers + k * kColumns + c;
+        put_pair<kParts>(panel, k / 2, c, load<Floats>(from),
+                         k + 1 < depth ? load<Floats>(from + kColumns) : Floats{});
+      }
+    }
+    end_panel(panel, depth);
+    return panel;
+  }
+
+  template <DType kType>
+  static void take_apart(const Rows& rows, const Matrix& out) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const char* row = rows.row(i);
+      for (int64_t j = 0; j < out.stride; j += kLanes) {
+        Floats rest = load_floats<kType>(row + j * element_bytes(kType), rows.width - j);
+        for (int part = 0; part < parts_of(kType); ++part) {
+          store(out.data + part * out.part + i * out.stride + j, next_part(rest));
+        }
+      }
+    }
+  }
+
   template <bool kAdd, bool kTwo>
   static void multiply_block(const Matrix& a, int64_t row, Panel b, int64_t depth, int column, float* c) {
     if (kAdd) {
@@ -173,25 +223,23 @@ struct AmxTiles {
       _tile_zero(3);
     }
     const int most = a.parts > b.parts ? a.parts : b.parts;
-    for (int i = 0; i < a.parts; ++i) {
-      for (int j = 0; j < b.parts && i + j < most; ++j) {
-        const uint16_t* left = a.data + i * a.part + row * a.stride;
-        const uint32_t* right = b.data + j * b.part + column;
-        for (int64_t k = 0; k < depth; k += kDepth) {
-          _tile_loadd(4, left, a.stride * 2);
-          _tile_loadd(6, right, kRowBytes);
+    const uint16_t* left = a.data + row * a.stride;
+    const uint32_t* right = b.data + column;
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      for (int i = 0; i < a.parts; ++i) {
+        _tile_loadd(4, left + i * a.part, a.stride * 2);
+        if (kTwo) _tile_loadd(5, left + i * a.part + kAmxRows * a.stride, a.stride * 2);
+        for (int j = 0; j < b.parts && i + j < most; ++j) {
+          _tile_loadd(6, right + j * b.part, kRowBytes);
           _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, right + 16, kRowBytes);
+          if (kTwo) _tile_dpbf16ps(2, 5, 6);
+          _tile_loadd(7, right + j * b.part + 16, kRowBytes);
           _tile_dpbf16ps(1, 4, 7);
-          if (kTwo) {
-            _tile_loadd(5, left + kAmxRows * a.stride, a.stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-          left += kDepth;
-          right += kDepth / 2 * kColumns;
+          if (kTwo) _tile_dpbf16ps(3, 5, 7);
         }
       }
+      left += kDepth;
+      right += kDepth / 2 * kColumns;
     }
     _tile_stored(0, c, kRowBytes);
     _tile_stored(1, c + 16, kRowBytes);
@@ -205,3 +253,16 @@ struct AmxTiles {
 }  // namespace GRANK_ISA
 }  // namespace grank
 #endif  // GRANK_AMX
+
+namespace grank {
+namespace GRANK_ISA {
+
+// The kind of product that this flavour uses.
+#if GRANK_AMX
+using Tiles = AmxTiles;
+#else
+using Tiles = FloatTiles;
+#endif
+
+}  // namespace GRANK_ISA
+}  // namespace grank
