@@ -61,6 +61,7 @@ class Bug(IntEnum):
     BARRIER_BEFORE_WAIT = 23
     READ_ACROSS_THE_END = 24
     DIFFERENT_OPERATIONS = 25
+    WARP_BARRIER_AFTER_COPY = 26
 
 
 @dataclass
@@ -98,6 +99,7 @@ SUM_REVERSED_TILES = Kernel(
     FLOATS.view(5, 128, 4).sum(dim=0).flip(0).flatten(),
     {
         Bug.NO_BARRIER_AFTER_COPY: race("shared memory", "read", "write"),
+        Bug.WARP_BARRIER_AFTER_COPY: race("shared memory", "read", "write"),
         Bug.NO_BARRIER_BEFORE_PREFETCH: race("shared memory", "write", "read"),
         Bug.BARRIER_BEFORE_WAIT: race("shared memory", "read", "write"),
         Bug.WAIT_FOR_TOO_FEW_GROUPS: rf"cp.async: {WHO}read of shared memory\+\d+{AT} while the copy by thread \d+{AT}",

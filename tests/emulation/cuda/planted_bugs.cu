@@ -32,6 +32,7 @@ enum class Bug : int64_t {
   kBarrierBeforeWait,
   kReadAcrossTheEnd,
   kDifferentOperations,
+  kWarpBarrierAfterCopy,
 };
 
 constexpr int kThreads = 128;
@@ -60,7 +61,11 @@ __global__ void sum_reversed_tiles(const float* x, float* out, int tiles, Bug bu
       if (bug == Bug::kBarrierBeforeWait) __syncthreads();
       cp_async_wait<0>();
     }
-    if (bug != Bug::kNoBarrierAfterCopy && bug != Bug::kBarrierBeforeWait) __syncthreads();
+    if (bug == Bug::kWarpBarrierAfterCopy) {
+      __syncwarp();
+    } else if (bug != Bug::kNoBarrierAfterCopy && bug != Bug::kBarrierBeforeWait) {
+      __syncthreads();
+    }
     const float4 other = load_vec<float4>(stage + tile % 2 * kTile + 4 * (kThreads - 1 - thread));
     sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
     if (bug != Bug::kNoBarrierBeforePrefetch) __syncthreads();
