@@ -4,10 +4,12 @@ Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stand
 module, and gets tensors where that gets addresses.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from emulation.cuda.emulator import Counters, Emulator, Output, Settings
 
 from grank_kernels.backends import BACKENDS, cuda
 
+HALVES = (torch.float16, torch.bfloat16)
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
 OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
     "score_candidates": (17,),
@@ -80,3 +83,14 @@ def with_emulator(
         patch.setattr(cuda, "_stream_of", no_stream)
         patch.setattr(cuda, "_device_unsupported", lambda name, x: None)
         yield module
+
+
+def contract_of(module: ModuleType, left_out: Collection[str]) -> dict[str, Any]:
+    """The tests of a module that take the fixture `backend`; a module that has one of its own can run them."""
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    assert set(left_out) <= set(tests)
+    return {
+        name: test
+        for name, test in tests.items()
+        if "backend" in inspect.signature(test).parameters and name not in left_out
+    }
