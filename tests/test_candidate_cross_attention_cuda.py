@@ -1,0 +1,34 @@
+"""The contract of candidate_cross_attention, kept by the CUDA kernels: its tests again, in the emulator."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import test_candidate_cross_attention as contract
+import torch
+from emulated_cuda import HALVES, contract_of, with_emulator
+from test_candidate_cross_attention import activation, form  # noqa: F401  fixtures of these tests
+
+LEFT_OUT = {
+    "test_other_widths",  # the kernels have 16, 32, 64 and 128
+    "test_compile_for_export",  # float32
+    "test_compile_inductor",  # float32: in float16 it rounds elsewhere what it fuses around the op
+    "test_whatever_the_process_has_set",  # the emulator itself makes tensors
+    "test_whatever_hypothesis_comes_up_with",  # brings its own backends
+}
+globals().update(contract_of(contract, LEFT_OUT))
+pytestmark = contract.pytestmark
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(
+        contract, "attention", partial(contract.attention, dtype=torch.float16)
+    )  # where a test names none
+    with with_emulator():
+        yield "emulated"
+
+
+@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
