@@ -257,6 +257,39 @@ def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, 
     assert record.names.count("scan") == 3  # 16 + 16 + 3 queries
 
 
+def in_chunks(size: int) -> Any:
+    """As rows in host memory come, but for the copies."""
+
+    def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[launches.Chunk]:
+        for base in range(0, len(items), size):
+            part = slice(base, base + size)
+            yield launches.Chunk(base, items[part], None if row_scale is None else row_scale[part])
+
+    return chunks
+
+
+@pytest.mark.parametrize("which", ["constant", "ascending", "nan", "best last"])
+@pytest.mark.parametrize("k", [9, 110])
+def test_chunks(which: str, k: int, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    """The k best and their threshold are carried from chunk to chunk; one that has every row above it overflows."""
+    monkeypatch.setattr(launches, "chunks", in_chunks(800))
+    make_plan = launches.make_plan
+
+    def plan_of_a_chunk(device: Any, B: int, N: int, *shape: Any) -> Any:
+        plan = make_plan(device, B, 800, *shape)
+        return dataclasses.replace(plan, room=300) if plan.sampled else plan
+
+    monkeypatch.setattr(launches, "make_plan", plan_of_a_chunk)
+    N = 2100
+    queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
+    more = {"exclude": torch.randint(-1, N, (3, 40)), "allow": torch.rand(3, N) < 0.9}
+    check(queries, rows, k, "float32", **more)
+    check(queries, rows, k, "int8" if which not in ("nan", "-inf") else "float16", ids=torch.randperm(N), **more)
+    assert record.names.count("select") >= 6
+    if which == "ascending" and k == 110:
+        assert all(record.pending[1])
+
+
 # ---- addresses ----
 
 
@@ -311,13 +344,10 @@ def test_bad_excluded_ids() -> None:
 # ---- a package without a GPU, or without Triton ----
 
 REFUSED = """
-import sys
+import importlib.util, sys
+find_spec = importlib.util.find_spec
 if {blocked}:
-    class NoTriton:
-        def find_spec(self, name, path=None, target=None):
-            if name == "triton":
-                raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, NoTriton())
+    importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find_spec(name, package)
 import torch, grank_kernels as gk
 assert "triton" not in sys.modules
 print(gk.show_config())

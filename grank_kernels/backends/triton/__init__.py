@@ -40,6 +40,8 @@ def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | N
         reason = _device_unsupported(queries.device)
         if reason is not None:
             return reason
+        if items.device != queries.device and items.stride(1) != 1:
+            return f"items in host memory have strides {items.stride()}; to be streamed their rows must be contiguous"
     if items.shape[0] > _MAX_ROWS:
         return f"items have {items.shape[0]} rows; one search takes at most {_MAX_ROWS}, split the table"
     if items.dtype == torch.int8 and items.shape[1] > _MAX_INT8_WIDTH:
