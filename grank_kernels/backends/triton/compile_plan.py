@@ -121,7 +121,9 @@ def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype
 
 
 def _row(target: str, label: str, launch: Launch) -> Row:
-    names, signature, attributes = launch.kernel.arg_names, {}, {}
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for name in names:
         value = launch.constants[name] if name in launch.constants else launch.arguments[name]
         if name in launch.constants or value is None:

@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from grank_kernels.backends.triton import mips_topk_kernels as kernels
 from grank_kernels.backends.triton import selection
 from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, make_plan, step_of_queries
 from grank_kernels.backends.triton.streaming import Chunk, chunk_rows, chunks
 
-_TYPES = {
-    torch.float32: kernels.tl.float32,
-    torch.float16: kernels.tl.float16,
-    torch.bfloat16: kernels.tl.bfloat16,
-    torch.int8: kernels.tl.int8,
-}
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 
 
 def options(amd: bool) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Device:
     rank: tuple[int, int] = (128, 32)
 
 
-INTERPRETER = Device("interpreter", processors=1, shared=1 << 30, small=256, rows=8, block=2, cut=(16, 1024), rank=(512, 512))
+INTERPRETER = Device(
+    "interpreter", processors=1, shared=1 << 30, small=256, rows=8, block=2, cut=(16, 1024), rank=(512, 512)
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
         splits = max(1, min(tiles, waves * device.processors // query_tiles))
         return Plan(tile, samples, lists, 0, 0, 0, splits, block, list_size, splits * k)
     splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
-    if N <= max(device.small, 2 * k):
+    if max(device.small, 2 * k) >= N:
         return Plan(tile, samples, lists, 0, 0, splits, 0, 0, 0, N)
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N

@@ -33,7 +33,7 @@ def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.de
         return
     N, d = items.shape
     size = chunk_rows(items)
-    current, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     buffers = [
         (
             torch.empty(size, d, dtype=items.dtype, device=device),
