@@ -5,6 +5,6 @@
 
 from types import ModuleType
 
-from grank_kernels.backends import cpu, cuda, reference
+from grank_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}

@@ -25,6 +25,8 @@ def unavailable() -> str | None:
 
 def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
     """Why `mips_topk` cannot run for these tensors."""
+    if items.device != queries.device:
+        return f"queries are on {queries.device} and items on {items.device}"
     return None
 
 
@@ -98,7 +100,7 @@ def _excluded_positions(
         return None
     offsets, excluded = offsets.contiguous(), excluded.contiguous()  # searchsorted warns otherwise
     if offsets.device.type == "cpu":
-        _check_exclude(offsets, excluded, None if ids is not None else N)
+        check_exclude(offsets, excluded, None if ids is not None else N)
     entry = torch.arange(len(excluded), device=excluded.device)
     query = torch.searchsorted(offsets, entry, right=True) - 1
     known = (query >= 0) & (query < B) & (excluded >= 0)
@@ -111,7 +113,7 @@ def _excluded_positions(
     return query[known], position[place[known]]
 
 
-def _check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
+def check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
     """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
     check_offsets("exclude", offsets, len(excluded))
     used = excluded[int(offsets[0]) : int(offsets[-1])]
