@@ -1,5 +1,6 @@
 """What only the cpu backend of candidate_cross_attention has: instruction sets, threads, its own memory."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,3 +99,42 @@ def test_a_query_alone_and_among_others(activation: str) -> None:
     for c in (0, 63, 64, 130, 199):
         alone = problem.but(q=problem.q[:, c : c + 1])
         assert torch.equal(alone.attend("cpu")[:, 0], whole[:, c]), c
+
+
+MEMORY = """
+import torch
+from grank_kernels.backends import cpu
+
+def kilobytes(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1])
+
+def peak(call):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is in use
+    before = kilobytes("VmRSS")
+    result = call()
+    return kilobytes("VmHWM") - before, result
+
+torch.set_num_threads(2)
+q, k, v, grad = (torch.randn(4, 1000, 1, 128) for _ in range(4))
+forward = lambda q, k, v: cpu.candidate_cross_attention(q, k, v, None, None, None, 0.1, None, "softmax")
+backward = lambda g, *x: cpu.candidate_cross_attention_backward(g, *x, None, None, None, 0.1, None, "softmax")
+few = [x[:, :3].contiguous() for x in (grad, q, k, v)]
+backward(*few, *forward(*few[1:]))
+size, outputs = peak(lambda: forward(q, k, v))
+print(size)
+print(peak(lambda: backward(grad, q, k, v, *outputs))[0])
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_memory_of_a_call() -> None:
+    """The outputs and what the kernel's header says; the weights alone would take 16 MB."""
+    done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="16384")
+    assert done.returncode == 0, done.stderr
+    forward, backward = (int(line) * 1024 for line in done.stdout.splitlines())
+    queries, d, keys = 4 * 1000, 128, 128
+    row, thread = 4 * d, 6 * (128 * 4 * d + keys * (3 * d + 128) + 64 * d)
+    assert forward < queries * (row + 4) + 2 * thread + (256 << 10)
+    assert backward < queries * (3 * row + 4) + 4 * 6 * (keys * (4 * d + 256) + 512 * d) + (256 << 10)

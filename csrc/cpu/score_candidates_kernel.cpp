@@ -140,7 +140,8 @@ class Step {
     for (int64_t c = 0; c < count_; ++c) {
       if (ids_[c] < 0) continue;
       const char* row = rows + ids_[c] * p_.row_stride;
-      for (int64_t line = 0; line < p_.d * element_bytes(p_.rows_dtype); line += 64) __builtin_prefetch(row + line, 0, 2);
+      for (int64_t line = 0; line < p_.d * element_bytes(p_.rows_dtype); line += 64)
+        __builtin_prefetch(row + line, 0, 2);
     }
   }
 
