@@ -72,8 +72,8 @@ queries, rows = torch.randn(3, 8), torch.randn(50, 8)
 top = gk.mips_topk(queries, rows, 5)
 assert torch.equal(top.values, gk.mips_topk(queries, rows, 5, backend="reference").values)
 assert torch.equal(top.indices, torch.topk(queries @ rows.T, 5).indices)
-attended = gk.candidate_cross_attention(queries[:, None, None], rows[:48].view(3, 16, 1, 8), rows[:48].view(3, 16, 1, 8))
-assert attended.shape == (3, 1, 1, 8)
+history = rows[:48].view(3, 16, 1, 8)
+assert gk.candidate_cross_attention(queries[:, None, None], history, history).shape == (3, 1, 1, 8)
 try:
     gk.mips_topk(queries, rows, 5, backend="cpu")
 except ValueError as error:
