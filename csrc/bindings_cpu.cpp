@@ -69,11 +69,11 @@ void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype
   grank::mips_topk(problem, grank::active_isa());
 }
 
-void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows, int rows_dtype,
-                      int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype, uintptr_t keys,
-                      int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h, uintptr_t cu_seqlens,
-                      uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight, float out_bias,
-                      float softmax_scale, int activation, int threads, uintptr_t scores) {
+void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows,
+                      int rows_dtype, int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype,
+                      uintptr_t keys, int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h,
+                      uintptr_t cu_seqlens, uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight,
+                      float out_bias, float softmax_scale, int activation, int threads, uintptr_t scores) {
   const py::gil_scoped_release release;
   grank::score_candidates({pointer<const int64_t>(candidate_ids),
                            num_users,

@@ -288,7 +288,8 @@ def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple
 
     With g the sizes of the gradients of the weights, `w` stands for the sizes of the gradients of the logits:
     `p (g + sum(p g))` for the softmax, and `1.1 g / L` for silu, whose slope stays below 1.1, its curvature below 1.
-    Rounding: sums are float32 in any order; weights, gradients of logits and results may be rounded to the dtype of q.
+    Rounding: sums are float32 in any order; weights, gradients of logits and results may be rounded to the dtype of q,
+    and what is smaller than the smallest normal number may become 0.
     """
     single, info = 2.0**-24, torch.finfo(problem.q.dtype)
     q, k, v, bias = (None if x is None else x.double() for x in problem.users()[b])
@@ -317,5 +318,6 @@ def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple
             w.sum(1).T,
         )
 
-    tiny = info.tiny  # what is smaller may become 0
-    return contract(p, w), tuple(x + tiny for x in contract(p_error, w_error))  # type: ignore[return-value]
+    tiny = torch.finfo(torch.float32).tiny
+    bounds = contract(p_error + tiny, w_error + tiny * (1 + g + g.sum(-1, keepdim=True)))
+    return contract(p, w), tuple(x + info.tiny for x in bounds)  # type: ignore[return-value]

@@ -144,12 +144,14 @@ def test_lse(form: dict[str, str], dtype: torch.dtype, backend: str) -> None:
     out, lse = (x.cpu() for x in problem.attend(backend, return_lse=True))
     assert (lse.dtype, lse.shape) == (torch.float32, out.shape[:-1])
     wide = problem.cast(torch.float64)
+    # A logarithm of a sum of weights, each of which may be rounded to the dtype before it is added.
+    tolerance = {"rtol": 1e-6, "atol": 1e-5 + (dtype != torch.float32) * torch.finfo(dtype).eps / 2}
     nobody = torch.ones(lse.shape, dtype=torch.bool)
     for b, (q, k, _, bias) in enumerate(wide.users()):
         logits = wide.scale() * torch.einsum("chd,lhd->hcl", q, k) + bias.T[:, None]
         want = logits.logsumexp(-1).T
         user = b if problem.cu_seqlens_q is None else slice(*problem.cu_seqlens_q[b : b + 2].tolist())
-        torch.testing.assert_close(lse[user].double(), want.where(want > -INF, INF).detach(), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(lse[user].double(), want.where(want > -INF, INF).detach(), **tolerance)
         nobody[user] = False
     assert (lse[nobody] == INF).all()
     assert (out[nobody] == 0).all()
@@ -284,7 +286,8 @@ def test_huge_logits(size: float, activation: str, dtype: torch.dtype, backend: 
     problem.q[..., 0] = 1
     out = problem.attend(backend).cpu()
     exact, plain = (problem.cast(x).formula().detach() for x in (torch.float64, dtype))
-    assert error_of(out, exact) <= allowed(plain, exact, dtype)
+    least = 1e6 * torch.finfo(torch.float32).tiny  # an exponential need not go below the smallest normal number
+    assert error_of(out, exact) <= allowed(plain, exact, dtype) + least
     ones = torch.ones_like(out)
     for grad, true in zip(problem.gradients(backend, ones), true_gradients(problem, ones, torch.float64), strict=True):
         assert torch.equal(grad.isfinite(), true.to(dtype).isfinite())  # float16 ends at 65504

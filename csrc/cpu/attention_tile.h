@@ -1,10 +1,11 @@
 // 64 queries, one a column, that attend to the keys of their user, some keys after the others: online softmax.
 //
-//   out[:, c] = sum_k 2^(x[k, c] - max[c]) v[k],  sum[c] = sum_k 2^(x[k, c] - max[c]),  x = log2(e) (scale[c] q_c k + bias[k])
+//   out[:, c] = sum_k 2^(x[k, c] - max[c]) v[k],  sum[c] = sum_k 2^(x[k, c] - max[c]),  x = log2(e) (scale[c] q_c k +
+//   bias[k])
 //
 // `max` need not be the largest, only near: it is raised, and what is there scaled down, where a logit is above it by
-// more than 8, so that no weight is above 2^8. Nothing else is rescaled. All float32; weights are rounded to the values'
-// number of parts where the product has parts (tile_product_amx.h). An overflowed sum would take 2^120 keys.
+// more than 8, so that no weight is above 2^8. Nothing else is rescaled. All float32; weights are rounded to the
+// values' number of parts where the product has parts (tile_product_amx.h). An overflowed sum would take 2^120 keys.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ namespace GRANK_ISA {
 template <typename Tiles>
 struct QueryTile {
   typename Tiles::Panel queries;
-  float* out;  // (width of values, padded, 64), not yet divided by `sum`
+  float* out;                         // (width of values, padded, 64), not yet divided by `sum`
   alignas(64) float scale[kColumns];  // takes a product to its exponent of 2
   alignas(64) float max[kColumns];
   alignas(64) float sum[kColumns];
@@ -38,8 +39,8 @@ struct KeyBlock {
   typename Tiles::Matrix keys;
   typename Tiles::Across values;
   int64_t count;
-  int64_t d;  // width of keys
-  int64_t h;  // width of values
+  int64_t d;   // width of keys
+  int64_t h;   // width of values
   bool first;  // of the user's
 };
 
@@ -51,9 +52,9 @@ void with_parts(typename Tiles::Panel panel, F f) {
     case 1:
       return f(std::integral_constant<int, 1>());
     case 2:
-      return f(std::integral_constant<int, kMost < 2 ? kMost : 2>());
+      return f(std::integral_constant < int, kMost<2 ? kMost : 2>());
     case 3:
-      return f(std::integral_constant<int, kMost < 3 ? kMost : 3>());
+      return f(std::integral_constant < int, kMost<3 ? kMost : 3>());
   }
 }
 
@@ -104,8 +105,7 @@ void weigh(const float* logits, const float* scale, const KeyBlock<Tiles>& block
     }
     const Floats zero = -only(max > -__builtin_inff(), max);  // where all logits are -inf, weights are 0
     put_numbers<Tiles, kParts>(weights, block.count, c, [&](int64_t k) {
-      const Floats weight =
-          exp2<Tiles::exp2_degree(kParts)>(multiply_add(load<Floats>(logits + k * kColumns + c), by, zero));
+      const Floats weight = exp2(multiply_add(load<Floats>(logits + k * kColumns + c), by, zero));
       sum += weight;
       return weight;
     });

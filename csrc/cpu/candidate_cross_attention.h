@@ -1,5 +1,5 @@
-// candidate_cross_attention and its gradient: candidate_cross_attention_kernel.h says what is computed. Here the work is
-// handed out, by user, head and some rows; which thread does it makes no difference to any bit.
+// candidate_cross_attention and its gradient: candidate_cross_attention_kernel.h says what is computed. Here the work
+// is handed out, by user, head and some rows; which thread does it makes no difference to any bit.
 #pragma once
 
 #include "isa.h"

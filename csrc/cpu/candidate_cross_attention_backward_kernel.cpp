@@ -8,7 +8,7 @@ namespace {
 
 // 64 rows in the lanes: what they are multiplied with on their own side, and what is known of each.
 struct Lanes {
-  Tiles::Panel first, second;  // queries and grad_out, or keys and values
+  Tiles::Panel first, second;         // queries and grad_out, or keys and values
   alignas(64) float add[kColumns];    // to a logit: bias, or minus lse
   alignas(64) float delta[kColumns];  // of queries, else 0
   alignas(64) float sum[kColumns];    // of dx, over the other side

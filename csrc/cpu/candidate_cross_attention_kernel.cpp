@@ -45,9 +45,8 @@ void weigh_by_silu(const float* logits, int64_t count, float factor, const Query
                    Tiles::Panel weights) {
   for (int c = 0; c < tile.columns; c += kLanes) {
     const Floats by = load<Floats>(scale + c);
-    put_numbers<Tiles, kParts>(weights, count, c, [&](int64_t k) {
-      return silu(load<Floats>(logits + k * kColumns + c) * by) * factor;
-    });
+    put_numbers<Tiles, kParts>(weights, count, c,
+                               [&](int64_t k) { return silu(load<Floats>(logits + k * kColumns + c) * by) * factor; });
   }
 }
 
@@ -73,8 +72,8 @@ void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& bloc
 }
 
 // Writes what a tile has come to: out and, of softmax, lse.
-void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t row, int64_t count, bool any_keys,
-            const QueryTile<Tiles>& tile) {
+void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t row, int64_t count,
+            bool any_keys, const QueryTile<Tiles>& tile) {
   const bool softmax = p.activation == AttentionActivation::kSoftmax;
   float factor[kColumns];
   for (int64_t c = 0; c < count; ++c) {
@@ -96,7 +95,9 @@ void run_step(const CandidateCrossAttentionProblem& p, int64_t user, int64_t hea
   [[maybe_unused]] const Tiles::Session session;
   const Scratch s(p, scratch);
   const int64_t row = p.queries.begin(user) + first;
-  const auto columns_of = [count](int64_t t) { return count - t * kColumns < kColumns ? count - t * kColumns : kColumns; };
+  const auto columns_of = [count](int64_t t) {
+    return count - t * kColumns < kColumns ? count - t * kColumns : kColumns;
+  };
   for (int64_t t = 0; t * kColumns < count; ++t) {
     const Rows queries = rows_of(p, p.q, user, row + t * kColumns, head, columns_of(t));
     Tiles::fill_panel(Tiles::matrix(queries, s.queries), queries.count, p.d, s.panels[t]);

@@ -6,11 +6,11 @@
 //   grad_queries    dx = w (grad v^T - delta), delta = grad . out;  or dx = silu'(x) grad v^T / L;  dq = scale dx k
 //   grad_keys       dk = scale dx^T q,  dv = w^T grad,  dbias = the sum of dx over queries
 //
-// Backward recomputes x, and w = exp(x - lse). A pass has 64 rows in the lanes, queries in the first two and keys in the
-// last, and meets the other side's rows kKeys at a time: products as tile_product.h has them, with dx and w between, in
-// the first-level cache. 2, 3 and 4 products of 2 C L d operations each. Every row of a gradient is summed by one step,
-// in the order of the other side's rows: no atomics, the same bits for any number of threads. No user's step reads
-// another user's rows.
+// Backward recomputes x, and w = exp(x - lse). A pass has 64 rows in the lanes, queries in the first two and keys in
+// the last, and meets the other side's rows kKeys at a time: products as tile_product.h has them, with dx and w
+// between, in the first-level cache. 2, 3 and 4 products of 2 C L d operations each. Every row of a gradient is summed
+// by one step, in the order of the other side's rows: no atomics, the same bits for any number of threads. No user's
+// step reads another user's rows.
 //
 // Forward of softmax is the online softmax of attention_tile.h. Memory a thread: 4 (kGroup 64 2 d + kKeys (2 d + 64))
 // bytes forward, below three times that backward, both times 1 1/2 at most for parts; nothing of size C x L.
@@ -69,7 +69,8 @@ struct CandidateCrossAttentionProblem {
 
 struct AttentionPass {
   int64_t rows_a_step;  // queries or keys
-  int64_t (*scratch_bytes)(const CandidateCrossAttentionProblem& problem);  // a thread's, from a boundary of 64 bytes on
+  int64_t (*scratch_bytes)(
+      const CandidateCrossAttentionProblem& problem);  // a thread's, from a boundary of 64 bytes on
   // The rows [first, first + count) of a user and head, count from 1 to rows_a_step.
   void (*run_step)(const CandidateCrossAttentionProblem& problem, int64_t user, int64_t head, int64_t first,
                    int64_t count, void* scratch);

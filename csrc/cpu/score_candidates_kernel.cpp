@@ -78,7 +78,8 @@ inline Floats activate(Floats x) {
   }
 }
 
-// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after another.
+// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after
+// another.
 template <HeadActivation kActivation>
 Floats head(const ScoreCandidatesProblem& p, const float* weighted, Floats by, const float* own, Floats scale,
             const float* user) {

@@ -122,22 +122,19 @@ inline Floats at_most(Floats x, float most) {
 
 // 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. The bits are the
 // same for every instruction set with FMA. Error below 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted
-// to 2^r on [-1/2, 1/2], and its roundings. With degree 3 1.1e-4.
-template <int kDegree = 5>
+// to 2^r on [-1/2, 1/2], and its roundings.
 inline Floats exp2(Floats x) {
-  static_assert(kDegree == 3 || kDegree == 5, "what there is");
-  constexpr float kThree[] = {1, 0x1.62f5fap-1f, 0x1.f00c4cp-3f, 0x1.c2a216p-5f};
-  constexpr float kFive[] = {1,
-                             0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+  constexpr float kCoefficients[] = {
+      1, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
 #if defined(__AVX512F__)
   const Floats r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x minus the nearest integer, even between two
 #else
   const Floats shifted = x + 0x1.8p23f;  // that integer, in the lowest bits
   const Floats r = x - (shifted - 0x1.8p23f);
 #endif
-  Floats p = broadcast<Floats>(kDegree == 3 ? kThree[3] : kFive[5]);
+  Floats p = broadcast<Floats>(kCoefficients[5]);
 #pragma GCC unroll 5
-  for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kDegree == 3 ? kThree[i] : kFive[i]));
+  for (int i = 4; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kCoefficients[i]));
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<Floats>(-125.0f), _CMP_NLT_UQ), p, x - r);
 #else
@@ -200,7 +197,8 @@ inline Halves float16_of_float(Floats x) {
   const Units small = (Units)((Floats)magnitude + 0.5f) - 0x3f000000u;  // 0.5f's last bit is worth the least float16
   const Units is_small = (Units)(magnitude < 0x38800000u), is_large = (Units)(magnitude >= 0x477ff000u);
   const Units is_nan = (Units)(magnitude > 0x7f800000u);
-  const Units rounded = (small & is_small) | (normal & ~is_small & ~is_large) | (0x7c00u & is_large) | (0x200u & is_nan);
+  const Units rounded =
+      (small & is_small) | (normal & ~is_small & ~is_large) | (0x7c00u & is_large) | (0x200u & is_nan);
   return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), Halves);
 #endif
 }
@@ -280,20 +278,24 @@ inline Units interleave(Units a, Units b) {
 
 // Exchanges rows and columns of the square of elements in every piece: element j of v[i] becomes element i of v[j].
 template <int kBytes>
-inline void transpose_pieces(Units (&v)[16 / kBytes]) {
+[[gnu::always_inline]] inline void transpose_pieces(Units (&v)[16 / kBytes]) {
   constexpr int kSize = 16 / kBytes;
+#pragma GCC unroll 3  // all loops, or the registers would be an array in memory
   for (int stage = 1; stage < kSize; stage *= 2) {
     Units out[kSize];
+#pragma GCC unroll 4
     for (int i = 0; i < kSize / 2; ++i) {
       out[2 * i] = interleave<kBytes, false>(v[i], v[i + kSize / 2]);
       out[2 * i + 1] = interleave<kBytes, true>(v[i], v[i + kSize / 2]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kSize; ++i) v[i] = out[i];
   }
 }
 
-// 16 bytes, or the first `bytes` ones, of every row, transposed: element i of columns[j] is element j of row i. Elements
-// of kBytes bytes; kLanes rows of four, or 2 kLanes of eight. Row i stands at first + (kListed ? list[i] : i) * stride.
+// 16 bytes, or the first `bytes` ones, of every row, transposed: element i of columns[j] is element j of row i.
+// Elements of kBytes bytes; kLanes rows of four, or 2 kLanes of eight. Row i stands at first + (kListed ? list[i] : i)
+// * stride.
 template <int kBytes, bool kListed, bool kWhole>
 [[gnu::always_inline]] inline void load_columns(const char* first, int64_t stride, const uint32_t* list, int64_t bytes,
                                                 Units (&columns)[16 / kBytes]) {
@@ -305,7 +307,8 @@ template <int kBytes, bool kListed, bool kWhole>
     for (int i = 0; i < kSize; ++i, row += stride) {
       if (kListed) row = first + list[g * kSize + i] * stride;
       asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
-      columns[i] = put_piece(g == 0 ? Units{} : columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
+      columns[i] =
+          put_piece(g == 0 ? Units{} : columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
     }
   }
   transpose_pieces<kBytes>(columns);

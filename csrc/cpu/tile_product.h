@@ -83,6 +83,7 @@ inline void transpose_units(const char* rows, int64_t stride, int64_t count, int
     for (int64_t j = 0; j < units; j += 4) {
       Units columns[4];
       load_columns<4, true, true>(rows + 4 * j, stride, list, 16, columns);
+#pragma GCC unroll 4  // or the columns would leave the registers
       for (int i = 0; i < 4; ++i) store(panel + (j + i) * kColumns + first, columns[i]);
     }
   }
@@ -129,7 +130,6 @@ struct FloatTiles {
 
   static constexpr int kMostParts = 1;
   static int parts(Panel) { return 1; }
-  static constexpr int exp2_degree(int) { return 5; }
 
   // For the whole life of a kernel's step.
   struct Session {};
