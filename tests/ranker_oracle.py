@@ -45,11 +45,16 @@ def offsets_of(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def allowed(plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
-    """Twice what plain torch loses in that dtype, and a rounding of the largest result: it may happen to lose none."""
-    if exact.numel() == 0:
-        return 0.0
-    return 2 * float((plain.double() - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
+def largest(x: torch.Tensor) -> float:
+    return float(x.detach().abs().max()) if x.numel() > 0 else 0.0
+
+
+def allowed(plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, size: torch.Tensor) -> float:
+    """Twice what plain torch loses in that dtype, and a rounding of the largest sum of the sizes of the terms.
+
+    The latter because torch may happen to lose next to nothing where there are few results.
+    """
+    return 2 * largest(plain.double() - exact) + torch.finfo(dtype).eps * largest(size)
 
 
 # ---- score_candidates ----
@@ -94,8 +99,8 @@ class Scoring:
             scores[b, there] = HEAD[self.activation](hidden) @ out + self.out_bias
         return scores
 
-    def bound(self) -> torch.Tensor:
-        """(B, C): what rounding may make of the formula at most, whatever the order of its sums.
+    def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C) twice: the sum of the sizes of the terms of a score, and what rounding may make of it at most.
 
         Sums are float32; a row of the table and a weight of the softmax may be rounded to the dtype of the keys before
         they are multiplied. A sum of n products has an error of at most n roundings of the sum of their sizes.
@@ -104,7 +109,7 @@ class Scoring:
         wide = self.but(items=self.rows().double(), **{name: vars(self)[name].double() for name in FLOATING})
         weight, out = wide.item_weight.abs(), wide.out_weight.abs()
         d, h = weight.shape
-        bound = torch.zeros(self.candidate_ids.shape, dtype=torch.float64)
+        size, bound = (torch.zeros(self.candidate_ids.shape, dtype=torch.float64) for _ in range(2))
         for b, (start, stop) in enumerate(pairwise(self.cu_seqlens.tolist())):
             there, L = self.candidate_ids[b] >= 0, stop - start
             e, keys, values = wide.items[self.candidate_ids[b][there]], wide.keys[start:stop], wide.values[start:stop]
@@ -115,8 +120,9 @@ class Scoring:
             error = torch.expm1(2 * logit + unit + 2 * (L + 8) * single) * attended
             error = error + (unit + (d + 16) * single) * hidden  # 16 for the activation
             steepest = 1.13  # slope of gelu
-            bound[b, there] = steepest * error @ out + (h + 4) * single * (hidden @ out + abs(self.out_bias))
-        return bound
+            size[b, there] = hidden @ out + abs(self.out_bias)
+            bound[b, there] = steepest * error @ out + (h + 4) * single * size[b, there]
+        return size, bound
 
     def but(self, **changes: Any) -> "Scoring":
         return replace(self, **changes)
@@ -289,7 +295,7 @@ def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple
     With g the sizes of the gradients of the weights, `w` stands for the sizes of the gradients of the logits:
     `p (g + sum(p g))` for the softmax, and `1.1 g / L` for silu, whose slope stays below 1.1, its curvature below 1.
     Rounding: sums are float32 in any order; weights, gradients of logits and results may be rounded to the dtype of q,
-    and what is smaller than the smallest normal number may become 0.
+    and weights that are hardly normal numbers, below 2^-124, may become 0.
     """
     single, info = 2.0**-24, torch.finfo(problem.q.dtype)
     q, k, v, bias = (None if x is None else x.double() for x in problem.users()[b])
@@ -318,6 +324,6 @@ def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple
             w.sum(1).T,
         )
 
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = 2.0**-124
     bounds = contract(p_error + tiny, w_error + tiny * (1 + g + g.sum(-1, keepdim=True)))
     return contract(p, w), tuple(x + info.tiny for x in bounds)  # type: ignore[return-value]

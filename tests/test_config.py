@@ -1,5 +1,6 @@
 """What a user sees before the first search: the import, show_config, and a package without its native library."""
 
+import importlib
 import platform
 
 import torch
@@ -30,9 +31,11 @@ def test_baseline_runs_everywhere() -> None:
 def test_public_names() -> None:
     for name in gk.__all__:
         assert getattr(gk, name).__doc__ or name == "__version__"
-    import grank_kernels.mips_topk  # noqa: F401  the op's file has the op's name; the attribute stays the function
-
-    assert callable(gk.mips_topk)
+    for op in ("candidate_cross_attention", "mips_topk", "score_candidates"):
+        importlib.import_module(
+            f"grank_kernels.{op}"
+        )  # the op's file has the op's name; the attribute stays the function
+        assert callable(getattr(gk, op))
 
 
 def test_import_does_not_touch_cuda_nor_threads() -> None:
@@ -69,6 +72,8 @@ queries, rows = torch.randn(3, 8), torch.randn(50, 8)
 top = gk.mips_topk(queries, rows, 5)
 assert torch.equal(top.values, gk.mips_topk(queries, rows, 5, backend="reference").values)
 assert torch.equal(top.indices, torch.topk(queries @ rows.T, 5).indices)
+history = rows[:48].view(3, 16, 1, 8)
+assert gk.candidate_cross_attention(queries[:, None, None], history, history).shape == (3, 1, 1, 8)
 try:
     gk.mips_topk(queries, rows, 5, backend="cpu")
 except ValueError as error:

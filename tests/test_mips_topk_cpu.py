@@ -2,17 +2,14 @@
 
 import mmap
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oracle import KINDS, TESTS, assert_same, check, expected, integers, isas, items_of, run_python, search
+from oracle import KINDS, assert_same, check, expected, integers, isas, items_of, run_contract, run_python, search
 
 import grank_kernels as gk
 from grank_kernels.backends import cpu
@@ -30,22 +27,9 @@ OTHERS = [] if cpu.unavailable() else [isa for isa in isas() if isa != cpu.isa()
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
-    """The tests of the contract once more; those of bits say what the instruction set must return.
-
-    It is read once a process. New memory is full of 0x7f there: 3e38 as a float.
-    """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    """The tests of the contract once more; those of bits say what the instruction set must return."""
     tests = "cpu and not (opcheck or compile or gradients or errors or exclude or allow or ties or order or loses)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", tests]
-    done = subprocess.run(
-        [*command, str(TESTS / "test_mips_topk.py"), "--rootdir", str(TESTS.parent)],
-        env={**env, "GRANK_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},
-        cwd=Path(gk.__file__).resolve().parent.parent,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_contract(isa, "test_mips_topk.py", tests)
 
 
 def test_instruction_set_is_chosen_by_the_environment() -> None:

@@ -12,8 +12,9 @@
 // by one step, in the order of the other side's rows: no atomics, the same bits for any number of threads. No user's
 // step reads another user's rows.
 //
-// Forward of softmax is the online softmax of attention_tile.h. Memory a thread: 4 (kGroup 64 2 d + kKeys (2 d + 64))
-// bytes forward, below three times that backward, both times 1 1/2 at most for parts; nothing of size C x L.
+// Forward of softmax is the online softmax of attention_tile.h. Memory a thread: forward 4 (128 kGroup d + kKeys (3 d +
+// 128) + 64 d) bytes, backward 4 (kKeys (4 d + 256) + 512 d), half as much again where float32 has three parts;
+// backward a float32 a query and head for delta. Nothing of size C x L.
 #pragma once
 
 #include <cstdint>

@@ -119,6 +119,7 @@ class Step {
         s_(p, scratch) {}
 
   void run() {
+    prefetch();
     for (int64_t c = 0; c < count_; c += kColumns) gather(c / kColumns);
     const int64_t begin = p_.cu_seqlens[user_], length = p_.cu_seqlens[user_ + 1] - begin;
     for (int64_t k = 0; k < length; k += Tiles::kKeys) {
@@ -131,6 +132,17 @@ class Step {
   int64_t columns_of(int64_t tile) const {
     const int64_t left = count_ - tile * kColumns;
     return left < kColumns ? left : kColumns;
+  }
+
+  // The rows lie apart: asked for together, they arrive together.
+  void prefetch() const {
+    const char* rows = static_cast<const char*>(p_.rows);
+    for (int64_t c = 0; c < count_; ++c) {
+      if (ids_[c] < 0) continue;
+      const char* row = rows + ids_[c] * p_.row_stride;
+      for (int64_t line = 0; line < p_.d * element_bytes(p_.rows_dtype); line += 64)
+        __builtin_prefetch(row + line, 0, 2);
+    }
   }
 
   float row_scale_of(int64_t candidate) const {

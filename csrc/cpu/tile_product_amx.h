@@ -3,9 +3,9 @@
 // tdpbf16ps multiplies bfloat16 numbers (8 bits) exactly and sums in float32. A number of another type is the exact sum
 // of parts of 8 bits each, every part the rest rounded to nearest: three of a float32, two of a float16, one of a
 // bfloat16 or int8. A product of sums takes all pairs of parts (i, j) with i + j < the larger number of parts: one
-// product for bfloat16, three for float16, six for float32. What is left out is below 2^-24 of |a||b| for float32 and
-// 2^-16 for float16, what their own rounding loses, or less. A number that is not finite has one part, itself, and
-// makes NaN of what it meets wherever two parts are multiplied.
+// product for bfloat16, three for float16, six for float32. What is left out is at most 2^-23 of |a||b| for float32,
+// and of either sign, and 2^-16 for float16, less than plain torch loses by rounding. A number that is not finite has
+// one part, itself, and makes NaN of what it meets wherever two parts are multiplied.
 //
 // A product of 16 x 16 x 32 takes 16 cycles; 2 x 2 of them share 4 loads of 8 cycles. Sums: 32 dimensions within the
 // instruction, then one after the other. Subnormal numbers and sums count as zero there.

@@ -1,0 +1,140 @@
+"""What only the cpu backend of candidate_cross_attention has: instruction sets, threads, its own memory."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from oracle import isas, run_contract, run_python
+from ranker_oracle import FLOATS, Attention, attention
+
+from grank_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+ISAS = [] if cpu.unavailable() else isas()
+ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "amx")]  # float32 sums, fused, in one order
+
+
+@pytest.fixture
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(problem: Attention) -> list[torch.Tensor]:
+    """Out and every gradient."""
+    out = problem.attend("cpu")
+    return [out, *problem.gradients("cpu", torch.ones_like(out))]
+
+
+def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor], case: object) -> None:
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{case}: {m}")
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
+def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
+    tests = "cpu and (loses or lse or gradients or widths or nan or hidden or empty) and not (opcheck or compile)"
+    run_contract(isa, "test_candidate_cross_attention.py", tests)
+
+
+RESULTS = """
+import hashlib, torch
+from ranker_oracle import FLOATS, attention
+torch.manual_seed(1)
+digest = hashlib.sha256()
+for activation in ("softmax", "silu"):
+    for dtype in FLOATS:
+        for queries in ("dense", "shared", "ragged"):
+            how = dict(queries=queries, dtype=dtype, activation=activation)
+            problem = attention([0, 1, 95, 200], 70, 2, 37, bias=True, **how)
+            out = problem.attend("cpu")
+            for x in (out, *problem.gradients("cpu", torch.ones_like(out))):
+                digest.update(x.detach().float().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(len(ONE_ORDER) < 2, reason="one instruction set with FMA here")
+def test_same_bits_for_every_instruction_set_with_fma() -> None:
+    digests = set()
+    for isa in ONE_ORDER:
+        done = run_python(RESULTS, GRANK_CPU_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.parametrize("queries", ["dense", "shared", "ragged"])
+@pytest.mark.parametrize("activation", ["softmax", "silu"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_any_number_of_threads(queries: str, activation: str, dtype: torch.dtype) -> None:
+    problem = attention([300, 0, 129], 280, 2, 40, queries=queries, dtype=dtype, bias=True, activation=activation)
+    torch.set_num_threads(1)
+    want = results(problem)
+    for threads in (2, 3, 40):
+        torch.set_num_threads(threads)
+        assert_equal(results(problem), want, f"{threads} threads")
+
+
+def test_many_callers_at_once() -> None:
+    problems = [
+        attention([40 * (i % 4), 7], 30 + 50 * (i % 3), 1 + i % 2, 8 + 5 * i, dtype=FLOATS[i % 3], bias=i % 2 == 0)
+        for i in range(8)
+    ]
+    alone = [results(problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda i: results(problems[i % 8]), range(24))):
+            assert_equal(got, alone[i % 8], i)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "silu"])
+def test_a_query_alone_and_among_others(activation: str) -> None:
+    """Bits do not depend on the place of a query among the others, nor those of a key's gradient on the other keys."""
+    problem = attention([150], 200, 1, 32, history="dense", activation=activation)
+    whole = problem.attend("cpu")
+    for c in (0, 63, 64, 130, 199):
+        alone = problem.but(q=problem.q[:, c : c + 1])
+        assert torch.equal(alone.attend("cpu")[:, 0], whole[:, c]), c
+
+
+MEMORY = """
+import torch
+from grank_kernels.backends import cpu
+
+def kilobytes(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1])
+
+def peak(call):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is in use
+    before = kilobytes("VmRSS")
+    result = call()
+    return kilobytes("VmHWM") - before, result
+
+torch.set_num_threads(2)
+q, k, v, grad = (torch.randn(4, 1000, 1, 128) for _ in range(4))
+forward = lambda q, k, v: cpu.candidate_cross_attention(q, k, v, None, None, None, 0.1, None, "softmax")
+backward = lambda g, *x: cpu.candidate_cross_attention_backward(g, *x, None, None, None, 0.1, None, "softmax")
+few = [x[:, :3].contiguous() for x in (grad, q, k, v)]
+backward(*few, *forward(*few[1:]))
+size, outputs = peak(lambda: forward(q, k, v))
+print(size)
+print(peak(lambda: backward(grad, q, k, v, *outputs))[0])
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_memory_of_a_call() -> None:
+    """The outputs and what the kernel's header says; the weights alone would take 16 MB."""
+    done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="16384")
+    assert done.returncode == 0, done.stderr
+    forward, backward = (int(line) * 1024 for line in done.stdout.splitlines())
+    queries, d, keys = 4 * 1000, 128, 128
+    row, thread = 4 * d, 6 * (128 * 4 * d + keys * (3 * d + 128) + 64 * d)
+    assert forward < queries * (row + 4) + 2 * thread + (256 << 10)
+    assert backward < queries * (3 * row + 4) + 4 * 6 * (keys * (4 * d + 256) + 512 * d) + (256 << 10)

@@ -1,0 +1,149 @@
+"""What only the cpu backend of score_candidates has: instruction sets, threads, its own memory."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from oracle import isas, run_contract, run_python
+from ranker_oracle import FLOATS, Scoring, scoring
+
+from grank_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+ISAS = [] if cpu.unavailable() else isas()
+ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "amx")]  # float32 sums, fused, in one order
+TABLES = (*FLOATS, torch.int8)
+
+
+@pytest.fixture
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
+def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
+    run_contract(isa, "test_score_candidates.py", "cpu and (loses or widths or precision or nan or alone or empty)")
+
+
+SCORES = """
+import hashlib, torch
+from ranker_oracle import FLOATS, scoring
+torch.manual_seed(1)
+digest = hashlib.sha256()
+for activation in ("relu", "silu", "gelu"):
+    for dtype in FLOATS:
+        for table in (dtype, torch.int8):
+            problem = scoring([0, 1, 95, 200], 70, 130, 37, dtype=dtype, table=table, activation=activation)
+            digest.update(problem.scores("cpu").numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(len(ONE_ORDER) < 2, reason="one instruction set with FMA here")
+def test_same_bits_for_every_instruction_set_with_fma() -> None:
+    digests = set()
+    for isa in ONE_ORDER:
+        done = run_python(SCORES, GRANK_CPU_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.parametrize("table", TABLES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_any_number_of_threads(dtype: torch.dtype, table: torch.dtype) -> None:
+    problem = scoring([300, 0, 129], 700, 48, 40, dtype=dtype, table=table)
+    torch.set_num_threads(1)
+    want = problem.scores("cpu")
+    for threads in (2, 3, 40):
+        torch.set_num_threads(threads)
+        assert torch.equal(problem.scores("cpu"), want), threads
+
+
+def test_many_callers_at_once() -> None:
+    problems = [
+        scoring([40 * (i % 4), 7], 30 + 50 * (i % 3), 8 + 5 * i, 20, dtype=FLOATS[i % 3], table=TABLES[i % 4])
+        for i in range(12)
+    ]
+    alone = [problem.scores("cpu") for problem in problems]
+    with ThreadPoolExecutor(6) as pool:
+        for i, got in enumerate(pool.map(lambda i: problems[i % 12].scores("cpu"), range(60))):
+            assert torch.equal(got, alone[i % 12]), i
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_logits_of_any_size(scale: float) -> None:
+    """The running maximum, and weights that vanish beside it: keys in ascending, descending and mixed order."""
+    base = scoring([300] * 3, 40, 16, 16, softmax_scale=1.0)
+    rows = base.items
+    assert isinstance(rows, torch.Tensor)
+    order = torch.linspace(-1, 1, 300)
+    keys = torch.cat([order, order.flip(0), order[torch.randperm(300)]])[:, None] * torch.ones(16) * scale
+    problem = base.but(items=rows.abs() * min(1.0, 1e3 / scale), keys=keys)
+    exact, plain = problem.formula(torch.float64), problem.formula(torch.float32)
+    there = problem.candidate_ids >= 0
+    error = (problem.scores("cpu").double() - exact)[there].abs().max()
+    assert error <= 2 * (plain.double() - exact)[there].abs().max() + 2e-6 * exact[there].abs().max()
+
+
+def test_flushed_denormals_change_nothing() -> None:
+    problem = scoring([50, 3], 40)
+    tiny = problem.but(
+        user_hidden=problem.user_hidden * 1e-42, values=problem.values * 1e-42, item_weight=torch.zeros(16, 16)
+    )
+    want = tiny.scores("cpu")
+    assert torch.set_flush_denormal(True)
+    try:
+        got = tiny.scores("cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, want)
+
+
+MEMORY = """
+import torch
+from ranker_oracle import scoring
+
+def kilobytes(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1])
+
+torch.set_num_threads(2)
+for dtype in (torch.float32, torch.bfloat16):
+    problem = scoring([1000] * 8, 2000, 128, 128, 20000, dtype=dtype)
+    problem.but(candidate_ids=problem.candidate_ids[:, :1]).scores("cpu")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is in use
+    before = kilobytes("VmRSS")
+    problem.scores("cpu")
+    print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_memory_of_a_call() -> None:
+    """What the kernel's header says, and the scores: the gathered rows alone would take 8 MB, 4 MB of bfloat16."""
+    done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="16384")
+    assert done.returncode == 0, done.stderr
+    float32, bfloat16 = (int(line) for line in done.stdout.splitlines())
+    scores, d, h, keys = 8 * 2000 * 4, 128, 128, 128
+    thread = 4 * (4 * 64 * (d + h) + keys * (d + 2 * h + 64) + keys * 64 + 64 * d)
+    assert float32 * 1024 < 1.5 * (2 * thread + 2 * 4 * d * h) + scores + (256 << 10)
+    assert bfloat16 * 1024 < 2 * thread + 2 * 4 * d * h + scores + (256 << 10)
+
+
+def test_keys_and_values_of_any_stride() -> None:
+    problem = scoring([70, 64], 40, 32, 32, dtype=torch.bfloat16)
+    want = problem.scores("cpu")
+    wide = [torch.randn(134, 2 * x.shape[1] + 3).bfloat16() for x in (problem.keys, problem.values)]
+    views = [w[:, 3 : 3 + x.shape[1]].copy_(x) for w, x in zip(wide, (problem.keys, problem.values), strict=True)]
+    assert views[0].data_ptr() % 64 != 0
+    assert views[0].stride(0) != 32
+    assert torch.equal(problem.but(keys=views[0], values=views[1]).scores("cpu"), want)
+    turned = Scoring(**{**vars(problem), "keys": problem.keys.T.contiguous().T})
+    assert torch.equal(turned.scores("cpu"), want)
