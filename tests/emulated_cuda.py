@@ -20,6 +20,8 @@ from emulation.cuda.emulator import Counters, Emulator, Output, Settings
 
 from grank_kernels.backends import BACKENDS, cuda
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))]
+BACKENDS_OF_CUDA = ["emulated", pytest.param("cuda", marks=ON_A_GPU)]
 HALVES = (torch.float16, torch.bfloat16)
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
 OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
@@ -30,17 +32,19 @@ OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
 
 
 @cache
-def emulator(checked: bool) -> Emulator:
-    sources = [ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS]
+def emulator(checked: bool, *instead: Path) -> Emulator:
+    """Of the kernels, some of them from files of the same name elsewhere."""
+    files = {f"{kernel}.cu": ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS}
+    files |= {path.name: path for path in instead}
     entries = Path(__file__).with_name("csrc") / "cuda_kernels.cpp"
-    return Emulator("kernels", entries, *sources, checked=checked)
+    return Emulator("kernels", entries, *files.values(), checked=checked)
 
 
 class EmulatedModule:
     """What grank_kernels/_cuda.pyi says, and the counters of the latest call."""
 
-    def __init__(self, checked: bool, settings: Settings, plan: tuple[int, int]) -> None:
-        self.emulator, self.settings, self.plan = emulator(checked), settings, plan
+    def __init__(self, emulator: Emulator, settings: Settings, plan: tuple[int, int]) -> None:
+        self.emulator, self.settings, self.plan = emulator, settings, plan
         self.counters = Counters()
 
     def CandidateCrossAttention(self, *arguments: Any) -> tuple[Any, ...]:  # noqa: N802
@@ -66,7 +70,11 @@ class EmulatedModule:
 
 @contextmanager
 def with_emulator(
-    *, checked: bool = False, settings: Settings | None = None, plan: tuple[int, int] = (0, 0)
+    *,
+    checked: bool = False,
+    settings: Settings | None = None,
+    plan: tuple[int, int] = (0, 0),
+    instead: Collection[Path] = (),
 ) -> Iterator[EmulatedModule]:
     """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
 
@@ -74,7 +82,7 @@ def with_emulator(
     def no_stream(device: torch.device) -> Iterator[None]:
         yield None
 
-    module = EmulatedModule(checked, settings or Settings(), plan)
+    module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKENDS, "emulated", cuda)
         patch.setattr(cuda, "_cuda", module)

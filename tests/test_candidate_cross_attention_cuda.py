@@ -1,12 +1,13 @@
-"""The contract of candidate_cross_attention, kept by the CUDA kernels: its tests again, in the emulator."""
+"""The contract of candidate_cross_attention again, kept by the CUDA kernels in the emulator, and on a GPU."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import test_candidate_cross_attention as contract
 import torch
-from emulated_cuda import HALVES, contract_of, with_emulator
+from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
 from test_candidate_cross_attention import activation, form  # noqa: F401  fixtures of these tests
 
 LEFT_OUT = {
@@ -20,13 +21,13 @@ globals().update(contract_of(contract, LEFT_OUT))
 pytestmark = contract.pytestmark
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=BACKENDS_OF_CUDA)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(
         contract, "attention", partial(contract.attention, dtype=torch.float16)
-    )  # where a test names none
-    with with_emulator():
-        yield "emulated"
+    )  # unless a test names it
+    with with_emulator() if request.param == "emulated" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype)[6:])

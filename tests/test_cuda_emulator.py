@@ -269,6 +269,13 @@ def test_random_schedules_show_what_the_order_hides(fast: Emulator) -> None:
         assert not torch.equal(kernel.run(fast, bug, Settings(seed=seed)), kernel.expected)
 
 
+def test_blocks_run_in_any_order(fast: Emulator) -> None:
+    kernel, bug = replace(ADD_NEXT, initial=1), Bug.READ_FROM_OTHER_BLOCKS
+    in_order = kernel.run(fast, bug)
+    assert in_order.tolist() == [2] * 7 + [3]
+    assert any(not torch.equal(kernel.run(fast, bug, Settings(seed=seed)), in_order) for seed in range(1, 4))
+
+
 def test_a_seed_fixes_the_schedule(planted: Emulator) -> None:
     def results(seed: int) -> list[Any]:
         try:

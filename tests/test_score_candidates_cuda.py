@@ -1,12 +1,13 @@
-"""The contract of score_candidates, kept by the CUDA kernels: the tests of test_score_candidates.py in the emulator."""
+"""The contract of score_candidates again, kept by the CUDA kernels in the emulator, and on a GPU."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import test_score_candidates as contract
 import torch
-from emulated_cuda import HALVES, contract_of, with_emulator
+from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
 
 LEFT_OUT = {
     "test_other_widths",  # the kernels have 16, 32, 64 and 128
@@ -21,11 +22,12 @@ globals().update(contract_of(contract, LEFT_OUT))
 pytestmark = contract.pytestmark
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(contract, "scoring", partial(contract.scoring, dtype=torch.float16))  # where a test names none
-    with with_emulator():
-        yield "emulated"
+@pytest.fixture(params=BACKENDS_OF_CUDA)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    in_half = partial(contract.scoring, dtype=torch.float16)  # unless a test names the dtype
+    monkeypatch.setattr(contract, "scoring", in_half)
+    with with_emulator() if request.param == "emulated" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype)[6:])

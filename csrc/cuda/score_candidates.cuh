@@ -2,21 +2,21 @@
 //
 //   score = out_weight . act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias
 //
-// A block of four warps takes tiles of 64 candidates of one user, and walks the history in tiles of 64 keys: their rows
-// come by cp.async into swizzled shared memory while the tile before is in use. Then item_weight comes the same way, as
-// if it were one more tile: it never needs more room than 64 keys and values, 2 d h <= 128 (d + h). All products are
-// mma_m16n8k16 with float32 sums. Weights are exp(logit - max) in [0, 1], rounded to the element type before they meet
-// V; their sum is float32 and at most L. A candidate lives in 16 lanes' registers from its gather to its score.
+// A block of four warps takes a tile of 64 candidates of one user: their rows are gathered by id, and the history goes
+// past in tiles of 64 keys and values, which cp.async brings into swizzled shared memory while the tile before is in
+// use. Last comes item_weight, as if it were one more tile: with 2 d h <= 128 (d + h) bytes it needs no more room. All
+// products are mma_m16n8k16 with float32 sums. The weights exp(logit - max) lie in [0, 1] and are rounded to the
+// element type before they meet V; their float32 sum is at most L. Logits, hidden layer and score stay in registers.
 //
-// Int8 rows become elements exactly; e is linear in its scale, which therefore multiplies softmax_scale and the product
-// with item_weight, in float32.
+// Rows of int8 become elements exactly. Everything is linear in a row's scale, which therefore multiplies softmax_scale
+// and the product with item_weight, in float32.
 //
-// A history of fewer tiles than there are stages stays in shared memory with item_weight, for all tiles of the block.
+// Given several tiles of candidates, a block keeps a history that leaves a stage for item_weight in shared memory, and
+// streams a longer one once a tile.
 //
-// Bytes: a block reads, per tile of candidates, 64 ids and 64 rows, and 2 (d + h) bytes a key of its history, rounded
-// up to 64 keys nowhere: rows past the end are not read; once per block, not per tile, where the history stays. Plus
-// 2 d h for item_weight. It writes 4 bytes a candidate. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
-// Shared memory: 128 d + stages * (128 (d + h) + 256) bytes.
+// Bytes of a block: 8 a candidate's id and its row, 2 (d + h) a key and 2 d h for item_weight, once a tile or, where
+// the history stays, once; 4 a score. Padding is not read. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
+// Shared memory: 128 d + stages (128 (d + h) + 256) bytes, 82432 for two stages at d = h = 128.
 #pragma once
 
 #include <cstdint>

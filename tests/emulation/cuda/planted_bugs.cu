@@ -50,15 +50,14 @@ __global__ void sum_reversed_tiles(const float* x, float* out, int tiles, Bug bu
   float4 sum{};
   prefetch(0);
   for (int tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) {
-      prefetch(tile + 1);
-      if (bug == Bug::kWaitForTooFewGroups) {
-        cp_async_wait<2>();
-      } else {
-        cp_async_wait<1>();
-      }
+    const bool more = tile + 1 < tiles;
+    if (more) prefetch(tile + 1);
+    if (bug == Bug::kBarrierBeforeWait) __syncthreads();
+    if (more && bug == Bug::kWaitForTooFewGroups) {
+      cp_async_wait<2>();
+    } else if (more) {
+      cp_async_wait<1>();
     } else if (bug != Bug::kNotWaitedFor) {
-      if (bug == Bug::kBarrierBeforeWait) __syncthreads();
       cp_async_wait<0>();
     }
     if (bug == Bug::kWarpBarrierAfterCopy) {
