@@ -388,7 +388,7 @@ assert "triton" not in sys.modules
     [(False, "there is no GPU; with TRITON_INTERPRET=1 in the environment"), (True, "triton is not installed")],
 )
 def test_says_why_it_cannot_run(blocked: bool, reason: str) -> None:
-    done = run_python(REFUSED.format(blocked=blocked), TRITON_INTERPRET="")
+    done = run_python(REFUSED.format(blocked=blocked))
     assert done.returncode == 0, done.stderr
     assert f"backend triton: {reason}" in done.stdout
     assert f"backend 'triton' cannot run: {reason}" in done.stdout
