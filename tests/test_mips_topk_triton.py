@@ -324,6 +324,21 @@ def test_rows_beyond_2_to_the_31_elements(k: int) -> None:
     assert_same(got, expected(rows[:3], rows, k, kind="float32", backend="reference"))
 
 
+@pytest.mark.parametrize("k", [20, 90])
+def test_positions_beyond_2_to_the_31(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, rows, far = integers(3, 12), integers(700, 12), 3_000_000_000
+
+    def chunks(items: torch.Tensor, *_: Any) -> Iterator[launches.Chunk]:
+        yield launches.Chunk(0, items[:400], None)
+        yield launches.Chunk(far, items[400:], None)
+
+    monkeypatch.setattr(launches, "chunks", chunks)
+    got = gk.mips_topk(queries, rows, k, backend="triton")
+    places = torch.cat([torch.arange(400), far + torch.arange(300)])
+    assert_same(got, expected(queries, rows, k, kind="float32", backend="reference", ids=places))
+    assert (got.indices > 2**31).any()
+
+
 def test_allow_beyond_2_to_the_31_elements() -> None:
     queries, rows, mask = torch.randn(4, 20), torch.randn(70, 20), torch.rand(4, 70) < 0.5
     far = reserved(3 * (2**30 + 5) + 70, torch.bool).as_strided((4, 70), (2**30 + 5, 1))

@@ -1,5 +1,6 @@
 """A search as a list of launches. Imports Triton; imported when the first search needs it."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -212,5 +213,6 @@ def search(problem: Problem, device: Device, values: torch.Tensor, positions: to
         some = p.of_queries(part)
         plan = make_plan(device, len(some.queries), N, d, p.k, p.compute, excluded)
         table = chunks(p.items, p.row_scale, p.queries.device)
-        for launch in launches(some, table, plan, device, values[part], positions[part]):
-            launch.run()
+        with torch.cuda.device(p.queries.device) if p.queries.is_cuda else contextlib.nullcontext():
+            for launch in launches(some, table, plan, device, values[part], positions[part]):
+                launch.run()
