@@ -279,6 +279,18 @@ def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, 
     assert record.names.count("scan") == 3  # 16 + 16 + 3 queries
 
 
+@pytest.mark.parametrize("k", [20, 70])
+def test_int8_scales_at_the_limits(k: int) -> None:
+    """The gate of int8 compares without the scale of the query, from which nothing may follow."""
+    queries = torch.tensor([[3e38, 3e38], [3e38, -3e38], [1.0, 1.0], [1e-38, 2e-38], [1e-45, 0.0], [0.0, 0.0]])
+    rows = torch.tensor(
+        [[1e38, -1e38], [1e38, 1e38], [-1e38, -1e38], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [1e-40, 3e-40], [1e-45, 0.0]]
+    )
+    got = check(queries, rows.repeat(70, 1), k, "int8")
+    assert got.values[0, 0] == math.inf
+    check(queries, -rows[3:].repeat(110, 1), k, "int8")
+
+
 def in_chunks(size: int) -> Any:
     """As rows in host memory come, but for the copies."""
 

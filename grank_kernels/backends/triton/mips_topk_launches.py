@@ -84,8 +84,8 @@ def launches(
     """The launches of one search, in order; buffers are allocated on the way.
 
     threshold (from a sample, or none) -> scan and emit -> select -> collect what failed -> select that -> rank; or, for
-    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. At most 8, for a table in
-    one chunk. Later chunks go on from the k best so far and their threshold: scan or collect, and select, 2 to 4 each.
+    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. These are 8 at most, for a
+    table in one chunk. Later chunks go on from the k best so far and their threshold, by 2 to 4 launches each.
     """
     p, k = problem, problem.k
     B, d = p.queries.shape
