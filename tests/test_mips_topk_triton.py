@@ -1,4 +1,4 @@
-"""The triton backend: in Triton's interpreter, made strict, on CPU tensors; and the same cases on a GPU where there is one.
+"""The triton backend: on CPU tensors in Triton's interpreter, made strict; on a GPU, where there is one, itself.
 
 The strict interpreter adds products in the order of the `reference` backend (up to 128 columns), so every result is
 compared bit by bit with the oracle of that backend.
@@ -243,7 +243,7 @@ def sampled_rows(N: int, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("external", [False, True])
 def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> None:
-    """The sample holds the k - 1 best rows, so its threshold is above the k-th best, but for the query that sees them last."""
+    """The sample holds the k - 1 best rows, so its threshold is too high, but for the query that sees them last."""
     B, N, k = 3, 2500, 100
     plan = launches.make_plan(backend.INTERPRETER, B, N, 2, k, getattr(torch, kind), 0)
     best = torch.from_numpy(sampled_rows(N, plan.sampled)[: k - 1])
@@ -277,6 +277,18 @@ def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, 
     exclude = (torch.arange(36) * 2, torch.randint(0, 230, (70,)))
     check(queries, rows, 70, "float32", exclude=exclude, allow=torch.rand(35, 230) < 0.8)
     assert record.names.count("scan") == 3  # 16 + 16 + 3 queries
+
+
+@pytest.mark.parametrize("k", [20, 70])
+def test_int8_scales_at_the_limits(k: int) -> None:
+    """The gate of int8 compares without the scale of the query, from which nothing may follow."""
+    queries = torch.tensor([[3e38, 3e38], [3e38, -3e38], [1.0, 1.0], [1e-38, 2e-38], [1e-45, 0.0], [0.0, 0.0]])
+    rows = torch.tensor(
+        [[1e38, -1e38], [1e38, 1e38], [-1e38, -1e38], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [1e-40, 3e-40], [1e-45, 0.0]]
+    )
+    got = check(queries, rows.repeat(70, 1), k, "int8")
+    assert got.values[0, 0] == math.inf
+    check(queries, -rows[3:].repeat(110, 1), k, "int8")
 
 
 def in_chunks(size: int) -> Any:
@@ -322,6 +334,21 @@ def test_rows_beyond_2_to_the_31_elements(k: int) -> None:
     far.copy_(rows)
     got = gk.mips_topk(rows[:3], far, k, backend="triton")
     assert_same(got, expected(rows[:3], rows, k, kind="float32", backend="reference"))
+
+
+@pytest.mark.parametrize("k", [20, 90])
+def test_positions_beyond_2_to_the_31(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, rows, far = integers(3, 12), integers(700, 12), 3_000_000_000
+
+    def chunks(items: torch.Tensor, *_: Any) -> Iterator[launches.Chunk]:
+        yield launches.Chunk(0, items[:400], None)
+        yield launches.Chunk(far, items[400:], None)
+
+    monkeypatch.setattr(launches, "chunks", chunks)
+    got = gk.mips_topk(queries, rows, k, backend="triton")
+    places = torch.cat([torch.arange(400), far + torch.arange(300)])
+    assert_same(got, expected(queries, rows, k, kind="float32", backend="reference", ids=places))
+    assert (got.indices > 2**31).any()
 
 
 def test_allow_beyond_2_to_the_31_elements() -> None:
@@ -388,7 +415,7 @@ assert "triton" not in sys.modules
     [(False, "there is no GPU; with TRITON_INTERPRET=1 in the environment"), (True, "triton is not installed")],
 )
 def test_says_why_it_cannot_run(blocked: bool, reason: str) -> None:
-    done = run_python(REFUSED.format(blocked=blocked), TRITON_INTERPRET="")
+    done = run_python(REFUSED.format(blocked=blocked))
     assert done.returncode == 0, done.stderr
     assert f"backend triton: {reason}" in done.stdout
     assert f"backend 'triton' cannot run: {reason}" in done.stdout
