@@ -54,8 +54,9 @@ def issue(m: Machine, i: Instruction, warps: np.ndarray) -> None:
         m.fail("executed by part of a warpgroup", warps[0] * WARP)
     to, a_type, b_type = i.types
     target, a_operand, b_operand, keep, *flags = i.operands
-    scale_a, scale_b, *transposed = (int(m.read(each, "u32")) for each in flags)
-    if to not in ("f32", "s32") or (scale_a, scale_b) != (1, 1):
+    flags = [int(m.read(each, "u32")) for each in flags]  # of floats: the scales of a and b; what is transposed
+    transposed = flags[2:]
+    if to not in ("f32", "s32") or flags[:2] not in ([], [1, 1]):
         m.fail("unknown types or scales of wgmma")
     shape = next(found for each in i.modifiers if (found := SHAPE.fullmatch(each)))
     width, depth = int(shape[1]), np.arange(int(shape[2]))
