@@ -71,7 +71,7 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """One rounding. The product is exact in float64; the sum is rounded there to odd, so that the last rounding is right."""
+    """float64, rounded to odd: the product is exact, and one more rounding to a shorter format is right."""
     product, c = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + c
     part = total - product
@@ -79,7 +79,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     bits = total.view(np.int64)
     away = np.where((error > 0) == (total > 0), 1, -1)
     inexact = (error != 0) & (bits & 1 == 0) & np.isfinite(total) & (total != 0)
-    return (bits + np.where(inexact, away, 0)).view(np.float64).astype(a.dtype)
+    return (bits + np.where(inexact, away, 0)).view(np.float64)
 
 
 def extreme(larger: bool) -> Callable[[Machine, Instruction, Mask], None]:
@@ -179,7 +179,8 @@ def fused_multiply_add(m: Machine, i: Instruction, mask: Mask) -> None:
     if i.type == "f64":
         m.fail("fma.f64 is not known")
     a, b, c = (flush(m.read(each, i.type), i) for each in i.operands[1:])
-    result = flush(fma(a, b, c), i)
+    result = fma(a, b, c)
+    result = flush(result.astype(np.float32), i) if i.type == "f32" else result
     m.write(i.operands[0], i.type, np.fmin(np.fmax(result, 0), 1) if i.has("sat") else result, mask)
 
 

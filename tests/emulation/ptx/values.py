@@ -69,6 +69,10 @@ def resize(bits: np.ndarray, width: int, signed: bool = False) -> np.ndarray:
 
 def _round_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.asarray(values, np.float32).view(np.uint32)
+    if values.dtype == np.float64:  # round to odd on the way, or the second rounding could go wrong
+        nearest = bits.view(np.float32).astype(np.float64)
+        away = np.where(np.abs(nearest) < np.abs(values), 1, -1)
+        bits = (bits + np.where((nearest != values) & (bits & 1 == 0), away, 0)).astype(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
