@@ -22,6 +22,7 @@ class Device:
         shared: bytes of shared memory a program can have.
         small: tables of at most so many rows are emitted whole, without a threshold.
         rows: queries a program of `threshold` and `select`.
+        block: tiles that `collect` scans between two looks at its lists, at most.
     """
 
     name: str
@@ -29,9 +30,10 @@ class Device:
     shared: int
     small: int = 4096
     rows: int = 1
+    block: int = 16
 
 
-INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8)
+INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8, block=2)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Plan:
         groups: maxima of the sample a query.
         splits: programs along the rows in `scan`; 0 where `collect` does all.
         collected: programs along the rows in `collect`; 0 where nothing can fail.
-        list_size: entries of a list of `collect`.
+        block: tiles that `collect` scans between two looks at its lists, at most.
+        list_size: entries of a list of `collect`, k + block * items.
         room: candidates a query beside the k best of earlier chunks.
     """
 
@@ -84,6 +87,7 @@ class Plan:
     groups: int
     splits: int
     collected: int
+    block: int
     list_size: int
     room: int
 
@@ -93,15 +97,16 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     tile = choose_tile(device, d, compute, B)
     lists = choose_tile(device, d, compute, min(B, 32))
     tiles = -(-N // tile.items)
-    list_size = _multiple(2 * k + 2 * lists.items, 64)
+    block = min(tiles, device.block)
+    list_size = _multiple(k + block * lists.items, 64)
     waves = 4
     if k <= 32 or (k <= 64 and B <= 16):
         query_tiles = -(-B // lists.queries)
         splits = max(1, min(tiles, waves * device.processors // query_tiles))
-        return Plan(tile, lists, 0, 0, 0, splits, list_size, splits * k)
+        return Plan(tile, lists, 0, 0, 0, splits, block, list_size, splits * k)
     splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
     if N <= max(device.small, 2 * k):
-        return Plan(tile, lists, 0, 0, splits, 0, 0, N)
+        return Plan(tile, lists, 0, 0, splits, 0, 0, 0, N)
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N
     r = share + 5 * math.sqrt(share) + 7
@@ -110,7 +115,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     query_tiles = -(-B // lists.queries)
     affordable = _RESCUE // (8 * query_tiles * lists.queries * (list_size + k))
     collected = max(1, min(tiles, 2 * device.processors // query_tiles, affordable))
-    return Plan(tile, lists, sampled, groups, splits, collected, list_size, max(room, collected * k))
+    return Plan(tile, lists, sampled, groups, splits, collected, block, list_size, max(room, collected * k))
 
 
 def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:
