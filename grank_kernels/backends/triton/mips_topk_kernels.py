@@ -301,8 +301,9 @@ def collect(
             tile += block * tl.num_programs(1)
             block = tl.minimum(2 * block, BLOCK)
             tl.debug_barrier()
+            zero = tl.minimum(stop - 1, 0)  # hides addresses from the compiler, as in `_scan_tiles`
             for some in range(0, QUERIES, R):
-                part = some + tl.arange(0, R)
+                part = some + zero + tl.arange(0, R)
                 n = tl.max(tl.load(list_count + mine + part), 0)
                 if (n >= 2 * k) | (n > list_size - block * ITEMS):
                     member = tl.program_id(0) * QUERIES + part
