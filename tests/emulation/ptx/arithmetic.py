@@ -15,7 +15,7 @@ FLOAT_MODIFIERS = "rn ftz approx full sat NaN wide lo hi"
 
 def flush(values: np.ndarray, i: Instruction) -> np.ndarray:
     """.ftz: subnormal numbers are zeros of their sign."""
-    if not i.has("ftz") or values.dtype != np.float32:
+    if not i.ftz or values.dtype != np.float32:
         return values
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
 
@@ -25,7 +25,7 @@ def elementwise(names: str, modifiers: str, function: Callable) -> None:
 
     @instruction(names, modifiers)
     def apply(m: Machine, i: Instruction, mask: Mask) -> None:
-        operands = (flush(m.read(each, i.type), i) for each in i.operands[1:])
+        operands = [flush(m.read(each, i.type), i) for each in i.operands[1:]]
         result = flush(np.asarray(function(*operands)), i)
         if i.has("sat"):
             if not is_float(i.type):

@@ -8,7 +8,7 @@ import numpy as np
 
 from .memory import GLOBAL_BASE, POISON, SHARED_WINDOW, Accesses, Clocks, GlobalMemory
 from .parser import Address, Immediate, Instruction, Kernel, Name, Operand, PtxError, Register, Special
-from .values import TYPE_BITS, UNSIGNED, decode, encode, is_float, resize
+from .values import PLAIN, TYPE_BITS, UNSIGNED, decode, encode, is_float, resize
 
 WARP = 32
 Mask = np.ndarray | None  # the lanes an instruction is executed by; None for all
@@ -89,6 +89,9 @@ class Machine:
             if self.locked:
                 self._check_unlocked(operand, None)
             bits = self.bits(operand)
+            plain = PLAIN.get(type)
+            if plain is not None and plain.itemsize * 8 == operand.bits:
+                return bits.view(plain)
             if type == "pred":
                 return ~bits if operand.negated else bits
             return decode(resize(bits, TYPE_BITS[type]), type)
@@ -102,7 +105,8 @@ class Machine:
 
     def read_lanes(self, operand: Operand, type: str) -> np.ndarray:
         """The same, one value a lane."""
-        return np.broadcast_to(self.read(operand, type), self.lanes)
+        values = self.read(operand, type)
+        return values if values.ndim else np.full(self.lanes, values)
 
     def write(self, register: Operand, type: str, values: np.ndarray, mask: Mask) -> None:
         if register is None:
@@ -111,8 +115,15 @@ class Machine:
             self.fail(f"cannot write to {register}")
         if self.locked:
             self._check_unlocked(register, mask)
-        bits = resize(encode(values, type), register.bits, signed=type[0] == "s")
-        np.copyto(self.bits(register), bits, where=True if mask is None else mask)
+        held = self.bits(register)
+        if values.dtype == PLAIN.get(type) and values.itemsize == held.itemsize:
+            bits = values.view(held.dtype)
+        else:
+            bits = resize(encode(values, type), register.bits, signed=type[0] == "s")
+        if mask is None:
+            held[...] = bits
+        else:
+            np.copyto(held, bits, where=mask)
 
     def _check_unlocked(self, register: Register, mask: Mask) -> None:
         lanes = self.locked.get(register.index)

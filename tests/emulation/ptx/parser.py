@@ -4,6 +4,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .values import TYPE_BITS
 
@@ -66,9 +67,13 @@ class Instruction:
     text: str
     source: str  # file index and line of the last .loc
 
-    @property
+    @cached_property
     def type(self) -> str:
         return self.types[-1]
+
+    @cached_property
+    def ftz(self) -> bool:
+        return "ftz" in self.modifiers
 
     def has(self, modifier: str) -> bool:
         return modifier in self.modifiers

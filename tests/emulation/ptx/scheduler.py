@@ -20,6 +20,10 @@ def control(machine: Machine, i: Instruction, mask: Mask) -> None:
     """Ends a straight run of instructions; the scheduler does it itself."""
 
 
+def warps_of(lanes: np.ndarray) -> int:
+    return int(np.count_nonzero(lanes.reshape(-1, WARP).any(1)))
+
+
 class Scheduler:
     def __init__(self, machine: Machine, executions: np.ndarray) -> None:
         self.machine, self.executions = machine, executions
@@ -62,16 +66,19 @@ class Scheduler:
         """Executes from p until a branch, a barrier, an exit, or the place where other threads wait to be met."""
         machine = self.machine
         machine.active = active
-        everybody = None if active.all() else active
-        warps = int(active.reshape(-1, WARP).any(1).sum())
+        threads = np.count_nonzero(active)
+        everybody = None if threads == machine.lanes else active
+        warps = warps_of(active)
         while True:
             i = machine.instruction = self.code[p]
             mask, acting = everybody, warps
             if i.guard is not None:
                 mask = active & machine.read(i.guard, "pred")
-                acting = int(mask.reshape(-1, WARP).any(1).sum())
-                if acting and mask.all():
-                    mask = None
+                passed = np.count_nonzero(mask)
+                if passed == threads:
+                    mask = everybody
+                else:
+                    acting = warps_of(mask) if passed else 0
             self.executions[p] += acting
             handler = self.handlers[p]
             p += 1

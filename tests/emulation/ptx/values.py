@@ -16,6 +16,12 @@ TYPE_BITS = (
 )  # fmt: skip
 
 
+PLAIN = {type: np.dtype(dtype) for type, dtype in FLOATS.items()} | {
+    f"{kind}{bits}": np.dtype((SIGNED if kind == "s" else UNSIGNED)[bits]) for kind in "bus" for bits in UNSIGNED
+}
+"""Types whose values numpy sees in the bits themselves."""
+
+
 def is_float(type: str) -> bool:
     return type[0] == "f" or type in ("bf16", "bf16x2", "tf32")
 

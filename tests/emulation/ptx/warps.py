@@ -10,29 +10,35 @@ import numpy as np
 
 from .machine import WARP, Machine, Mask
 from .memory import wavefronts
-from .parser import Instruction, Operand
+from .parser import Immediate, Instruction, Operand
 from .registry import instruction
 from .transfers import items, observe, overwrite
 from .values import TYPE_BITS, decode
 
 LANE = np.arange(WARP)
 ROW, QUAD = LANE // 4, LANE % 4
+FULL = 0xFFFFFFFF  # the mask of a whole warp
 
 
 def rows_of(m: Machine, operand: Operand, type: str, warps: np.ndarray) -> np.ndarray:
     """(warps, 32) values of an operand."""
-    return np.ascontiguousarray(m.read_lanes(operand, type).reshape(-1, WARP)[warps])
+    rows = m.read_lanes(operand, type).reshape(-1, WARP)
+    return rows if len(warps) == len(rows) else rows[warps]
 
 
 def write_rows(
     m: Machine, target: Operand, type: str, values: np.ndarray, warps: np.ndarray, active: np.ndarray | bool = True
 ) -> None:
     """(warps, 32) values, or (warps, 1), to the active lanes of the warps."""
+    everybody = len(warps) == m.lanes // WARP and np.all(active)
+    if everybody and values.shape[1] == WARP:
+        m.write(target, type, values.reshape(-1), None)
+        return
     spread = np.zeros((m.lanes // WARP, WARP), values.dtype)
     spread[warps] = values
     lanes = np.zeros(spread.shape, bool)
     lanes[warps] = active
-    m.write(target, type, spread.reshape(-1), None if lanes.all() else lanes.reshape(-1))
+    m.write(target, type, spread.reshape(-1), None if everybody else lanes.reshape(-1))
 
 
 def whole_warps(m: Machine, mask: Mask) -> np.ndarray:
@@ -48,6 +54,8 @@ def whole_warps(m: Machine, mask: Mask) -> np.ndarray:
 
 def members(m: Machine, mask: Mask, membermask: Operand) -> tuple[np.ndarray, np.ndarray]:
     """(warps, (warps, 32) lanes) that execute; they must be the very lanes their mask names."""
+    if mask is None and isinstance(membermask, Immediate) and membermask.bits & FULL == FULL:
+        return np.arange(m.lanes // WARP), np.ones((m.lanes // WARP, WARP), bool)
     rows = np.ones((m.lanes // WARP, WARP), bool) if mask is None else mask.reshape(-1, WARP)
     warps = np.nonzero(rows.any(1))[0]
     rows = rows[warps]
@@ -64,7 +72,9 @@ def members(m: Machine, mask: Mask, membermask: Operand) -> tuple[np.ndarray, np
 def shuffle(m: Machine, i: Instruction, mask: Mask) -> None:
     warps, active = members(m, mask, i.operands[4])
     value = rows_of(m, i.operands[1], "b32", warps)
-    by, clamp = (rows_of(m, each, "u32", warps).astype(np.int64) for each in i.operands[2:4])
+    constant = all(isinstance(each, Immediate) for each in i.operands[2:4])
+    first_warp = warps[:1] if constant else warps
+    by, clamp = (rows_of(m, each, "u32", first_warp).astype(np.int64) for each in i.operands[2:4])
     segment, by = clamp >> 8 & 31, by & 31
     first, last = LANE & segment, LANE & segment | clamp & 31 & ~segment
     if i.has("up"):
@@ -74,11 +84,16 @@ def shuffle(m: Machine, i: Instruction, mask: Mask) -> None:
         source = LANE + by if i.has("down") else LANE ^ by if i.has("bfly") else first | by & ~segment
         inside = source <= last
     source = np.where(inside, source, LANE)
-    if (active & ~np.take_along_axis(active, source, 1)).any():
+    if constant:
+        found, named = value[:, source[0]], active[:, source[0]]
+    else:
+        found, named = np.take_along_axis(value, source, 1), np.take_along_axis(active, source, 1)
+    if (active & ~named).any():
         m.fail("shuffle from a lane outside its mask")
-    results = ("b32", np.take_along_axis(value, source, 1)), ("pred", inside)
-    for register, (type, result) in zip(items(i.operands[0]), results, strict=False):
-        write_rows(m, register, type, result, warps, active)
+    target = items(i.operands[0])
+    write_rows(m, target[0], "b32", found, warps, active)
+    if len(target) == 2:
+        write_rows(m, target[1], "pred", np.broadcast_to(inside, value.shape), warps, active)
 
 
 @instruction("vote", "sync ballot any all uni")
