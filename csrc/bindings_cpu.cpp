@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
+#include "cpu/score_candidates.h"
 
 namespace py = pybind11;
 
@@ -66,11 +67,45 @@ void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype
   grank::mips_topk(problem, grank::active_isa());
 }
 
+void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows, int rows_dtype,
+                      int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype, uintptr_t keys,
+                      int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h, uintptr_t cu_seqlens,
+                      uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight, float out_bias,
+                      float softmax_scale, int activation, int threads, uintptr_t scores) {
+  const py::gil_scoped_release release;
+  grank::score_candidates({pointer<const int64_t>(candidate_ids),
+                           num_users,
+                           num_candidates,
+                           pointer<const void>(rows),
+                           static_cast<grank::DType>(rows_dtype),
+                           num_rows,
+                           d,
+                           row_stride,
+                           pointer<const float>(row_scale),
+                           static_cast<grank::DType>(dtype),
+                           pointer<const void>(keys),
+                           key_stride,
+                           pointer<const void>(values),
+                           value_stride,
+                           h,
+                           pointer<const int64_t>(cu_seqlens),
+                           pointer<const float>(user_hidden),
+                           pointer<const void>(item_weight),
+                           pointer<const float>(out_weight),
+                           out_bias,
+                           softmax_scale,
+                           static_cast<grank::HeadActivation>(activation),
+                           threads,
+                           pointer<float>(scores)},
+                          grank::active_isa());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of grank_kernels; addresses in, nothing out.";
   m.def("mips_topk", &mips_topk);
+  m.def("score_candidates", &score_candidates);
   m.def("isa", [] { return std::string(grank::active_isa().name); });
   m.def("isas", [] {
     std::vector<std::pair<std::string, bool>> all;

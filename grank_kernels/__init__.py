@@ -1,8 +1,18 @@
-"""Exact maximum-inner-product top-k over huge item tables, as a drop-in PyTorch op."""
+"""Exact maximum-inner-product top-k over huge item tables, and a Ranker's cross-attention, as drop-in PyTorch ops."""
 
 from grank_kernels._version import __version__
+from grank_kernels.candidate_cross_attention import candidate_cross_attention
 from grank_kernels.config import show_config
 from grank_kernels.mips_topk import TopK, mips_topk
+from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
 
-__all__ = ["ItemTable", "TopK", "__version__", "mips_topk", "show_config"]
+__all__ = [
+    "ItemTable",
+    "TopK",
+    "__version__",
+    "candidate_cross_attention",
+    "mips_topk",
+    "score_candidates",
+    "show_config",
+]

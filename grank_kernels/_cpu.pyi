@@ -19,5 +19,32 @@ def mips_topk(
     positions: int,
     /,
 ) -> None: ...
+def score_candidates(
+    candidate_ids: int,
+    num_users: int,
+    num_candidates: int,
+    rows: int,
+    rows_dtype: int,
+    num_rows: int,
+    d: int,
+    row_stride: int,
+    row_scale: int,
+    dtype: int,
+    keys: int,
+    key_stride: int,
+    values: int,
+    value_stride: int,
+    h: int,
+    cu_seqlens: int,
+    user_hidden: int,
+    item_weight: int,
+    out_weight: int,
+    out_bias: float,
+    softmax_scale: float,
+    activation: int,
+    threads: int,
+    scores: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
 def isas() -> list[tuple[str, bool]]: ...

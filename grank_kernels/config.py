@@ -17,7 +17,7 @@ def _cuda_module() -> str:
         from grank_kernels import _cuda
     except ImportError as error:
         return f"could not be loaded: {error}"
-    return f"compiled for {', '.join(_cuda.architectures())}; it holds no kernels yet"
+    return f"compiled for {', '.join(_cuda.architectures())}"
 
 
 def show_config() -> str:

@@ -18,15 +18,24 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
         ValueError: the named backend is unknown or cannot run; the message says why.
     """
     if backend is None:
-        for name, module in BACKENDS.items():
-            if getattr(module, op + "_unsupported")(*tensors) is None:
+        for name in BACKENDS:
+            if _unsupported(op, name, tensors) is None:
                 return name
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
-    reason = getattr(BACKENDS[backend], op + "_unsupported")(*tensors)
+    reason = _unsupported(op, backend, tensors)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
     return backend
+
+
+def _unsupported(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why a backend cannot run `op` for these tensors; not every backend has every op."""
+    module = BACKENDS[backend]
+    if not hasattr(module, op):
+        return f"it has no {op}"
+    reason: str | None = getattr(module, op + "_unsupported")(*tensors)
+    return reason
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import torch
 
 from grank_kernels.backends import BACKENDS
+from grank_kernels.checks import FLOATS, check_device, check_tensor, operands_of, shape_of
 from grank_kernels.dispatch import choose, is_plain
 from grank_kernels.table import ItemTable
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -64,18 +63,17 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
-    _check_tensor("queries", queries, _FLOATS, (1, 2))
+    check_tensor("queries", queries, FLOATS, (1, 2))
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
-    rows, row_scale, ids = _operands(items)
+    rows, row_scale, ids = operands_of(items)
     (B, d), (N, width) = queries_2d.shape, rows.shape
     if d != width:
         raise ValueError(
-            f"queries and items differ in width: queries are {_shape(queries)}, items {_shape(rows)}; "
+            f"queries and items differ in width: queries are {shape_of(queries)}, items {shape_of(rows)}; "
             f"both take d = {width} as the last dimension"
         )
-    if rows.device != queries.device:
-        raise ValueError(f"queries are on {queries.device} and items on {rows.device}; both must be on one device")
+    check_device("queries", queries, "items", rows.device)
     if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
     if k < 1:
@@ -97,31 +95,6 @@ def mips_topk(
     return TopK(values, indices) if out is None else _write(out, values, indices)
 
 
-def _shape(x: torch.Tensor) -> str:
-    return str(tuple(x.shape))
-
-
-def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{name} are {x.dtype}; they take {', '.join(map(str, dtypes))}")
-    if x.dim() not in dims:
-        raise ValueError(f"{name} have shape {_shape(x)}; they take {' or '.join(map(str, dims))} dimensions")
-
-
-def _operands(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Rows, the scales of int8 rows, and external ids."""
-    if isinstance(items, ItemTable):
-        return items.operands()
-    if not isinstance(items, torch.Tensor):
-        raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
-    if items.dtype == torch.int8:
-        raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
-    _check_tensor("items", items, _FLOATS, (2,))
-    return items, None, None
-
-
 def _exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Offsets (B + 1,) and ids, whichever way they came."""
     pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
@@ -133,34 +106,29 @@ def _exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[
             )
         if x.dtype != torch.int64:
             raise ValueError(f"exclude is {x.dtype}; it takes torch.int64")
-        if x.device != device:
-            raise ValueError(f"exclude is on {x.device} and queries on {device}; both must be on one device")
+        check_device("exclude", x, "queries", device)
     if pair:
         offsets, ids = exclude
         if offsets.dim() != 1 or ids.dim() != 1 or offsets.shape[0] != B + 1:
             raise ValueError(
-                f"exclude has offsets {_shape(offsets)} and ids {_shape(ids)}; for {B} queries it takes "
+                f"exclude has offsets {shape_of(offsets)} and ids {shape_of(ids)}; for {B} queries it takes "
                 f"offsets ({B + 1},) and ids of one dimension"
             )
         return offsets, ids
     if one and exclude.dim() == 1:
         exclude = exclude[None]
     if exclude.dim() != 2 or exclude.shape[0] != B:
-        raise ValueError(f"exclude has shape {_shape(exclude)}; for {B} queries it takes ({B}, E)")
+        raise ValueError(f"exclude has shape {shape_of(exclude)}; for {B} queries it takes ({B}, E)")
     E = exclude.shape[1]
     return torch.arange(B + 1, device=device) * E, exclude.reshape(-1)
 
 
 def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
-    if not isinstance(allow, torch.Tensor):
-        raise TypeError(f"allow must be a torch.Tensor, got {type(allow).__name__}")
-    if allow.dtype != torch.bool:
-        raise ValueError(f"allow is {allow.dtype}; it takes torch.bool")
+    check_tensor("allow", allow, (torch.bool,), (1, 2))
     if tuple(allow.shape) not in ((N,), (B, N)):
         takes = f"for {B} queries and {N} items it takes ({N},) or ({B}, {N})"
-        raise ValueError(f"allow has shape {_shape(allow)}; {takes}")
-    if allow.device != device:
-        raise ValueError(f"allow is on {allow.device} and queries on {device}; both must be on one device")
+        raise ValueError(f"allow has shape {shape_of(allow)}; {takes}")
+    check_device("allow", allow, "queries", device)
 
 
 def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -178,8 +146,8 @@ def _write(out: Any, values: torch.Tensor, indices: torch.Tensor) -> TopK:
     for name, given, computed in zip(("values", "indices"), out, (values, indices), strict=True):
         if given.dtype != computed.dtype or given.shape != computed.shape or given.device != computed.device:
             raise ValueError(
-                f"out's {name} are {given.dtype} {_shape(given)} on {given.device}; "
-                f"they take {computed.dtype} {_shape(computed)} on {computed.device}"
+                f"out's {name} are {given.dtype} {shape_of(given)} on {given.device}; "
+                f"they take {computed.dtype} {shape_of(computed)} on {computed.device}"
             )
         given.copy_(computed)
     return TopK(out[0], out[1])

@@ -120,17 +120,23 @@ class ItemTable:
         rows = self._rows[positions].float()
         return rows if self._row_scale is None else rows * self._row_scale[positions][..., None]
 
-    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+    def find(self, ids: torch.Tensor) -> torch.Tensor:
+        """Positions of the rows of some ids (int64, any shape); `len(self)` for ids that the table does not hold."""
         if self._ids is None:
-            known, positions = (ids >= 0) & (ids < len(self)), ids
-        else:
-            if self._by_id is None:
-                self._by_id = self._ids.sort()
-            by_id, order = self._by_id
-            place = torch.searchsorted(by_id, ids).clamp(max=max(len(self) - 1, 0))
-            known, positions = (by_id[place] == ids, order[place]) if len(self) else (ids != ids, ids)
-        if not bool(known.all()):
-            raise ValueError(f"ids: {int(ids[~known][0])} is not in the table")
+            return ids.where((ids >= 0) & (ids < len(self)), len(self))
+        if len(self) == 0:
+            return torch.zeros_like(ids)
+        if self._by_id is None:
+            self._by_id = self._ids.sort()
+        by_id, order = self._by_id
+        place = torch.searchsorted(by_id, ids.contiguous()).clamp(max=len(self) - 1)  # it warns otherwise
+        return order[place].where(by_id[place] == ids, len(self))
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = self.find(ids)
+        unknown = positions == len(self)
+        if bool(unknown.any()):
+            raise ValueError(f"ids: {int(ids[unknown][0])} is not in the table")
         return positions
 
     def __repr__(self) -> str:

@@ -5,13 +5,15 @@
 #include <vector>
 
 #include "mips_topk_kernel.h"
+#include "score_candidates_kernel.h"
 
 namespace grank {
 
 struct Isa {
   const char* name;
-  bool runs_here;                // this processor and operating system can execute it
-  const MipsTopkKernel* kernel;  // its kernel for mips_topk
+  bool runs_here;  // this processor and operating system can execute it
+  const MipsTopkKernel* mips_topk;
+  const ScoreCandidatesKernel* score_candidates;
 };
 
 // All that were compiled, weakest first.

@@ -283,7 +283,7 @@ class Search {
 }  // namespace
 
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa) {
-  if (problem.num_queries > 0) Search(problem, *isa.kernel, true).run();
+  if (problem.num_queries > 0) Search(problem, *isa.mips_topk, true).run();
 }
 
 }  // namespace grank

@@ -13,24 +13,14 @@
 
 #include <cstdint>
 
+#include "amx.h"
 #include "mips_topk_kernel.h"
 #include "simd.h"
-
-#if defined(GRANK_EMULATE_AMX)
-#include "amx_emulation.h"
-#endif
-#if defined(__AMX_INT8__) || defined(__AMXINT8__) || defined(GRANK_EMULATE_AMX)  // the second is older clangs'
-#define GRANK_AMX 1
-#else
-#define GRANK_AMX 0
-#endif
 
 namespace grank {
 namespace GRANK_ISA {
 
-constexpr bool kAmx = GRANK_AMX;
 constexpr int kAmxQueries = 16;   // rows of a tile register
-constexpr int kAmxRowBytes = 64;  // of a tile register's row
 constexpr int kAmxUnits = 16;     // packed units one product takes of a row
 static_assert(kTileRows == 4 * kAmxUnits, "four tiles of B side by side");
 static_assert(kQueriesMultiple % kAmxQueries == 0, "or packed queries would be cut within a block");
@@ -55,62 +45,35 @@ inline void pack_tiles(const int8_t* queries, int64_t count, int64_t d, char* ou
   }
 }
 
-// The calling thread's tile registers, in use while this lives. Nothing is left behind, or every switch of the thread
-// would go on saving 8 KiB.
-class TileRegisters {
- public:
-  TileRegisters() = default;
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-  ~TileRegisters() { _tile_release(); }
-
-  // Shapes the registers for blocks of `queries` queries: rows that are not there take no time.
-  void configure(int queries) {
-    struct {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } shape = {};
-    static_assert(sizeof shape == 64, "what ldtilecfg reads");
-    shape.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      shape.row_bytes[tile] = kAmxRowBytes;
-      shape.rows[tile] = tile < 5 ? queries : kAmxUnits;
-    }
-    // GCC's intrinsics for loads do not say what memory they read; all of it has to be written by now.
-    asm volatile("" : : "r"(&shape) : "memory");
-    _tile_loadconfig(&shape);
+// sums[q][i] for a block of `queries` queries and all rows of the panel. The registers are configured for
+// blocks of as many.
+template <typename Ahead>
+inline void multiply_tiles(const uint32_t* panel, const char* packed, int queries, int64_t steps, Ahead& ahead,
+              int32_t (*sums)[kTileRows]) {
+  constexpr int64_t kUnitBytes = 4 * kTileRows;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (; steps > 0; --steps) {
+    ahead.template fetch<16, 2>();
+    _tile_loadd(4, packed, kAmxRowBytes);
+    _tile_loadd(5, panel, kUnitBytes);
+    _tile_loadd(6, panel + 16, kUnitBytes);
+    _tile_dpbssd(0, 4, 5);
+    _tile_loadd(7, panel + 32, kUnitBytes);
+    _tile_dpbssd(1, 4, 6);
+    _tile_loadd(5, panel + 48, kUnitBytes);
+    _tile_dpbssd(2, 4, 7);
+    _tile_dpbssd(3, 4, 5);
+    packed += queries * kAmxRowBytes;
+    panel += kAmxUnits * kTileRows;
   }
-
-  // sums[q][i] for a block of `queries` queries, the number configured, and all rows of the panel.
-  template <typename Ahead>
-  void multiply(const uint32_t* panel, const char* packed, int queries, int64_t steps, Ahead& ahead,
-                int32_t (*sums)[kTileRows]) {
-    constexpr int64_t kUnitBytes = 4 * kTileRows;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (; steps > 0; --steps) {
-      ahead.template fetch<16, 2>();
-      _tile_loadd(4, packed, kAmxRowBytes);
-      _tile_loadd(5, panel, kUnitBytes);
-      _tile_loadd(6, panel + 16, kUnitBytes);
-      _tile_dpbssd(0, 4, 5);
-      _tile_loadd(7, panel + 32, kUnitBytes);
-      _tile_dpbssd(1, 4, 6);
-      _tile_loadd(5, panel + 48, kUnitBytes);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(3, 4, 5);
-      packed += queries * kAmxRowBytes;
-      panel += kAmxUnits * kTileRows;
-    }
-    _tile_stored(0, &sums[0][0], kUnitBytes);
-    _tile_stored(1, &sums[0][16], kUnitBytes);
-    _tile_stored(2, &sums[0][32], kUnitBytes);
-    _tile_stored(3, &sums[0][48], kUnitBytes);
-  }
-};
+  _tile_stored(0, &sums[0][0], kUnitBytes);
+  _tile_stored(1, &sums[0][16], kUnitBytes);
+  _tile_stored(2, &sums[0][32], kUnitBytes);
+  _tile_stored(3, &sums[0][48], kUnitBytes);
+}
 
 #endif  // GRANK_AMX
 

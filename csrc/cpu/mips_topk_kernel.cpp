@@ -122,18 +122,8 @@ template <DType kType, bool kListed, bool kWhole>
   constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // what is moved as one
   constexpr int kSize = 16 / kBytes;
   constexpr int kUnits = kType == DType::kInt8 ? kUnitsPerFour : 1;  // packed units of a column
-  Units columns[kSize] = {};
-  const char* const first = row;
-#pragma GCC unroll 4
-  for (int g = 0; g < kPieces; ++g) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kSize; ++i, row += stride) {
-      if (kListed) row = first + list[g * kSize + i] * stride;
-      asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
-      columns[i] = put_piece(columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
-    }
-  }
-  transpose_pieces<kBytes>(columns);
+  Units columns[kSize];
+  load_columns<kBytes, kListed, kWhole>(row, stride, list, bytes, columns);
 #pragma GCC unroll 8
   for (int j = 0; j < kSize; ++j) {
     if (kWhole || j * kBytes < bytes) write_column<kType>(out + j * kUnits * kTileRows, columns[j]);
@@ -320,7 +310,7 @@ void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries&
     const bool whole = queries.count - first >= kAmxQueries;
     const int block = whole ? kAmxQueries : static_cast<int>(queries.count - first);
     if (first == 0 || !whole) registers.configure(block);
-    registers.multiply(panel, packed + queries_bytes(DType::kInt8, first, d), block, amx_steps(d), ahead, sums);
+    multiply_tiles(panel, packed + queries_bytes(DType::kInt8, first, d), block, amx_steps(d), ahead, sums);
     for (int q = 0; q < block; ++q) {
       Ints sum[1][kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) sum[0][v] = load<Ints>(&sums[q][v * kLanes]);

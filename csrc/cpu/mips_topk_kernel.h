@@ -16,11 +16,9 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace grank {
-
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
-
-constexpr int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2; }
 
 constexpr int kTileRows = 64;         // one bit of a 64-bit mask each
 constexpr int kSegment = 128;         // dimensions summed before the partial sum is added to the total

@@ -5,6 +5,6 @@
 
 from types import ModuleType
 
-from grank_kernels.backends import cpu, reference, triton
+from grank_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "triton": triton, "reference": reference}

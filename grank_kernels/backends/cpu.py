@@ -16,6 +16,7 @@ except ImportError as error:  # the package works without its native library, se
     )
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
 _MAX_ROWS = (1 << 32) - 1
 _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
@@ -52,6 +53,15 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if its last dimension is not contiguous."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_bytes(x: torch.Tensor) -> int:
+    return x.stride(0) * x.itemsize
+
+
 def mips_topk(
     queries: torch.Tensor,
     items: torch.Tensor,
@@ -65,10 +75,7 @@ def mips_topk(
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
     (B, d), N = queries.shape, len(items)
     queries = queries.float().contiguous()
-    row_stride, column_stride = items.stride()
-    if column_stride != 1 and d > 1:
-        items = items.contiguous()
-        row_stride = d
+    items = _rows_contiguous(items)
     if exclude_offsets is not None and exclude_ids is not None:
         exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
     if allow is not None and allow.stride(-1) != 1:
@@ -78,10 +85,52 @@ def mips_topk(
     values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
     positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
     _cpu.mips_topk(
-        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, row_stride * items.itemsize,
+        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, _row_bytes(items),
         _address(row_scale), _address(ids),
         _address(exclude_offsets), _address(exclude_ids), 0 if exclude_ids is None else len(exclude_ids),
         _address(allow), allow.stride(0) if allow is not None and allow.dim() == 2 else 0,
         k, torch.get_num_threads(), values.data_ptr(), positions.data_ptr(),
     )  # fmt: skip
     return values, positions
+
+
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Why `score_candidates` cannot run for these tensors."""
+    if _cpu is None:
+        return unavailable()
+    if not rows.is_cpu:
+        return f"items are on {rows.device}, not on the CPU"
+    if rows.shape[0] > _MAX_ROWS:
+        return f"items have {rows.shape[0]} rows; this backend takes at most {_MAX_ROWS}"
+    return None
+
+
+def score_candidates(
+    candidate_ids: torch.Tensor,
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    user_hidden: torch.Tensor,
+    item_weight: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: float,
+    softmax_scale: float,
+    activation: str,
+) -> torch.Tensor:
+    """Scores (B, C) float32 of every user's candidates."""
+    (B, C), (N, d), h = candidate_ids.shape, rows.shape, values.shape[1]
+    candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
+    rows, keys, values = _rows_contiguous(rows), _rows_contiguous(keys), _rows_contiguous(values)
+    user_hidden, out_weight = user_hidden.float().contiguous(), out_weight.float().contiguous()
+    item_weight = item_weight.contiguous()
+    scores = torch.empty(B, C, dtype=torch.float32, device="cpu")
+    _cpu.score_candidates(
+        candidate_ids.data_ptr(), B, C, rows.data_ptr(), _DTYPES[rows.dtype], N, d, _row_bytes(rows),
+        _address(row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
+        _row_bytes(values), h, cu_seqlens.data_ptr(), user_hidden.data_ptr(), item_weight.data_ptr(),
+        out_weight.data_ptr(), out_bias, softmax_scale, _ACTIVATIONS[activation],
+        torch.get_num_threads(), scores.data_ptr(),
+    )  # fmt: skip
+    return scores

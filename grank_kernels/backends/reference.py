@@ -1,8 +1,17 @@
-"""Plain torch on any device: the definition, the oracle of the tests, and what runs where nothing faster can."""
+"""Plain torch on any device: the definition, the oracle of the tests, and what runs where nothing faster can.
+
+The functions named like an op say, in their docstrings, what every backend's function of that name is given and owes.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import pairwise
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn import functional as F
 
+from grank_kernels.checks import check_offsets
 from grank_kernels.quantise import quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
@@ -104,13 +113,210 @@ def _excluded_positions(
 
 def check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
     """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first < 0 or last > len(excluded):
-        raise ValueError(f"exclude: offsets run from {first} to {last}; they take 0 to {len(excluded)}")
-    if bool((offsets.diff() < 0).any()):
-        raise ValueError("exclude: offsets must not decrease")
-    used = excluded[first:last]
+    check_offsets("exclude", offsets, len(excluded))
+    used = excluded[int(offsets[0]) : int(offsets[-1])]
     wrong = used[(used < -1) | (used >= limit)] if limit is not None else used[used < -1]
     if len(wrong):
         top = "2^63" if limit is None else limit
         raise ValueError(f"exclude: id {int(wrong[0])} is out of range; it takes ids in [-1, {top}), -1 for none")
+
+
+# ---- the Ranker: one user after the other, float32 ----
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of the head; gelu is the exact one, with erf
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_full(op: Callable[P, R]) -> Callable[P, R]:
+    """Whatever autocast says: a backend's sums are float32."""
+
+    @wraps(op)
+    def run(*operands: P.args, **named: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return op(*operands, **named)
+
+    return run
+
+
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Why `score_candidates` cannot run for these tensors."""
+    return None
+
+
+@_in_full
+def score_candidates(
+    candidate_ids: torch.Tensor,
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    user_hidden: torch.Tensor,
+    item_weight: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: float,
+    softmax_scale: float,
+    activation: str,
+) -> torch.Tensor:
+    """Scores (B, C) float32 of every user's candidates.
+
+    For user b and `e = rows[candidate_ids[b, c]]` (times its scale), K and V the user's rows of keys and values:
+    `out_weight @ act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias`.
+
+    What a backend is given: shapes, dtypes and devices are checked, strides are not. On the CPU ids and offsets are
+    checked too. On a GPU they may hold anything: ids of N or more score -inf, offsets are clamped to [0, T].
+
+    Args:
+        candidate_ids: (B, C) int64, positions in `rows` (a table's own ids are translated already); negative: -inf,
+            whatever the rest holds, and no row is read.
+        rows: (N, d) float32, float16, bfloat16, or int8 with
+        row_scale: (N,) float32, else None.
+        keys: (T, d) of one dtype, float32, float16 or bfloat16, with all that follows, whatever that of `rows`.
+        values: (T, h).
+        cu_seqlens: (B + 1,) int64, not decreasing: user b has the rows from `cu_seqlens[b]` to `cu_seqlens[b + 1]`.
+            Rows outside belong to no user. Without any, the attended part of the hidden layer is 0.
+        user_hidden: (B, h).
+        item_weight: (d, h).
+        out_weight: (h,).
+        out_bias: added to every score.
+        softmax_scale: of the logits.
+        activation: a key of `ACTIVATIONS`.
+    """
+    scores = torch.full(candidate_ids.shape, -torch.inf, dtype=torch.float32, device=rows.device)
+    item_weight, out_weight = item_weight.float(), out_weight.float()
+    for b, user in enumerate(_sequences(keys, cu_seqlens)):
+        known = (candidate_ids[b] >= 0) & (candidate_ids[b] < len(rows))
+        positions = candidate_ids[b][known]
+        e = rows[positions].float()
+        if row_scale is not None:
+            e = e * row_scale[positions, None]
+        weights = (softmax_scale * (e @ keys[user].float().T)).softmax(1)
+        hidden = weights @ values[user].float() + e @ item_weight + user_hidden[b].float()
+        scores[b, known] = ACTIVATIONS[activation](hidden) @ out_weight + out_bias
+    return scores
+
+
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
+    return None
+
+
+@_in_full
+def candidate_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32.
+
+    By user and head, for `s = softmax_scale q k^T + bias_k` over the user's L keys: `out = softmax(s) v` and `lse` the
+    logarithm of the sum of exp(s); or, for `activation` "silu", `out = silu(s) v / L`, and `lse` is (0,).
+    A user without keys (a query whose logits are all -inf) has `out = 0` and `lse = +inf`, and so have rows of no user.
+
+    What a backend is given: shapes, dtypes and devices are checked, strides are not. On the CPU offsets and lengths are
+    checked too. On a GPU they may hold anything, and are clamped to the rows there are.
+
+    Args:
+        q: (B, C, H, D), where queries that all users share come expanded, `stride(0) == 0`; or with `cu_seqlens_q`
+            (total_q, H, D). float32, float16 or bfloat16, k and v the same.
+        k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D).
+        v: like k.
+        cu_seqlens_q: (B + 1,) int64, not decreasing, or None: user b has the rows `[cu[b], cu[b + 1])`.
+        cu_seqlens_k: the same for k and v.
+        seqused_k: (B,) int64, only without `cu_seqlens_k`: the keys that count, the first ones; None: all.
+        softmax_scale: of the products, for both activations.
+        bias_k: k's shape without D, float32, or None.
+        activation: "softmax" or "silu".
+    """
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full(
+        q.shape[:-1] if activation == "softmax" else (0,), torch.inf, dtype=_wide(q).dtype, device=q.device
+    )
+    for user_q, user_k in zip(_sequences(q, cu_seqlens_q), _sequences(k, cu_seqlens_k, seqused_k), strict=True):
+        logits = _logits(q[user_q], k[user_k], softmax_scale, None if bias_k is None else bias_k[user_k])
+        if activation == "silu":
+            weights = F.silu(logits) / max(logits.shape[-1], 1)
+        else:
+            total = logits.logsumexp(-1)
+            none = total == -torch.inf
+            weights = logits.softmax(-1).masked_fill(none[..., None], 0.0)
+            lse[user_q] = total.masked_fill(none, torch.inf).T
+        out[user_q] = torch.einsum("hcl,lhd->chd", weights, _wide(v[user_k])).to(out.dtype)
+    return out, lse
+
+
+@_in_full
+def candidate_cross_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
+
+    Deterministic: no sum whose order changes from run to run. Rows of no user and keys that do not count have gradient
+    0. The gradient of shared queries is by user, (B, C, H, D): the sum over users is taken outside.
+    """
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_bias = None if bias_k is None else torch.zeros_like(bias_k, memory_format=torch.contiguous_format)
+    for user_q, user_k in zip(_sequences(q, cu_seqlens_q), _sequences(k, cu_seqlens_k, seqused_k), strict=True):
+        queries, keys, values, grad = (_wide(x) for x in (q[user_q], k[user_k], v[user_k], grad_out[user_q]))
+        logits = _logits(queries, keys, softmax_scale, None if bias_k is None else bias_k[user_k])
+        grad_weights = torch.einsum("chd,lhd->hcl", grad, values)
+        if activation == "silu":
+            length, gate = max(logits.shape[-1], 1), logits.sigmoid()
+            weights = logits * gate / length
+            grad_logits = grad_weights * gate * (1 + logits * (1 - gate)) / length
+        else:
+            weights = (logits - lse[user_q].T[..., None]).exp()
+            delta = (grad * _wide(out[user_q])).sum(-1).T[..., None]
+            grad_logits = weights * (grad_weights - delta)
+        grad_q[user_q] = (torch.einsum("hcl,lhd->chd", grad_logits, keys) * softmax_scale).to(q.dtype)
+        grad_k[user_k] = (torch.einsum("hcl,chd->lhd", grad_logits, queries) * softmax_scale).to(k.dtype)
+        grad_v[user_k] = torch.einsum("hcl,chd->lhd", weights, grad).to(v.dtype)
+        if grad_bias is not None:
+            grad_bias[user_k] = grad_logits.sum(1).T
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def _sequences(
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None = None
+) -> list[tuple[int | slice, ...]]:
+    """Where each user's rows are: an index into x (B, L, ...), or with offsets into x (total, ...)."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.clamp(0, len(x)).tolist()
+        return [(slice(start, stop),) for start, stop in pairwise(bounds)]
+    lengths = [x.shape[1]] * len(x) if seqused is None else seqused.clamp(0, x.shape[1]).tolist()
+    return [(b, slice(0, length)) for b, length in enumerate(lengths)]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """float32; float64 stays, so that the tests can differentiate by differences."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
+    """(H, C, L) of one user's q (C, H, D), k (L, H, D) and bias (L, H)."""
+    logits = scale * torch.einsum("chd,lhd->hcl", _wide(q), _wide(k))
+    return logits if bias is None else logits + bias.T[:, None]

@@ -1,5 +1,7 @@
 """GRank (arXiv 2510.15299): a Generator that retrieves and a Ranker that orders what it found."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +46,32 @@ class Generator(nn.Module):
         return users
 
 
+class FoldedRanker(NamedTuple):
+    """A Ranker and some users' histories as operands of `score_candidates`, from `Ranker.fold`.
+
+    `score_candidates(candidates, items, **folded._asdict())` are the Ranker's outputs for any candidates.
+
+    Attributes:
+        keys: (T, d), the T items of all histories, one user after the other.
+        values: (T, h).
+        cu_seqlens: (B + 1,) int64, where each user's rows begin.
+        user_hidden: (B, h).
+        item_weight: (d, h).
+        out_weight: (h,).
+        out_bias: of the output.
+        softmax_scale: of the logits.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cu_seqlens: Tensor
+    user_hidden: Tensor
+    item_weight: Tensor
+    out_weight: Tensor
+    out_bias: float
+    softmax_scale: float
+
+
 class Ranker(nn.Module):
     """GRank's second stage (the paper's Ranker): how well a candidate fits a user's long history.
 
@@ -80,9 +108,7 @@ class Ranker(nn.Module):
         Returns:
             (B, C) float32. Of an empty history o is 0.
         """
-        items, valid = masked_lookup(table, history[:, -self.history :])
-        x = items + self.recency[-items.shape[1] :]
-        x = x + self.history_mlp(x)
+        x, valid = self._read(table, history)
         values = self.value(x).masked_fill(~valid.unsqueeze(-1), 0.0)
         mask = valid | ~valid.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
         e = F.embedding(candidates, table)
@@ -90,6 +116,58 @@ class Ranker(nn.Module):
         hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
         scores: Tensor = self.out(self.dropout(F.relu(hidden)))
         return scores.squeeze(-1)
+
+    def _read(self, table: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys and values are made of, (B, L, d), and which of it is no padding, (B, L) bool."""
+        items, valid = masked_lookup(table, history[:, -self.history :])
+        x = items + self.recency[self.history - items.shape[1] :]
+        return x + self.history_mlp(x), valid
+
+    @torch.no_grad()
+    def fold(self, table: Tensor, history: Tensor, users: Tensor, *, dtype: torch.dtype | None = None) -> FoldedRanker:
+        """All of the Ranker that does not depend on the candidates, once a request instead of once a candidate.
+
+        The query of a candidate is linear in its row e, and so is the head's first layer in what was attended to. By
+        associativity both products with a weight move to the history, and what is left are the operands of
+        `score_candidates`, whose query is the row of the item table itself:
+
+            (e Wq^T) K^T = e (K Wq)^T         keys   = K Wq
+            (a V) Wo^T   = a (V Wo^T)         values = V Wo^T
+
+        with K and V the keys and values of `forward`, Wq the weight of `query` and Wo that of `hidden_attended`. There
+        is no dropout, as in evaluation.
+
+        Args:
+            table: (N, d) float32 item vectors.
+            history: (B, L) int64, oldest first, padded on the left with -1; the last `self.history` columns count.
+            users: (B, d) from the Generator.
+            dtype: float16 or bfloat16 to round the operands to; None keeps float32.
+
+        Returns:
+            Copies: training may go on meanwhile.
+        """
+        x, valid = self._read(table, history)
+        x = x[valid]  # its size is in the data, so a GPU is waited for here, once a request
+        operands = (
+            self.key(x) @ self.query.weight,
+            self.hidden_attended(self.value(x)),
+            self.hidden_user(users),
+            self.hidden_item.weight.T,
+            self.out.weight[0],
+        )
+        keys, values, user_hidden, item_weight, out_weight = (
+            y.to(dtype or y.dtype, copy=True, memory_format=torch.contiguous_format) for y in operands
+        )
+        return FoldedRanker(
+            keys,
+            values,
+            F.pad(valid.sum(1).cumsum(0), (1, 0)),
+            user_hidden,
+            item_weight,
+            out_weight,
+            float(self.out.bias),
+            table.shape[1] ** -0.5,  # what scaled_dot_product_attention takes
+        )
 
 
 class GRank(nn.Module):

@@ -1,0 +1,213 @@
+// score_candidates_kernel.h says what is computed here, and how.
+#include "score_candidates_kernel.h"
+
+#include "attention_tile.h"
+#include "tile_product.h"
+#include "tile_product_amx.h"
+
+namespace grank {
+namespace GRANK_ISA {
+namespace {
+
+#if GRANK_AMX
+using Tiles = AmxTiles;
+#else
+using Tiles = FloatTiles;
+#endif
+
+constexpr int kGroup = 4;
+
+struct Scratch {
+  explicit Scratch(const ScoreCandidatesProblem& p, void* memory) {
+    Pieces pieces(memory);
+    candidates = Tiles::take_matrix(pieces, p.rows_dtype, kColumns, p.d);
+    keys = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
+    values = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.h);
+    across = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.h);
+    const int64_t h = round_up(p.h, 32);
+    logits = pieces.take<float>((h > Tiles::kKeys ? h : Tiles::kKeys) * kColumns);
+    weights = Tiles::take_panel(pieces, p.dtype, Tiles::kKeys);
+    tiles = pieces.take<QueryTile<Tiles>>(kGroup);
+    for (int t = 0; t < kGroup; ++t) {
+      panels[t] = Tiles::take_panel(pieces, p.rows_dtype, p.d);
+      out[t] = pieces.take<float>(h * kColumns);
+    }
+    bytes = pieces.taken();
+  }
+
+  void *candidates, *keys, *values, *across;
+  float* logits;
+  Tiles::Panel weights;
+  QueryTile<Tiles>* tiles;
+  Tiles::Panel panels[kGroup];
+  float* out[kGroup];
+  int64_t bytes;
+};
+
+int64_t scratch_bytes(const ScoreCandidatesProblem& p) { return Scratch(p, nullptr).bytes; }
+
+// item_weight as the left operand of products, behind the memory it was made in.
+struct Weight {
+  explicit Weight(const ScoreCandidatesProblem& p, void* memory) {
+    Pieces pieces(memory);
+    operand = pieces.take<Tiles::Across>(1);
+    matrix = Tiles::take_matrix(pieces, p.dtype, p.d, p.h);
+    across = Tiles::take_across(pieces, p.dtype, p.d, p.h);
+    bytes = pieces.taken();
+  }
+
+  Tiles::Across* operand;
+  void *matrix, *across;
+  int64_t bytes;
+};
+
+int64_t weight_bytes(const ScoreCandidatesProblem& p) { return Weight(p, nullptr).bytes; }
+
+void prepare_weight(const ScoreCandidatesProblem& p, void* memory) {
+  const Weight weight(p, memory);
+  const Rows rows{static_cast<const char*>(p.item_weight), p.h * element_bytes(p.dtype), p.dtype, p.d, p.h};
+  *weight.operand = Tiles::across(Tiles::matrix_or_alias(rows, weight.matrix), p.d, p.h, weight.across);
+}
+
+// ---- the head ----
+
+template <HeadActivation kActivation>
+inline Floats activate(Floats x) {
+  const Floats positive = only(~(x < 0.0f), x);  // NaN stays
+  if constexpr (kActivation == HeadActivation::kRelu) {
+    return positive;
+  } else if constexpr (kActivation == HeadActivation::kSilu) {
+    return silu(x);
+  } else {
+    const Floats size = at_most(only(Ints{} + 0x7fffffff, x), 20.0f);  // beyond 20 erfc is 0, and infinity times it not
+    return positive - 0.5f * size * erfc_of_positive(size * 0x1.6a09e6p-1f);  // sqrt(1/2)
+  }
+}
+
+// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after another.
+template <HeadActivation kActivation>
+Floats head(const ScoreCandidatesProblem& p, const float* weighted, Floats by, const float* own, Floats scale,
+            const float* user) {
+  Floats score{};
+  for (int64_t j = 0; j < p.h; ++j) {
+    Floats hidden = multiply_add(load<Floats>(own + j * kColumns), scale, broadcast<Floats>(user[j]));
+    if (weighted != nullptr) hidden = multiply_add(load<Floats>(weighted + j * kColumns), by, hidden);
+    score = multiply_add(activate<kActivation>(hidden), broadcast<Floats>(p.out_weight[j]), score);
+  }
+  return score + p.out_bias;
+}
+
+Floats head(const ScoreCandidatesProblem& p, const float* weighted, Floats by, const float* own, Floats scale,
+            const float* user) {
+  switch (p.activation) {
+    case HeadActivation::kRelu:
+      return head<HeadActivation::kRelu>(p, weighted, by, own, scale, user);
+    case HeadActivation::kSilu:
+      return head<HeadActivation::kSilu>(p, weighted, by, own, scale, user);
+    case HeadActivation::kGelu:
+      return head<HeadActivation::kGelu>(p, weighted, by, own, scale, user);
+  }
+  return Floats{};
+}
+
+// ---- a step ----
+
+class Step {
+ public:
+  Step(const ScoreCandidatesProblem& p, const void* weight, int64_t user, int64_t first, int64_t count, void* scratch)
+      : p_(p),
+        weight_(*static_cast<const Tiles::Across*>(weight)),
+        user_(user),
+        ids_(p.candidate_ids + user * p.num_candidates + first),
+        scores_(p.scores + user * p.num_candidates + first),
+        count_(count),
+        s_(p, scratch) {}
+
+  void run() {
+    for (int64_t c = 0; c < count_; c += kColumns) gather(c / kColumns);
+    const int64_t begin = p_.cu_seqlens[user_], length = p_.cu_seqlens[user_ + 1] - begin;
+    for (int64_t k = 0; k < length; k += Tiles::kKeys) {
+      attend(begin + k, length - k < Tiles::kKeys ? length - k : Tiles::kKeys, k == 0);
+    }
+    for (int64_t c = 0; c < count_; c += kColumns) finish(c / kColumns, length > 0);
+  }
+
+ private:
+  int64_t columns_of(int64_t tile) const {
+    const int64_t left = count_ - tile * kColumns;
+    return left < kColumns ? left : kColumns;
+  }
+
+  // Columns without a candidate are computed as if they had the first row, and forgotten.
+  void gather(int64_t t) {
+    QueryTile<Tiles>& tile = s_.tiles[t];
+    const int64_t columns = columns_of(t);
+    tile.begin(s_.panels[t], s_.out[t], columns);
+    uint32_t list[kColumns] = {};
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t id = ids_[t * kColumns + c];
+      list[c] = id < 0 ? 0 : static_cast<uint32_t>(id);
+    }
+    for (int c = 0; c < kColumns; ++c) tile.scale[c] = p_.row_scale != nullptr ? p_.row_scale[list[c]] : 1.0f;
+    const Rows rows{static_cast<const char*>(p_.rows), p_.row_stride, p_.rows_dtype, columns, p_.d, list};
+    Tiles::fill_panel(Tiles::matrix(rows, s_.candidates), columns, p_.d, tile.queries);
+  }
+
+  void attend(int64_t key, int64_t count, bool first) {
+    const Rows keys{static_cast<const char*>(p_.keys) + key * p_.key_stride, p_.key_stride, p_.dtype, count, p_.d};
+    const Rows values{static_cast<const char*>(p_.values) + key * p_.value_stride, p_.value_stride, p_.dtype, count,
+                      p_.h};
+    const Tiles::Matrix k = Tiles::matrix_or_alias(keys, s_.keys);
+    const Tiles::Across v = Tiles::across(Tiles::matrix_or_alias(values, s_.values), count, p_.h, s_.across);
+    for (int64_t t = 0; t * kColumns < count_; ++t) {
+      QueryTile<Tiles>& tile = s_.tiles[t];
+      alignas(64) float scale[kColumns];
+      for (int c = 0; c < kColumns; ++c) scale[c] = tile.scale[c] * (p_.softmax_scale * kLog2E);
+      Tiles::multiply<false>(k, count, tile.queries, p_.d, tile.columns, s_.logits);
+      weigh(s_.logits, count, scale, tile, first ? 0 : p_.h, s_.weights);
+      if (first) {
+        Tiles::multiply<false>(v, p_.h, s_.weights, count, tile.columns, tile.out);
+      } else {
+        Tiles::multiply<true>(v, p_.h, s_.weights, count, tile.columns, tile.out);
+      }
+    }
+  }
+
+  void finish(int64_t t, bool attended) {
+    const QueryTile<Tiles>& tile = s_.tiles[t];
+    Tiles::multiply<false>(weight_, p_.h, tile.queries, p_.d, tile.columns, s_.logits);
+    alignas(64) float scores[kColumns];
+    for (int c = 0; c < tile.columns; c += kLanes) {
+      const float* weighted = attended ? tile.out + c : nullptr;
+      store(scores + c, head(p_, weighted, 1.0f / load<Floats>(tile.sum + c), s_.logits + c,
+                             load<Floats>(tile.scale + c), p_.user_hidden + user_ * p_.h));
+    }
+    for (int64_t c = 0; c < columns_of(t); ++c) {
+      const int64_t at = t * kColumns + c;
+      scores_[at] = ids_[at] < 0 ? -__builtin_inff() : scores[c];
+    }
+  }
+
+  const ScoreCandidatesProblem& p_;
+  const Tiles::Across weight_;
+  const int64_t user_;
+  const int64_t* ids_;
+  float* scores_;
+  const int64_t count_;
+  const Scratch s_;
+};
+
+void run_step(const ScoreCandidatesProblem& p, const void* weight, int64_t user, int64_t first, int64_t count,
+              void* scratch) {
+  [[maybe_unused]] const Tiles::Session session;
+  Step(p, weight, user, first, count, scratch).run();
+}
+
+}  // namespace
+
+extern const ScoreCandidatesKernel score_candidates_kernel;
+const ScoreCandidatesKernel score_candidates_kernel = {kGroup * kColumns, weight_bytes, prepare_weight, scratch_bytes,
+                                                       run_step};
+
+}  // namespace GRANK_ISA
+}  // namespace grank

@@ -1,0 +1,46 @@
+// Scores of every user's candidates: single-head attention to the user's history, then a hidden layer. See
+// score_candidates.cuh for the kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace grank::cuda {
+
+enum class HeadActivation { kRelu, kSilu, kGelu };
+
+// Device pointers, rows of keys, values and weights contiguous; 16-byte aligned, all but ids, offsets, scales, scores.
+// `element` below is float16 or bfloat16.
+struct ScoreCandidates {
+  const int64_t* candidate_ids;  // (users, candidates); outside [0, num_items): the score is -infinity
+  int64_t users;
+  int64_t candidates;
+  const void* items;       // (num_items, width) of element, or of int8
+  const float* row_scale;  // (num_items,) of int8 items, else null
+  int64_t num_items;
+  int64_t item_stride;        // bytes from row to row, a multiple of 16
+  const void* keys;           // (num_keys, width) of element
+  const void* values;         // (num_keys, hidden) of element
+  int64_t num_keys;           // below 2^31 - 64
+  const int64_t* cu_seqlens;  // (users + 1,)
+  const void* user_hidden;    // (users, hidden) of element
+  const void* item_weight;    // (width, hidden) of element
+  const void* out_weight;     // (hidden,) of element
+  float out_bias;
+  float softmax_scale;
+  HeadActivation activation;
+  float* scores;  // (users, candidates)
+};
+
+// How a launch is cut up.
+struct ScorePlan {
+  int stages;           // tiles of keys and values that shared memory holds
+  int tiles_per_block;  // tiles of 64 candidates that a block scores, one after another
+};
+
+// Enqueues the kernel; width and hidden are 16, 32, 64 or 128. A plan changes the time it takes, and nothing else;
+// null: chosen from the shapes. Nothing is allocated or waited for. Throws std::invalid_argument for other widths and
+// for more blocks than a grid takes, std::runtime_error where CUDA refuses the launch.
+void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream,
+                      const ScorePlan* plan = nullptr);
+
+}  // namespace grank::cuda

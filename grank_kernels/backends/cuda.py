@@ -1,0 +1,239 @@
+"""The CUDA C++ kernels (csrc/cuda): tensors to addresses and a stream; outputs and work space allocated here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+try:
+    from grank_kernels import _cuda
+except ImportError as error:  # built without nvcc, or a driver library is missing: the package works without it
+    _cuda = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+_BFLOAT = {torch.float16: False, torch.bfloat16: True}
+_WIDTHS = (16, 32, 64, 128)
+_MAX_ROWS = (1 << 31) - 65  # a tile past the last row is still an int
+_ALIGNMENT = 16  # bytes of a copy from global to shared memory
+_HEAD_ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
+_ACTIVATIONS = {"softmax": 0, "silu": 1}
+
+
+def unavailable() -> str | None:
+    """Why no op of this backend can run here."""
+    if _cuda is None:
+        return f"the CUDA module could not be loaded: {_import_error}"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if torch.cuda.device_count() == 0:
+        return "torch finds no CUDA device"
+    return None
+
+
+def _device_unsupported(name: str, x: torch.Tensor) -> str | None:
+    return _card_unsupported(x.device) if x.is_cuda else f"{name} are on {x.device}, not on a CUDA device"
+
+
+@torch.compiler.assume_constant_result
+def _card_unsupported(device: torch.device) -> str | None:
+    return unavailable() or _too_old(device)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"{device} has compute capability {capability}; the kernels need (8, 0)"
+
+
+@contextmanager
+def _stream_of(device: torch.device) -> Iterator[int]:
+    """The handle of the device's current stream; the device is the current one meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that 16-byte copies take."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+# ---- score_candidates ----
+
+
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Why `score_candidates` cannot run for these tensors."""
+    reason = _device_unsupported("items", rows)
+    if reason is not None:
+        return reason
+    if keys.dtype not in _BFLOAT:
+        return f"keys are {keys.dtype}; the kernels take torch.float16 and torch.bfloat16"
+    if rows.dtype not in (keys.dtype, torch.int8):
+        return f"items are {rows.dtype} and keys {keys.dtype}; the kernels take items of the keys' dtype, or torch.int8"
+    for name, x in (("items", rows), ("values", values)):
+        if x.shape[1] not in _WIDTHS:
+            return f"{name} have width {x.shape[1]}; the kernels take {', '.join(map(str, _WIDTHS))}"
+    if len(keys) > _MAX_ROWS:
+        return f"there are {len(keys)} keys; the kernels take at most {_MAX_ROWS}"
+    if rows.stride(1) != 1 or rows.stride(0) * rows.itemsize % _ALIGNMENT:
+        return f"items have strides {rows.stride()}; the kernels take rows that begin at multiples of 16 bytes"
+    return None
+
+
+def score_candidates(
+    candidate_ids: torch.Tensor,
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    user_hidden: torch.Tensor,
+    item_weight: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: float,
+    softmax_scale: float,
+    activation: str,
+) -> torch.Tensor:
+    """Scores (B, C) float32 of every user's candidates."""
+    if rows.data_ptr() % _ALIGNMENT:  # the table is not copied, and while torch.compile traces there is no address
+        raise ValueError(f"items begin at {rows.data_ptr():#x}; the kernels take a multiple of {_ALIGNMENT} bytes")
+    (B, C), (d, h) = candidate_ids.shape, item_weight.shape
+    candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    keys, values, user_hidden, item_weight, out_weight = (
+        _aligned(x) for x in (keys, values, user_hidden, item_weight, out_weight)
+    )
+    scores = torch.empty(B, C, dtype=torch.float32, device=rows.device)
+    with _stream_of(rows.device) as stream:
+        _cuda.score_candidates(
+            _address(candidate_ids), B, C,
+            _address(rows), _address(row_scale), len(rows), rows.stride(0) * rows.itemsize,
+            _address(keys), _address(values), len(keys), _address(cu_seqlens),
+            _address(user_hidden), _address(item_weight), _address(out_weight),
+            float(out_bias), float(softmax_scale), _HEAD_ACTIVATIONS[activation],
+            _address(scores), _BFLOAT[keys.dtype], d, h, stream,
+        )  # fmt: skip
+    return scores
+
+
+# ---- candidate_cross_attention ----
+
+
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
+    reason = _device_unsupported("queries", q)
+    if reason is not None:
+        return reason
+    if q.dtype not in _BFLOAT:
+        return f"q is {q.dtype}; the kernels take torch.float16 and torch.bfloat16"
+    if q.shape[-1] not in _WIDTHS:
+        return f"q has heads of width {q.shape[-1]}; the kernels take {', '.join(map(str, _WIDTHS))}"
+    for name, x in (("q", q), ("k", k)):
+        if max(x.shape[:2]) > _MAX_ROWS:
+            return f"{name} has shape {tuple(x.shape)}; the kernels take at most {_MAX_ROWS} rows"
+    return None
+
+
+class _Operands:
+    """The tensors of a call as the kernels take them, and what keeps their memory alive until the launch."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_k: torch.Tensor | None,
+        seqused_k: torch.Tensor | None,
+        softmax_scale: float,
+        bias_k: torch.Tensor | None,
+        activation: str,
+    ) -> None:
+        offsets = cu_seqlens_q if cu_seqlens_q is not None else cu_seqlens_k
+        self.users = len(q) if offsets is None else len(offsets) - 1
+        self.shape, self.ragged_q, self.ragged_k = q.shape, cu_seqlens_q is not None, cu_seqlens_k is not None
+        self.shared = cu_seqlens_q is None and q.stride(0) == 0 and self.users > 1
+        self.q, self.k, self.v = (_aligned(x) for x in (q[0] if self.shared else q, k, v))
+        self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.bias_k = (
+            None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k, bias_k)
+        )
+        self.softmax_scale, self.activation = softmax_scale, activation
+
+    def problem(self, out: torch.Tensor, lse: torch.Tensor) -> "_cuda.CandidateCrossAttention":
+        """The argument of both directions; `out` is contiguous."""
+        *rows, heads, _ = self.shape
+        *key_rows, _, _ = self.k.shape
+        return _cuda.CandidateCrossAttention(
+            self.users, heads,
+            _address(self.q), _address(self.cu_seqlens_q), rows[-1], out.shape[:-2].numel(), self.shared,
+            _address(self.k), _address(self.v), _address(self.cu_seqlens_k), _address(self.seqused_k),
+            key_rows[-1], self.k.shape[:-2].numel(),
+            _address(self.bias_k), float(self.softmax_scale), _ACTIVATIONS[self.activation],
+            _address(out), _address(lse),
+        )  # fmt: skip
+
+
+def _fresh(shape: torch.Size, like: torch.Tensor, dtype: torch.dtype, ragged: bool, value: float = 0.0) -> torch.Tensor:
+    """Memory for a result. The kernels write every user's rows; ragged ones may be nobody's, and those keep `value`."""
+    x = torch.empty(shape, dtype=dtype, device=like.device)
+    return x.fill_(value) if ragged else x
+
+
+def candidate_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32."""
+    operands = _Operands(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation)
+    out = _fresh(q.shape, q, q.dtype, operands.ragged_q)
+    lse_shape = q.shape[:-1] if activation == "softmax" else torch.Size((0,))
+    lse = _fresh(lse_shape, q, torch.float32, operands.ragged_q, torch.inf)
+    with _stream_of(q.device) as stream:
+        _cuda.candidate_cross_attention(operands.problem(out, lse), _BFLOAT[q.dtype], q.shape[-1], stream)
+    return out, lse
+
+
+def candidate_cross_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
+
+    Deterministic, without atomics. The gradient of shared queries is by user, (B, C, H, D).
+    """
+    operands = _Operands(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation)
+    grad_out, out, lse = _aligned(grad_out), _aligned(out), lse.contiguous()
+    delta = torch.empty_like(lse)
+    grad_q = _fresh(q.shape, q, q.dtype, operands.ragged_q)
+    grad_k, grad_v = (_fresh(x.shape, x, x.dtype, operands.ragged_k) for x in (k, v))
+    grad_bias = None if bias_k is None else _fresh(bias_k.shape, k, torch.float32, operands.ragged_k)
+    with _stream_of(q.device) as stream:
+        _cuda.candidate_cross_attention_backward(
+            operands.problem(out, lse),
+            _address(grad_out), _address(delta),
+            _address(grad_q), _address(grad_k), _address(grad_v), _address(grad_bias),
+            _BFLOAT[q.dtype], q.shape[-1], stream,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias

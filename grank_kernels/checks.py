@@ -1,0 +1,85 @@
+"""What the ops check at their doors, in one voice: the argument, what it got, what it takes."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from grank_kernels.table import ItemTable
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def shape_of(x: torch.Tensor) -> str:
+    """For messages."""
+    return str(tuple(x.shape))
+
+
+def check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], dims: tuple[int, ...]) -> None:
+    """Type, dtype and number of dimensions of an argument."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise ValueError(_sentence(name, f"is {x.dtype}; it takes {', '.join(map(str, dtypes))}"))
+    if x.dim() not in dims:
+        takes = " or ".join(map(str, dims))
+        raise ValueError(_sentence(name, f"has shape {shape_of(x)}; it takes {takes} dimensions"))
+
+
+def check_operand(
+    name: str, x: Any, dtypes: tuple[torch.dtype, ...], symbols: str, shape: tuple[int | torch.SymInt, ...]
+) -> None:
+    """A tensor whose shape follows from other arguments; `symbols` are the letters that it is documented with."""
+    check_tensor(name, x, dtypes, (len(shape),))
+    if x.shape != shape:
+        raise ValueError(_sentence(name, f"has shape {shape_of(x)}; it takes {symbols} = {tuple(shape)}"))
+
+
+def check_device(name: str, x: torch.Tensor | None, other: str, device: torch.device) -> None:
+    """That an argument, if it is there, is where the `other` one is."""
+    if x is not None and x.device != device:
+        raise ValueError(_sentence(name, f"is on {x.device} and {other} on {device}; both must be on one device"))
+
+
+def _sentence(name: str, text: str) -> str:
+    """Of one thing or of several: "q is", "queries are"."""
+    if name.endswith("s"):
+        text = text.replace("is ", "are ", 1) if text.startswith("is ") else text.replace("has ", "have ", 1)
+        text = text.replace("it takes", "they take")
+    return f"{name} {text}"
+
+
+def check_number(name: str, x: Any) -> None:
+    """That an argument is a float, or an int that stands for one."""
+    if not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(x, bool):
+        raise TypeError(f"{name} must be a float, got {type(x).__name__}")
+
+
+def check_choice(name: str, x: Any, choices: tuple[str, ...]) -> None:
+    """That an argument is one of a few words."""
+    if x not in choices:
+        raise ValueError(f"{name} is {x!r}; it takes one of {', '.join(map(repr, choices))}")
+
+
+def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:
+    """What only the data can tell of offsets into `end` rows. Not on a GPU, which one would have to wait for."""
+    if not offsets.is_cpu:
+        return
+    bounds = offsets.tolist()
+    if bounds[0] < 0 or bounds[-1] > end:
+        raise ValueError(f"{name}: offsets run from {bounds[0]} to {bounds[-1]}; they take 0 to {end}")
+    if any(start > stop for start, stop in pairwise(bounds)):
+        raise ValueError(f"{name}: offsets must not decrease")
+
+
+def operands_of(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Of items, a tensor or a table: rows, the scales of int8 rows, and external ids."""
+    if isinstance(items, ItemTable):
+        return items.operands()
+    if not isinstance(items, torch.Tensor):
+        raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
+    if items.dtype == torch.int8:
+        raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
+    check_tensor("items", items, FLOATS, (2,))
+    return items, None, None

@@ -1,0 +1,82 @@
+"""The CUDA backend on CPU tensors: its launcher as it is, its kernels in the emulator.
+
+Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stands where the launcher has the compiled
+module, and gets tensors where that gets addresses.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PoisonedTorch
+from emulation.cuda.build import ROOT
+from emulation.cuda.emulator import Counters, Emulator, Output, Settings
+
+from grank_kernels.backends import BACKENDS, cuda
+
+KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
+OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
+    "score_candidates": (17,),
+    "candidate_cross_attention": (16, 17),
+    "candidate_cross_attention_backward": (19, 20, 21, 22, 23),
+}
+
+
+@cache
+def emulator(checked: bool) -> Emulator:
+    sources = [ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS]
+    entries = Path(__file__).with_name("csrc") / "cuda_kernels.cpp"
+    return Emulator("kernels", entries, *sources, checked=checked)
+
+
+class EmulatedModule:
+    """What grank_kernels/_cuda.pyi says, and the counters of the latest call."""
+
+    def __init__(self, checked: bool, settings: Settings, plan: tuple[int, int]) -> None:
+        self.emulator, self.settings, self.plan = emulator(checked), settings, plan
+        self.counters = Counters()
+
+    def CandidateCrossAttention(self, *arguments: Any) -> tuple[Any, ...]:  # noqa: N802
+        return arguments
+
+    def score_candidates(self, *arguments: Any) -> None:
+        self._run("score_candidates", (*arguments, *self.plan))
+
+    def candidate_cross_attention(self, problem: tuple[Any, ...], *arguments: Any) -> None:
+        self._run("candidate_cross_attention", (*problem, *arguments))
+
+    def candidate_cross_attention_backward(self, problem: tuple[Any, ...], *arguments: Any) -> None:
+        self._run("candidate_cross_attention_backward", (*problem, *arguments))
+
+    def _run(self, kernel: str, arguments: tuple[Any, ...]) -> None:
+        given = dict(enumerate(arguments))
+        for i in OUTPUTS[kernel]:
+            if given[i] is not None:
+                given[i] = Output(given[i], initialised=not bool(given[i].isnan().any()))  # else the launcher filled it
+        named = {f"argument {i}": x for i, x in given.items()}
+        self.counters = self.emulator.run(f"emulated_{kernel}", self.settings, **named)
+
+
+@contextmanager
+def with_emulator(
+    *, checked: bool = False, settings: Settings | None = None, plan: tuple[int, int] = (0, 0)
+) -> Iterator[EmulatedModule]:
+    """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
+
+    @contextmanager
+    def no_stream(device: torch.device) -> Iterator[None]:
+        yield None
+
+    module = EmulatedModule(checked, settings or Settings(), plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, "emulated", cuda)
+        patch.setattr(cuda, "_cuda", module)
+        patch.setattr(cuda, "torch", PoisonedTorch("torch"))
+        patch.setattr(cuda, "_address", lambda tensor: tensor)
+        patch.setattr(cuda, "_stream_of", no_stream)
+        patch.setattr(cuda, "_device_unsupported", lambda name, x: None)
+        yield module

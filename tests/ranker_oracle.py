@@ -1,0 +1,277 @@
+"""The formulas of score_candidates and candidate_cross_attention in plain torch, user by user, in any dtype.
+
+In float64 they are what is true, in the dtype of the inputs what plain torch makes of it. Problems carry their inputs,
+ask the package on the device of a backend, and bring the result back.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import grank_kernels as gk
+from grank_kernels.backends import BACKENDS
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATING = ("keys", "values", "user_hidden", "item_weight", "out_weight")  # operands of score_candidates, one dtype
+HEAD = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def backends_of(op: str) -> list[Any]:
+    """The backends that have an op, as parameters; those that cannot run here are skipped and say why."""
+    found = []
+    for name, module in BACKENDS.items():
+        if hasattr(module, op):
+            reason = module.unavailable()
+            marks = [pytest.mark.skipif(reason is not None, reason=str(reason))]
+            found.append(pytest.param(name, marks=marks + [pytest.mark.gpu] * (name == "cuda")))
+    return found
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def on(backend: str, x: Any) -> Any:
+    """A tensor or a table where the backend takes it; anything else as it is."""
+    return x.to(device_of(backend)) if isinstance(x, (torch.Tensor, gk.ItemTable)) else x
+
+
+def offsets_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def allowed(plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
+    """Twice what plain torch loses in that dtype, and a rounding of the largest result: it may happen to lose none."""
+    if exact.numel() == 0:
+        return 0.0
+    return 2 * float((plain.double() - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+# ---- score_candidates ----
+
+
+@dataclass
+class Scoring:
+    candidate_ids: torch.Tensor
+    items: "torch.Tensor | gk.ItemTable"
+    keys: torch.Tensor
+    values: torch.Tensor
+    cu_seqlens: torch.Tensor
+    user_hidden: torch.Tensor
+    item_weight: torch.Tensor
+    out_weight: torch.Tensor
+    out_bias: float = 0.25
+    softmax_scale: float | None = None
+    activation: str = "relu"
+
+    def scores(self, backend: str | None) -> torch.Tensor:
+        given = {name: on(backend or "cpu", x) for name, x in vars(self).items()}
+        return gk.score_candidates(**given, backend=backend).cpu()
+
+    def rows(self) -> torch.Tensor:
+        """Of the table, int8 rows times their scale."""
+        return self.items if isinstance(self.items, torch.Tensor) else self.items.rows(torch.arange(len(self.items)))
+
+    def scale(self) -> float:
+        return self.rows().shape[1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+
+    def formula(self, dtype: torch.dtype) -> torch.Tensor:
+        """(B, C), computed in a dtype."""
+        rows = self.rows()
+        scores = torch.full(self.candidate_ids.shape, -torch.inf, dtype=dtype)
+        weight, out = self.item_weight.to(dtype), self.out_weight.to(dtype)
+        for b, (start, stop) in enumerate(pairwise(self.cu_seqlens.tolist())):
+            keys, values = self.keys[start:stop].to(dtype), self.values[start:stop].to(dtype)
+            there = self.candidate_ids[b] >= 0
+            e = rows[self.candidate_ids[b][there]].to(dtype)
+            attended = torch.softmax(self.scale() * (e @ keys.T), 1) @ values
+            hidden = attended + e @ weight + self.user_hidden[b].to(dtype)
+            scores[b, there] = HEAD[self.activation](hidden) @ out + self.out_bias
+        return scores
+
+    def bound(self) -> torch.Tensor:
+        """(B, C): what rounding may make of the formula at most, whatever the order of its sums.
+
+        Sums are float32; a row of the table and a weight of the softmax may be rounded to the dtype of the keys before
+        they are multiplied. A sum of n products has an error of at most n roundings of the sum of their sizes.
+        """
+        single, unit = 2.0**-24, torch.finfo(self.keys.dtype).eps / 2
+        wide = self.but(items=self.rows().double(), **{name: vars(self)[name].double() for name in FLOATING})
+        weight, out = wide.item_weight.abs(), wide.out_weight.abs()
+        d, h = weight.shape
+        bound = torch.zeros(self.candidate_ids.shape, dtype=torch.float64)
+        for b, (start, stop) in enumerate(pairwise(self.cu_seqlens.tolist())):
+            there, L = self.candidate_ids[b] >= 0, stop - start
+            e, keys, values = wide.items[self.candidate_ids[b][there]], wide.keys[start:stop], wide.values[start:stop]
+            weights, sizes = (self.scale() * (e @ keys.T)).softmax(1), abs(self.scale()) * (e.abs() @ keys.abs().T)
+            logit = (unit + (d + 4) * single) * F.pad(sizes, (1, 0)).amax(1, keepdim=True)
+            attended, user = weights @ values.abs(), wide.user_hidden[b].abs()
+            hidden = attended + e.abs() @ weight + user  # sizes, at least those of the hidden layer
+            error = torch.expm1(2 * logit + unit + 2 * (L + 8) * single) * attended
+            error = error + (unit + (d + 16) * single) * hidden  # 16 for the activation
+            bound[b, there] = (1.13 * error) @ out + (h + 4) * single * (
+                hidden @ out + abs(self.out_bias)
+            )  # gelu' < 1.13
+        return bound
+
+    def but(self, **changes: Any) -> "Scoring":
+        return replace(self, **changes)
+
+
+def scoring(
+    lengths: list[int],
+    C: int = 30,
+    d: int = 16,
+    h: int = 16,
+    N: int = 100,
+    *,
+    dtype: torch.dtype = torch.float32,
+    table: torch.dtype | None = None,
+    **more: Any,
+) -> Scoring:
+    """Random inputs of ordinary size; a tenth of the ids are negative where there are many."""
+    B, T = len(lengths), sum(lengths)
+    rows, ids = torch.randn(N, d), torch.randint(0, N, (B, C))
+    if C > 20:
+        ids[torch.rand(B, C) < 0.1] = -1
+    items = gk.ItemTable.from_rows(rows, dtype=table) if table == torch.int8 else rows.to(table or dtype)
+    return Scoring(
+        ids,
+        items,
+        torch.randn(T, d).to(dtype),
+        torch.randn(T, h).to(dtype),
+        offsets_of(lengths),
+        torch.randn(B, h).to(dtype),
+        (torch.randn(d, h) * d**-0.5).to(dtype),
+        torch.randn(h).to(dtype),
+        **more,
+    )
+
+
+# ---- candidate_cross_attention ----
+
+
+@dataclass
+class Attention:
+    """The arguments of candidate_cross_attention, in any of their forms."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    softmax_scale: float | None = None
+    bias_k: torch.Tensor | None = None
+    activation: str = "softmax"
+
+    def attend(self, backend: str | None, **more: Any) -> Any:
+        given = {name: on(backend or "cpu", x) for name, x in vars(self).items()}
+        return gk.candidate_cross_attention(**given, **more, backend=backend)
+
+    def out(self, backend: str | None) -> torch.Tensor:
+        return self.attend(backend).cpu()
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.bias_k) if x is not None]
+
+    def gradients(self, backend: str | None, grad_out: torch.Tensor) -> list[torch.Tensor]:
+        """Of q, k, v and, where there is one, bias_k."""
+        problem = self.cast(None)
+        out = problem.attend(backend)
+        return list(torch.autograd.grad(out, problem.leaves(), on(backend or "cpu", grad_out)))
+
+    def cast(self, dtype: torch.dtype | None) -> "Attention":
+        """A copy whose q, k, v and bias_k are leaves, of another dtype if one is given."""
+        cast = {
+            name: None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
+            for name, x in (("q", self.q), ("k", self.k), ("v", self.v), ("bias_k", self.bias_k))
+        }
+        return replace(self, **cast)
+
+    def formula(self) -> torch.Tensor:
+        """`out`, in the dtype of q: one user after the other."""
+        scale = self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        users = []
+        for q, k, v, bias in self.users():
+            logits = scale * torch.einsum("chd,lhd->hcl", q, k)
+            if bias is not None:
+                logits = logits + bias.T[:, None]
+            weights = logits.softmax(-1) if self.activation == "softmax" else F.silu(logits) / max(len(k), 1)
+            users.append(torch.einsum("hcl,lhd->chd", weights, v))
+        if self.cu_seqlens_q is None:
+            return torch.stack(users)
+        before, after = int(self.cu_seqlens_q[0]), len(self.q) - int(self.cu_seqlens_q[-1])
+        return F.pad(torch.cat(users), (0, 0, 0, 0, before, after))
+
+    def users(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Each one's q, k, v and bias."""
+
+        def of(x: torch.Tensor | None, b: int) -> torch.Tensor | None:
+            if x is None:
+                return None
+            if self.cu_seqlens_k is not None:
+                return x[int(self.cu_seqlens_k[b]) : int(self.cu_seqlens_k[b + 1])]
+            return x[b] if self.seqused_k is None else x[b, : int(self.seqused_k[b])]
+
+        B = len(self.k) if self.cu_seqlens_k is None else len(self.cu_seqlens_k) - 1
+        if self.cu_seqlens_q is not None:
+            queries = [self.q[int(start) : int(stop)] for start, stop in pairwise(self.cu_seqlens_q)]
+        else:
+            queries = [self.q[b] if self.q.dim() == 4 else self.q for b in range(B)]
+        return [(queries[b], of(self.k, b), of(self.v, b), of(self.bias_k, b)) for b in range(B)]
+
+    def but(self, **changes: Any) -> "Attention":
+        return replace(self, **changes)
+
+
+def attention(
+    lengths: list[int],
+    C: int = 9,
+    H: int = 2,
+    D: int = 16,
+    *,
+    queries: str = "dense",
+    history: str = "ragged",
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    **more: Any,
+) -> Attention:
+    """Random inputs of ordinary size, with NaN wherever nobody may look.
+
+    `queries` are "dense", "shared" or "ragged" (C for the first user, one less for the next, and so on); `history` is
+    "dense" (two columns longer than the longest) or "ragged" (with rows of nobody before and behind).
+    """
+    B = len(lengths)
+    if history == "dense":
+        L = max(lengths, default=0) + 2
+        shape, more["seqused_k"] = (B, L, H, D), torch.tensor(lengths, dtype=torch.int64)
+        nobody = torch.arange(L) >= more["seqused_k"][:, None]
+    else:
+        shape, more["cu_seqlens_k"] = (sum(lengths) + 5, H, D), offsets_of(lengths) + 2
+        row = torch.arange(shape[0])
+        nobody = (row < 2) | (row >= 2 + sum(lengths))
+    if queries == "ragged":
+        counts = [max(C - b, 0) for b in range(B)]
+        more["cu_seqlens_q"] = offsets_of(counts) + 1
+        q = torch.randn(sum(counts) + 2, H, D)
+        q[0] = q[-1] = torch.nan
+    else:
+        q = torch.randn((C, H, D) if queries == "shared" else (B, C, H, D))
+    k, v, b = (torch.randn(size).masked_fill(_as_wide(nobody, size), torch.nan) for size in (shape, shape, shape[:-1]))
+    return Attention(q.to(dtype), k.to(dtype), v.to(dtype), bias_k=b if bias else None, **more)
+
+
+def _as_wide(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return mask.reshape(mask.shape + (1,) * (len(shape) - mask.dim()))
+
+
+def true_gradients(problem: Attention, grad_out: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of the formula, computed in a dtype."""
+    cast = problem.cast(dtype)
+    found = torch.autograd.grad(cast.formula(), cast.leaves(), grad_out.to(dtype), allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(cast.leaves(), found, strict=True)]
