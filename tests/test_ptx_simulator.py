@@ -498,7 +498,8 @@ def test_other_counters() -> None:
         ("bra NOWHERE;", "no such label"),
         (".reg .b32 %h1;", "declared twice, with 16 and 32 bits"),
         ("A: mov.u32 %r2, 0; A: mov.u32 %r2, 1;", "A is declared twice"),
-        ("ld.param.u32 %r2, [z];", "unknown parameter"),
+        ("ld.param.u32 %r2, [z];", "not an address: .*z"),
+        ("ld.param.u64 %d2, [a+8];", "out of bounds of the parameters: byte 8 of 8"),
     ],
 )
 def test_what_is_not_known_is_named(body: str, says: str) -> None:

@@ -34,7 +34,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Name:
-    """A label or a parameter."""
+    """A label, or a name the kernel does not know."""
 
     name: str
 
@@ -269,6 +269,8 @@ def _operand(kernel: Kernel, text: str) -> Operand:
         return Special(text[1:])
     if text in kernel.shared:
         return Immediate(kernel.shared[text], "int")
+    if text in kernel.parameters:
+        return Immediate(kernel.parameters[text].offset, "int")
     return _immediate(text) if text[0].isdigit() or text[0] == "-" else Name(text)
 
 

@@ -128,15 +128,16 @@ def put(m: Machine, target: Operand, type: str, bits: np.ndarray, lanes: np.ndar
 
 
 def load_parameter(m: Machine, i: Instruction, mask: Mask) -> None:
-    address = i.operands[1]
-    base = getattr(address, "base", None)
-    if not isinstance(base, Name) or base.name not in m.kernel.parameters:
-        m.fail(f"unknown parameter {base}")
-    width = TYPE_BITS[i.type] // 8
-    start = m.kernel.parameters[base.name].offset + address.offset
-    for column, target in enumerate(items(i.operands[0])):
-        bits = np.frombuffer(m.parameters, np.uint8, width, start + column * width).view(UNSIGNED[8 * width])[0]
-        m.write(target, f"s{8 * width}" if i.type[0] == "s" else f"u{8 * width}", np.asarray(bits), mask)
+    width, targets = TYPE_BITS[i.type] // 8, items(i.operands[0])
+    lanes = m.lanes_of(mask)
+    start = m.addresses(i.operands[1])[lanes]
+    outside = (start < 0) | (start + width * len(targets) > len(m.parameters))
+    if outside.any():
+        m.fail(f"out of bounds of the parameters: byte {start[outside][0]} of {len(m.parameters)}")
+    bytes = start[:, None] + np.arange(width * len(targets))
+    words = np.frombuffer(m.parameters, np.uint8)[bytes].view(UNSIGNED[8 * width])
+    for column, target in enumerate(targets):
+        put(m, target, i.type, words[:, column], lanes)
 
 
 @instruction("st", f"{SPACES} {CACHE} {ORDER} v2 v4 v8")
@@ -247,9 +248,9 @@ def issue(m: Machine, i: Instruction, mask: Mask) -> None:
             read = np.where(m.read_lanes(extra, "pred"), 0, read)
         elif not (isinstance(extra, Register) and extra.bits == 64):  # 64 bits: a cache policy
             read = m.read_lanes(extra, "u32").astype(np.int64)
-    if (read > size).any():
-        m.fail(f"cp.async of {size} bytes is told to read {read.max()}")
     target, lanes, targets = m.locate("shared", i.operands[0], size, mask)
+    if (read[lanes] > size).any():
+        m.fail(f"cp.async of {size} bytes is told to read {read[lanes].max()}", lanes[read[lanes].argmax()])
     sources = np.zeros(m.lanes, np.int64)
     everyone = np.ones(m.lanes, bool) if mask is None else mask
     for bytes in np.unique(read[lanes]):

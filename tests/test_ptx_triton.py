@@ -87,8 +87,8 @@ def launches_of(search: Search, device: TritonDevice) -> tuple[torch.Tensor, tor
     problem, target = search.problem(), Device(device.target, processors=1, shared=166912, small=256, block=2)
     excluded = 9 if search.filters else 0
     plan = make_plan(target, search.B, search.N, search.d, search.k, problem.compute, excluded)
-    values = device.empty(search.B, search.k, dtype=torch.float32)
-    positions = device.empty(search.B, search.k, dtype=torch.int64)
+    values = device.memory.torch.empty(search.B, search.k, dtype=torch.float32)
+    positions = device.memory.torch.empty(search.B, search.k, dtype=torch.int64)
     works = mips_topk_launches.launches(problem, replace(plan, **search.plan), target, values, positions)
     return values, positions, allocating(works, device)
 
@@ -96,7 +96,7 @@ def launches_of(search: Search, device: TritonDevice) -> tuple[torch.Tensor, tor
 def allocating(works: Iterator[Launch], device: TritonDevice) -> Iterator[Launch]:
     """The same, with what they allocate on the device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mips_topk_launches, "torch", device.torch)
+        patch.setattr(mips_topk_launches, "torch", device.memory.torch)
         yield from works
 
 
@@ -183,7 +183,7 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
     problem = replace(Search(1, 1, 70).problem(), items=torch.ones(1, 64, dtype=torch.float16).expand(N, 64))
     device, target_device = TritonDevice(target, programs), Device(target, 1, 166912)
     plan = replace(make_plan(target_device, 1, N, 64, 70, torch.float16, 0), sampled=size, groups=groups, room=1024)
-    output = device.empty(1, 70, dtype=torch.float32), device.empty(1, 70, dtype=torch.int64)
+    output = device.memory.torch.empty(1, 70, dtype=torch.float32), device.memory.torch.empty(1, 70, dtype=torch.int64)
     sample = next(allocating(mips_topk_launches.launches(problem, plan, target_device, *output), device))
     device.run(sample)
     width, longer = N // size, N % size
@@ -212,7 +212,7 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
         """Of each query, in the order of positions: that of their arrival is nobody's business."""
         memory = copy.deepcopy(device.memory)
         changed.run(scan, arguments, memory, seed)
-        found = (device.content(scan.arguments[name], memory).tolist() for name in ("count", "to_positions", "to_scores"))
+        found = (memory.content(scan.arguments[name]).tolist() for name in ("count", "to_positions", "to_scores"))
         k = scan.arguments["k"]
         return [sorted(zip(row[k : k + n], scores[k : k + n], strict=True)) for n, row, scores in zip(*found, strict=True)]
 
