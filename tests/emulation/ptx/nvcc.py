@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "ptx_emulation"
+HEADERS = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h")])
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(["/usr/local/cuda/bin", "/opt/cuda/bin"]))
 MISSING = None if NVCC else "there is no nvcc to compile CUDA C++ to PTX"
 
@@ -20,7 +21,7 @@ def ptx_of(header: str, *instantiations: str) -> str:
     """PTX for sm_80 of `template __global__ void grank::cuda::<instantiation>;`, from a header of csrc/cuda."""
     source = f'#include "{header}"\nnamespace grank::cuda {{\n'
     source += "".join(f"template __global__ void {each};\n" for each in instantiations) + "}\n"
-    return compile_ptx(source, sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h")]))
+    return compile_ptx(source, HEADERS)
 
 
 def compile_ptx(source: str, headers: Sequence[Path] = ()) -> str:
