@@ -14,6 +14,7 @@ from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device
 
 _INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MULTIPLIES_BFLOAT16 = not INTERPRETED  # the interpreter multiplies the bit patterns
 _MAX_ROWS = (1 << 32) - 1
 _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
@@ -102,6 +103,6 @@ def _compute_dtype(queries: torch.Tensor, items: torch.Tensor) -> torch.dtype:
     """The precision products are computed in, exactly: the tensors' own, or float32 where they differ."""
     if items.dtype == torch.int8:
         return torch.int8
-    if queries.dtype != items.dtype or (INTERPRETED and items.dtype == torch.bfloat16):
-        return torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16
+    if queries.dtype != items.dtype or (items.dtype == torch.bfloat16 and not _MULTIPLIES_BFLOAT16):
+        return torch.float32
     return items.dtype

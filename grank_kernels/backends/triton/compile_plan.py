@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grank_kernels.backends.triton.mips_topk_launches import OPTIONS, Launch, Problem, launches
+from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, launches, options
 from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
 
 DEVICES = {
@@ -93,8 +93,8 @@ def compile_row(row: Row) -> Any:
     )
     amd = row.target.startswith("gfx")
     target = GPUTarget("hip", row.target, 64) if amd else GPUTarget("cuda", int(row.target[3:]), 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
-    return triton.compile(source, target=target, options=options)
+    chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **options(amd)}
+    return triton.compile(source, target=target, options=chosen)
 
 
 def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype, filters: bool) -> Iterator[Launch]:

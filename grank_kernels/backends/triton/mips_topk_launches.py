@@ -10,13 +10,21 @@ from grank_kernels.backends.triton import mips_topk_kernels as kernels
 from grank_kernels.backends.triton import selection
 from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, make_plan, step_of_queries
 
-OPTIONS = {"enable_fp_fusion": True}  # float32 products are fused multiply-adds; stated, as the default changes
 _TYPES = {
     torch.float32: kernels.tl.float32,
     torch.float16: kernels.tl.float16,
     torch.bfloat16: kernels.tl.bfloat16,
     torch.int8: kernels.tl.int8,
 }
+
+
+def options(amd: bool) -> dict[str, Any]:
+    """Options of the compiler, beside warps and stages.
+
+    float32 products are fused multiply-adds, which is stated here since the default is about to change. ptxas, left to
+    itself, spills 40 registers of `collect` to keep to 128; told that it may use all, it takes 194 and spills none.
+    """
+    return {"enable_fp_fusion": True} if amd else {"enable_fp_fusion": True, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,9 @@ class Launch:
     def run(self) -> None:
         """Enqueues it on the current stream."""
         self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS
-        )
+            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages,
+            **options(torch.version.hip is not None),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,10 +189,10 @@ def launches(
 
     # ---- order ----
     yield Launch(
-        selection.rank, (B, -(-k // 128)),
+        selection.rank, (B, -(-k // device.rank[0])),
         {"scores": scores, "positions": places, "ids": p.ids, "row_size": row_size, "kept": kept, "k": k,
          "values": values, "indices": positions},
-        {"TILE": 128, "OTHERS": 32, "HAS_IDS": has_ids}, 4, 1,
+        {"TILE": device.rank[0], "OTHERS": device.rank[1], "HAS_IDS": has_ids}, 4, 1,
     )  # fmt: skip
 
 
