@@ -54,6 +54,13 @@ class Coverage:
     def fraction(self) -> float:
         return float((self.executions > 0).mean())
 
+    def lines(self) -> dict[str, bool]:
+        """Whether any instruction of each source line was executed."""
+        executed: dict[str, bool] = {}
+        for i, n in zip(self.kernel.instructions, self.executions, strict=True):
+            executed[i.source] = executed.get(i.source, False) or n > 0
+        return executed
+
     def missing(self) -> list[Instruction]:
         return [i for i, n in zip(self.kernel.instructions, self.executions, strict=True) if not n]
 

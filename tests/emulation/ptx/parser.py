@@ -65,7 +65,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: Register | None
     text: str
-    source: str  # file index and line of the last .loc
+    source: str  # file:line of the last .loc
 
     @cached_property
     def type(self) -> str:
@@ -79,7 +79,7 @@ class Instruction:
         return modifier in self.modifiers
 
     def __str__(self) -> str:
-        return f"#{self.index} `{self.text}`" + (f" (.loc {self.source})" if self.source else "")
+        return f"#{self.index} `{self.text}`" + (f" of {self.source}" if self.source else "")
 
 
 @dataclass
@@ -113,7 +113,8 @@ def parse(ptx: str, entry: str = "") -> Kernel:
     kernel = Kernel(head[1])
     _parameters(kernel, head[2] or "")
     _shared_variables(kernel, ptx)
-    _body(kernel, ptx[head.end() : _closing_brace(ptx, head.end())])
+    files = {number: name.rpartition("/")[2] for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx)}
+    _body(kernel, ptx[head.end() : _closing_brace(ptx, head.end())], files)
     return kernel
 
 
@@ -155,11 +156,12 @@ def _shared_variables(kernel: Kernel, ptx: str) -> None:
         kernel.static_shared_bytes = max(kernel.shared[name] for name, _ in dynamic)
 
 
-def _body(kernel: Kernel, text: str) -> None:
+def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
     source = ""
     for line in _statements(text):
         if line.startswith(".loc"):
-            source = ":".join(line.split()[1:3])
+            number, row = line.split()[1:3]
+            source = f"{files.get(number, number)}:{row}"
         elif line.startswith(".reg"):
             _declare_registers(kernel, line)
         elif line.endswith(":"):
