@@ -1,9 +1,9 @@
-"""The CUDA kernels as nvcc emits them for sm_80, executed from their PTX without a GPU: the launcher as it is, forward and
-backward, every access checked, warps in adversarial order."""
+"""The CUDA kernels as nvcc emits them for sm_80, executed from their PTX without a GPU: the launcher as it is, forward
+and backward, every access checked, warps in adversarial order.
+"""
 
-import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from emulated_cuda import standing_in, with_emulator
-from emulation.ptx import Coverage, GlobalMemory, PtxError, Run, launch, nvcc, parse
+from emulation.ptx import Coverage, GlobalMemory, PtxError, launch, nvcc, parse
 from emulation.ptx.cuda_module import PtxModule
-from ranker_oracle import Attention, Scoring, allowed, attention, scoring, true_gradients
+from ranker_oracle import Scoring, allowed, attention, scoring, true_gradients
 
 pytestmark = pytest.mark.skipif(nvcc.MISSING is not None, reason=str(nvcc.MISSING))
 
@@ -70,7 +70,8 @@ KERNELS = [
         "WaitForTooFewGroups": "read of in-flight", "NotWaitedFor": "read of in-flight",
     }, shared=4096),
     Planted("4copyE", FLOATS[:100], [100], FLOATS[:100], {
-        "ReadPastBuffer": r"out of bounds: x\+400 of 400 bytes, thread 100", "WritePastBuffer": r"out of bounds: out\+400",
+        "ReadPastBuffer": r"out of bounds: x\+400 of 400 bytes, thread 100",
+        "WritePastBuffer": r"out of bounds: out\+400",
         "ReadPastShared": "out of bounds of shared memory: byte 512 of 512, thread 127",
         "ReadUnwrittenShared": "read of uninitialised memory: shared byte 4",
         "ReadUnwrittenOutput": "read of uninitialised memory: out",
@@ -84,7 +85,8 @@ KERNELS = [
         "NoBarrierAfterReads": "race on shared byte 0", "WarpBarrierForBlock": "race on shared byte 0|uninitialised",
     }, shared=16),
     Planted("swap_within_warp", FLOATS[:128], [], FLOATS[:128].reshape(64, 2)[:, ::-1].reshape(-1), {
-        "BarrierInBranch": "barrier reached by part of a warp|has exited", "CallerNotInMask": "executed by part of a warp",
+        "BarrierInBranch": "barrier reached by part of a warp|has exited",
+        "CallerNotInMask": "executed by part of a warp",
         "SourceNotInMask": "lane outside its mask|part of a warp", "MaskNamesOthers": "executed by part of a warp",
     }, shared=512),
     Planted("first_column", INTEGERS[:1024].view(np.uint32), [1], INTEGERS[:1024:32].view(np.uint32), {
@@ -92,7 +94,9 @@ KERNELS = [
     }, block=32, shared=4096),
 ]  # fmt: skip
 ELSEWHERE = {
-    "NoWarpBarrier", "ReadFromOtherBlocks", "TooMuchShared"
+    "NoWarpBarrier",
+    "ReadFromOtherBlocks",
+    "TooMuchShared",
 }  # nothing is reported within a warp; a block of one thread; what a launch refuses
 FOUND = [pytest.param(kernel, bug, id=bug) for kernel in KERNELS for bug in kernel.finds]
 
@@ -141,8 +145,22 @@ def check_scores(case: tuple[Any, ...], seed: int | None, coverage: dict[str, Co
 
 ATTENTIONS = [
     # lengths, queries of a user, heads, width, elements, options
-    ([0, 1, 63], 64, 2, 16, torch.float16, {"queries": "dense", "history": "ragged", "bias": True, "activation": "softmax"}),
-    ([64, 65, 130], 65, 2, 32, torch.bfloat16, {"queries": "ragged", "history": "dense", "bias": True, "activation": "silu"}),
+    (
+        [0, 1, 63],
+        64,
+        2,
+        16,
+        torch.float16,
+        {"queries": "dense", "history": "ragged", "bias": True, "activation": "softmax"},
+    ),
+    (
+        [64, 65, 130],
+        65,
+        2,
+        32,
+        torch.bfloat16,
+        {"queries": "ragged", "history": "dense", "bias": True, "activation": "silu"},
+    ),
     ([70, 3], 30, 1, 128, torch.float16, {"queries": "shared", "history": "ragged", "activation": "softmax"}),
 ]
 

@@ -1,5 +1,6 @@
-"""What single PTX instructions give, on the hostile values of their types, against their definitions in Python's integers,
-fractions and math: none of it is numpy's arithmetic once more."""
+"""What single PTX instructions give, on the hostile values of their types, against their definitions in Python's
+integers, fractions and math: none of it is numpy's arithmetic once more.
+"""
 
 import itertools
 import math
@@ -15,6 +16,7 @@ from emulation.ptx import GlobalMemory, launch, parse
 from emulation.ptx.values import TYPE_BITS, UNSIGNED
 
 Row = tuple[int, ...]
+INTEGERS = ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
 
 
 def execute(opcode: str, to: str, types: tuple[str, ...], rows: list[Row], suffix: str = "") -> list[int]:
@@ -34,7 +36,9 @@ def execute(opcode: str, to: str, types: tuple[str, ...], rows: list[Row], suffi
     size = max(16, TYPE_BITS[to])
     arguments.append(memory.empty("result", len(rows), UNSIGNED[size]))
     declarations += f".reg .b{size} result; .reg .pred truth;"
-    body += f"{opcode} {'truth' if to == 'pred' else 'result'}, {', '.join(f'x{i}' for i in range(len(types)))}{suffix};"
+    body += (
+        f"{opcode} {'truth' if to == 'pred' else 'result'}, {', '.join(f'x{i}' for i in range(len(types)))}{suffix};"
+    )
     body += "selp.u16 result, 1, 0, truth;" if to == "pred" else ""
     body += f"st.global.b{size} [at{len(types)}], result;"
     find = ""
@@ -102,7 +106,9 @@ def permute(a: int, b: int, selector: int) -> int:
 
 
 def three_inputs(table: int) -> Callable[[int, int, int], int]:
-    return lambda a, b, c: sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
+    return lambda a, b, c: sum(
+        (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32)
+    )
 
 
 def funnel(a: int, b: int, n: int, left: bool, wrap: bool) -> int:
@@ -115,7 +121,9 @@ def bytes_of(x: int, type: str) -> list[int]:
     return [value(x >> 8 * i, type[0] + "8") for i in range(4)]
 
 
-INTEGER: list[tuple[str, str, tuple[str, ...], Callable[..., int], str]] = []  # opcode, result, operands, definition, suffix
+INTEGER: list[
+    tuple[str, str, tuple[str, ...], Callable[..., int], str]
+] = []  # opcode, result, operands, definition, suffix
 for t in ("s32", "u32", "s64", "u64"):
     b = int(t[1:])
     INTEGER += [
@@ -153,7 +161,7 @@ for t in ("b32", "b64"):
     ]
 INTEGER += [
     ("prmt.b32", "b32", ("b32", "b32", "b32"), permute, ""),
-    *((f"lop3.b32", "b32", ("b32", "b32", "b32"), three_inputs(n), f", {n}") for n in (0x00, 0x96, 0xE8, 0xD8, 0xFF)),
+    *(("lop3.b32", "b32", ("b32", "b32", "b32"), three_inputs(n), f", {n}") for n in (0x00, 0x96, 0xE8, 0xD8, 0xFF)),
     *((f"shf.{'lr'[right]}.{mode}.b32", "b32", ("b32", "b32", "u32"),
        lambda a, b, n, right=right, mode=mode: funnel(a, b, n, not right, mode == "wrap"), "")
       for right in (0, 1) for mode in ("wrap", "clamp")),
@@ -167,8 +175,7 @@ INTEGER += [
     ("and.pred", "pred", ("pred", "pred"), int.__and__, ""), ("or.pred", "pred", ("pred", "pred"), int.__or__, ""),
     ("xor.pred", "pred", ("pred", "pred"), int.__xor__, ""), ("not.pred", "pred", ("pred",), lambda a: 1 - a, ""),
     *((f"cvt.{to}.{of}", to, (of,), lambda a: a, "")
-      for to in ("s16", "u16", "s32", "u32", "s64", "u64") for of in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
-      if to != of),
+      for to in INTEGERS[2:] for of in INTEGERS if to != of),
     *((f"cvt.sat.{to}.{of}", to, (of,), lambda a, low=low, high=high: min(max(a, low), high), "")
       for to, low, high in (("s16", -(2**15), 2**15 - 1), ("u16", 0, 2**16 - 1)) for of in ("s32", "u32", "s64")),
 ]  # fmt: skip
@@ -189,8 +196,31 @@ def test_integers(opcode: str, to: str, types: tuple[str, ...], definition: Call
 
 # ---- floats
 
-FORMATS = {"f16": ("e", 10, 15), "f32": ("f", 23, 127), "bf16": ("", 7, 127)}  # struct code, mantissa bits, exponent bias
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.5, 3.0, 1 / 3, 1e-3, -7.25, 100.7, 6e4, 1e-7, 3e38, -1e-41, 2.0**-24, math.inf, -math.inf, math.nan]
+FORMATS = {
+    "f16": ("e", 10, 15),
+    "f32": ("f", 23, 127),
+    "bf16": ("", 7, 127),
+}  # struct code, mantissa bits, exponent bias
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1.5,
+    3.0,
+    1 / 3,
+    1e-3,
+    -7.25,
+    100.7,
+    6e4,
+    1e-7,
+    3e38,
+    -1e-41,
+    2.0**-24,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
 
 
 def to_float(bits: int, type: str) -> float:
@@ -201,7 +231,7 @@ def to_float(bits: int, type: str) -> float:
 
 
 def round_to(x: Fraction, type: str) -> int:
-    """Bits of the nearest number, ties to even: counted in units of the last place, from the definition of the format."""
+    """Bits of the nearest number, ties to even: counted in units of the last place, as the format is defined."""
     _, mantissa, bias = FORMATS[type]
     sign, x = (1 << TYPE_BITS[type] - 1 if x < 0 else 0), abs(x)
     if x == 0:
@@ -219,7 +249,9 @@ def float_rows(type: str, operands: int, seed: int = 0) -> list[Row]:
     special = torch.tensor(SPECIAL, dtype={"f16": torch.float16, "f32": torch.float32, "bf16": torch.bfloat16}[type])
     bits = special.view(torch.int32 if width == 32 else torch.int16).numpy().view(UNSIGNED[width])
     random = np.random.default_rng(seed).integers(0, 1 << width, (500, operands))
-    close = np.random.default_rng(seed).integers(0, 1 << FORMATS[type][1], (300, operands)) + (FORMATS[type][2] << FORMATS[type][1])
+    close = np.random.default_rng(seed).integers(0, 1 << FORMATS[type][1], (300, operands)) + (
+        FORMATS[type][2] << FORMATS[type][1]
+    )
     pairs = itertools.product(map(int, bits), repeat=min(operands, 2))
     return [row + row[: operands - len(row)] for row in pairs] + [tuple(map(int, row)) for row in (*random, *close)]
 
@@ -265,8 +297,9 @@ def test_zeros_infinities_and_nans() -> None:
         ("add", -0.0, -0.0, -0.0), ("add", 0.0, -0.0, 0.0), ("add", inf, -inf, nan), ("mul", 0.0, inf, nan),
         ("mul", -0.0, 3.0, -0.0), ("min", nan, 1.0, 1.0), ("max", 1.0, nan, 1.0), ("max", -0.0, 0.0, 0.0),
         ("max", 0.0, -0.0, 0.0), ("min", 0.0, -0.0, -0.0), ("min", -0.0, 0.0, -0.0), ("max", nan, nan, nan),
-        ("max.NaN", 1.0, nan, nan), ("min.NaN", nan, 1.0, nan), ("div.full", 1.0, 0.0, inf), ("div.rn", -1.0, 0.0, -inf),
-        ("add.sat", 3.0, 4.0, 1.0), ("add.sat", -3.0, 1.0, 0.0), ("mul.sat", 0.5, 0.5, 0.25), ("mul.ftz", 1e-20, 1e-20, 0.0),
+        ("max.NaN", 1.0, nan, nan), ("min.NaN", nan, 1.0, nan), ("div.full", 1.0, 0.0, inf),
+        ("div.rn", -1.0, 0.0, -inf), ("add.sat", 3.0, 4.0, 1.0), ("add.sat", -3.0, 1.0, 0.0),
+        ("mul.sat", 0.5, 0.5, 0.25), ("mul.ftz", 1e-20, 1e-20, 0.0),
         ("add.ftz", 1e-40, 0.0, 0.0), ("add", 1e-40, 0.0, 1e-40), ("copysign", -2.0, 3.0, -3.0),
     ]  # fmt: skip
     for name, a, b, expected in cases:
@@ -276,7 +309,9 @@ def test_zeros_infinities_and_nans() -> None:
         assert math.isnan(found) if math.isnan(expected) else bits == int(np.float32(expected).view(np.uint32)), name
 
 
-@pytest.mark.parametrize("comparison", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"])
+@pytest.mark.parametrize(
+    "comparison", ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
+)
 def test_comparisons_of_floats(comparison: str) -> None:
     rows = float_rows("f32", 2)
     for row, found in zip(rows, execute(f"setp.{comparison}.f32", "pred", ("f32", "f32"), rows), strict=True):
@@ -295,8 +330,8 @@ def test_comparisons_of_floats(comparison: str) -> None:
     ("name", "function", "ulps"),
     [
         ("ex2.approx", lambda x: 2.0**x, 2), ("lg2.approx", math.log2, 2), ("sqrt.rn", math.sqrt, 0.5),
-        ("rsqrt.approx", lambda x: 1 / math.sqrt(x), 2), ("rcp.approx", lambda x: 1 / x, 1), ("tanh.approx", math.tanh, 4),
-        ("sin.approx", math.sin, 4), ("cos.approx", math.cos, 4),
+        ("rsqrt.approx", lambda x: 1 / math.sqrt(x), 2), ("rcp.approx", lambda x: 1 / x, 1),
+        ("tanh.approx", math.tanh, 4), ("sin.approx", math.sin, 4), ("cos.approx", math.cos, 4),
     ],
 )  # fmt: skip
 def test_functions_of_floats(name: str, function: Callable[[float], float], ulps: float) -> None:
@@ -306,7 +341,9 @@ def test_functions_of_floats(name: str, function: Callable[[float], float], ulps
     found = execute(f"{name}.f32", "f32", ("f32",), [(int(bits),) for bits in x.view(np.uint32)])
     for value, bits in zip(x, found, strict=True):
         expected = function(float(value))
-        assert abs(to_float(bits, "f32") - expected) <= (ulps + 0.01) * np.spacing(np.float32(max(abs(expected), 1e-30)))
+        assert abs(to_float(bits, "f32") - expected) <= (ulps + 0.01) * np.spacing(
+            np.float32(max(abs(expected), 1e-30))
+        )
 
 
 @pytest.mark.parametrize("mode", ["rni", "rzi", "rmi", "rpi"])
@@ -315,11 +352,21 @@ def test_functions_of_floats(name: str, function: Callable[[float], float], ulps
 def test_floats_to_integers(mode: str, to: str, of: str) -> None:
     """Rounded as asked, saturated, NaN to 0."""
     rows = float_rows(of, 1)
-    low, high = (-(1 << TYPE_BITS[to] - 1), (1 << TYPE_BITS[to] - 1) - 1) if to[0] == "s" else (0, (1 << TYPE_BITS[to]) - 1)
+    low, high = (
+        (-(1 << TYPE_BITS[to] - 1), (1 << TYPE_BITS[to] - 1) - 1) if to[0] == "s" else (0, (1 << TYPE_BITS[to]) - 1)
+    )
     rounding = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
     for row, bits in zip(rows, execute(f"cvt.{mode}.{to}.{of}", to, (of,), rows), strict=True):
         x = to_float(row[0], of)
-        expected = 0 if math.isnan(x) else low if x == -math.inf else high if x == math.inf else min(max(rounding(x), low), high)
+        expected = (
+            0
+            if math.isnan(x)
+            else low
+            if x == -math.inf
+            else high
+            if x == math.inf
+            else min(max(rounding(x), low), high)
+        )
         assert value(bits, to) == expected, x
 
 
@@ -346,7 +393,9 @@ def test_integers_to_floats(of: str) -> None:
 @pytest.mark.parametrize("type", ["f16", "bf16"])
 def test_packed_pairs(type: str) -> None:
     """The two halves of a register do not touch each other."""
-    rows = [tuple(low | high << 16 for low, high in zip(row, reversed(row), strict=True)) for row in float_rows(type, 3)]
+    rows = [
+        tuple(low | high << 16 for low, high in zip(row, reversed(row), strict=True)) for row in float_rows(type, 3)
+    ]
     for name, function in (("add", lambda a, b, c: a + b), ("fma.rn", lambda a, b, c: a * b + c)):
         operands = 3 if name == "fma.rn" else 2
         found = execute(f"{name}.{type}x2", f"{type}x2", (f"{type}x2",) * operands, [row[:operands] for row in rows])

@@ -4,12 +4,9 @@ The searches of the Triton backend, launch after launch, from the code that Trit
 cp.async) and for sm_90a (wgmma): every access checked, warps in adversarial order, results equal to the bit.
 """
 
-import copy
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,25 +17,22 @@ from emulation.ptx import PtxError
 from grank_kernels.backends import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from emulation.ptx.triton_device import Program, Programs, TritonDevice, without_assembler
+from emulation.ptx.triton_device import Program, Programs, TritonDevice
 
-from grank_kernels.backends import triton as backend
 from grank_kernels.backends.triton import mips_topk_launches
 from grank_kernels.backends.triton.mips_topk_launches import Launch
 from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
 
-CACHE = Path(__file__).resolve().parents[1] / "build" / "ptx_emulation"
 TARGETS = ["sm_80", "sm_90"]
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
     """Whatever was compiled, for all tests of this file."""
-    with without_assembler(CACHE):
-        yield {}
+    programs = Programs()
+    yield programs
+    programs.compiler.close()
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,7 @@ class Search:
             excluded = ids[torch.randint(self.N, (self.B * 9,), generator=draw)]
             offsets = torch.arange(0, 9 * self.B + 1, 9)
             allow = torch.rand(self.N, generator=draw) < 0.8
-        compute = backend._compute_dtype(queries, items)
-        return mips_topk_launches.Problem(queries, items, row_scale, ids, self.k, offsets, excluded, allow, compute)
+        return mips_topk_launches.Problem(queries, items, row_scale, ids, self.k, offsets, excluded, allow, self.dtype)
 
 
 def run(search: Search, device: TritonDevice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +166,9 @@ def test_the_scan_moves_every_row_once(target: str, programs: Programs) -> None:
     assert counters["cp_async_sectors"] * 32 <= 1.1 * counters["cp_async_bytes"]
     assert counters["matrix_wavefronts"] == counters["matrix_wavefronts_ideal"]
     warp_products = tiles * (items // 16) * (search.d // 16)  # 16 rows, 16 deep, all 16 queries
-    assert counters["mma" if target == "sm_80" else "wgmma"] == warp_products * (queries // 8 if target == "sm_80" else 1)
+    assert counters["mma" if target == "sm_80" else "wgmma"] == warp_products * (
+        queries // 8 if target == "sm_80" else 1
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -205,22 +200,25 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
     """Deletes each barrier, wait and fence of `scan` in turn."""
     device = TritonDevice(target, programs)
     _, _, works = launches_of(Search(5, 1500, 70), device)
-    scan = next(work for work in works if work.kernel.__name__ == "scan" or device.run(work))
+    scan = next(work for work in works if work.kernel.fn.__name__ == "scan" or device.run(work))
     program, arguments = device.prepare(scan)
 
     def candidates(changed: Program, seed: int | None) -> list[list[tuple[int, float]]]:
         """Of each query, in the order of positions: that of their arrival is nobody's business."""
-        memory = copy.deepcopy(device.memory)
+        memory = device.memory.copy()
         changed.run(scan, arguments, memory, seed)
         found = (memory.content(scan.arguments[name]).tolist() for name in ("count", "to_positions", "to_scores"))
         k = scan.arguments["k"]
-        return [sorted(zip(row[k : k + n], scores[k : k + n], strict=True)) for n, row, scores in zip(*found, strict=True)]
+        return [
+            sorted(zip(row[k : k + n], scores[k : k + n], strict=True)) for n, row, scores in zip(*found, strict=True)
+        ]
 
     expected = candidates(program, None)
     assert min(map(len, expected)) > 70
     noticed, unnoticed = [], []
-    for order in ORDERS.finditer(program.ptx):
-        changed = program.changed(program.ptx[: order.start()] + "\n" + program.ptx[order.end() :])
+    ptx = program.compiled.ptx
+    for order in ORDERS.finditer(ptx):
+        changed = program.changed(ptx[: order.start()] + "\n" + ptx[order.end() :])
         try:
             same = all(candidates(changed, seed) == expected for seed in (None, 1))
         except PtxError:
@@ -228,5 +226,7 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
         (unnoticed if same else noticed).append(order[1])
     # Left are barriers back to back and the drain after the loop: nothing is in flight there, nothing between them.
     assert len(noticed) >= 0.6 * (len(noticed) + len(unnoticed)), unnoticed
-    kinds = {"bar.sync", "cp.async.wait_group"} | ({"wgmma.wait_group", "fence.proxy.async"} if target == "sm_90" else set())
+    kinds = {"bar.sync", "cp.async.wait_group"} | (
+        {"wgmma.wait_group", "fence.proxy.async"} if target == "sm_90" else set()
+    )
     assert set(noticed) == kinds

@@ -6,9 +6,10 @@
     run = launch(parse(ptx), grid=(4,), block=(128,), arguments=[x, y, 128], memory=memory)
     memory.get("y")
 
-An error of the kernel raises PtxError and names instruction and thread: out of bounds, misaligned, uninitialised or in
-flight, a race, a barrier or a warp instruction that part of the threads came to. What is not modelled: weak memory order,
-the rounding of the tensor cores inside one instruction, clusters, mbarrier, TMA and tcgen05.
+An error of the kernel raises PtxError and names instruction, source line and thread: out of bounds, misaligned,
+uninitialised or in flight, a race, a barrier or a warp instruction that part of the threads came to. Not modelled:
+weak memory order, races within a warp, the rounding of the tensor cores inside one instruction, clusters, mbarrier, TMA
+and tcgen05.
 """
 
 from .launch import Coverage, Run, launch

@@ -63,7 +63,9 @@ def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     quotient = a // divisor
     if a.dtype.kind == "i":
         quotient = quotient + ((quotient * divisor != a) & ((a < 0) != (divisor < 0)))
-    return np.where(b == 0, a.dtype.type(-1) if a.dtype.kind == "i" else np.iinfo(a.dtype).max, quotient).astype(a.dtype)
+    return np.where(b == 0, a.dtype.type(-1) if a.dtype.kind == "i" else np.iinfo(a.dtype).max, quotient).astype(
+        a.dtype
+    )
 
 
 def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -220,7 +222,7 @@ def extract_field(m: Machine, i: Instruction, mask: Mask) -> None:
     field = m.read(i.operands[1], i.type).astype(np.int64 if i.type[0] == "s" else np.uint64)
     start, length = (np.asarray(m.read(each, "u32") & np.uint32(255), np.int64) for each in i.operands[2:])
     length = np.minimum(length, 64)
-    # Up to the left edge and down again, which extends by zero or sign; what lies beyond the register is zero or sign too.
+    # Up to the left edge and down again, which extends by zero or sign; beyond the register is zero or sign too.
     end = np.minimum(start + length, bits)
     left, right = (64 - end).astype(field.dtype), (64 - (end - start)).astype(field.dtype)
     empty = end <= start
@@ -383,5 +385,3 @@ def _clamp(value: np.ndarray, type: str) -> np.ndarray:
     low, high = _limits(type)
     info = np.iinfo(value.dtype)
     return np.clip(value, max(low, info.min), min(high, info.max))
-
-

@@ -16,7 +16,7 @@ GRADIENTS = "@PPPPPP"
 
 
 class PtxModule:
-    """`plan`: stages and tiles per block of score_candidates. `coverage` outlives the module: of every kernel, by name."""
+    """`coverage`, by name of a kernel, may outlive it. `plan`: stages and tiles per block of score_candidates."""
 
     def __init__(self, coverage: dict[str, Coverage], plan: tuple[int, int] = (2, 1), seed: int | None = None) -> None:
         self.coverage, self.plan, self.seed = coverage, plan, seed
@@ -45,12 +45,12 @@ class PtxModule:
             f"candidate_cross_attention_kernel<{element(bfloat)}, {width}, {weights}>(CandidateCrossAttention)"
         ])  # fmt: skip
         rows = 2 * ROWS * width
-        self._launch(kernel, query_blocks(problem), [self._packed(ATTENTION, problem)], rows + 2 * (2 * rows + 4 * ROWS))
+        self._launch(
+            kernel, query_blocks(problem), [self._packed(ATTENTION, problem)], rows + 2 * (2 * rows + 4 * ROWS)
+        )
         self.memory.download([*problem[16:18]])
 
-    def candidate_cross_attention_backward(
-        self, problem: tuple[Any, ...], *arguments: Any
-    ) -> None:
+    def candidate_cross_attention_backward(self, problem: tuple[Any, ...], *arguments: Any) -> None:
         *gradients, bfloat, width, _ = arguments
         softmax, heads = problem[15] == 0, problem[1]
         types = f"{element(bfloat)}, {width}"
@@ -60,14 +60,15 @@ class PtxModule:
             for owned in ("kKeys", "kQueries")
         ]
         names += [f"candidate_cross_attention_delta_kernel<{types}>(const void*, const void*, float*, int64_t)"]
-        keys, queries, delta = self._kernels("candidate_cross_attention_backward.cuh", names)
-        rows, streamed = 2 * ROWS * width, 32 if width == 128 else 64
-        shared = 2 * rows + 2 * (4 * streamed * width + 8 * streamed)
+        keys, queries, deltas = self._kernels("candidate_cross_attention_backward.cuh", names)
+        streamed = 32 if width == 128 else 64
+        shared = 4 * ROWS * width + 2 * (4 * streamed * width + 8 * streamed)
         both = [self._packed(ATTENTION, problem), self._packed(GRADIENTS, gradients)]
         if softmax:
-            total = problem[5] * heads
-            given = [self.memory.upload(name, x) for name, x in zip(("out", "grad_out", "delta"), (problem[16], *gradients))]
-            self._launch(delta, -(-total * width // (8 * THREADS)), [*given, total], 0)
+            out, grad_out, delta, rows = problem[16], gradients[0], gradients[1], problem[5] * heads
+            given = [self.memory.upload("out", out), self.memory.upload("grad_out", grad_out)]
+            given += [self.memory.upload("delta", delta), rows]
+            self._launch(deltas, -(-rows * width // (8 * THREADS)), given, 0)
         self._launch(keys, key_blocks(problem), both, shared)
         self._launch(queries, query_blocks(problem), both, shared)
         self.memory.download([x for x in gradients if x is not None])
@@ -81,7 +82,10 @@ class PtxModule:
 
     def _packed(self, layout: str, values: list[Any] | tuple[Any, ...]) -> bytes:
         """The struct in C's layout."""
-        plain = [self.memory.upload(f"field {i}", x) if x is None or hasattr(x, "data_ptr") else x for i, x in enumerate(values)]
+        plain = [
+            self.memory.upload(f"field {i}", x) if x is None or hasattr(x, "data_ptr") else x
+            for i, x in enumerate(values)
+        ]
         return struct.pack(layout, *plain)
 
     def _launch(self, kernel: Kernel, blocks: int, arguments: list[Any], shared_bytes: int) -> None:

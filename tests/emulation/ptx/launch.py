@@ -37,7 +37,9 @@ class Run:
 
     def executed(self, name: str) -> int:
         """Warps that executed an instruction whose opcode begins with `name`."""
-        return sum(int(n) for i, n in zip(self.kernel.instructions, self.executions, strict=True) if i.opcode.startswith(name))
+        return sum(
+            int(n) for i, n in zip(self.kernel.instructions, self.executions, strict=True) if i.opcode.startswith(name)
+        )
 
 
 class Coverage:
@@ -76,8 +78,8 @@ def launch(
 ) -> Run:
     """Executes the kernel on `memory`.
 
-    `arguments`, one a parameter: addresses and numbers, or the bytes of a struct; trailing parameters may be left out, as
-    Triton leaves its scratch pointers. `shared_bytes` is the dynamic shared memory. With a `seed` the warps run, and
+    `arguments`, one a parameter: addresses and numbers, or the bytes of a struct; trailing parameters may be left out,
+    as Triton leaves its scratch pointers. `shared_bytes` is the dynamic shared memory. With a `seed` the warps run, and
     atomics happen, in a random order.
     """
     resolve(kernel)

@@ -214,7 +214,7 @@ class Machine:
         return rows if len(lanes) == self.lanes else rows[(rows >= 0).any(1)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def immediate(operand: Immediate, type: str) -> np.ndarray:
     if type == "pred":
         return np.asarray(operand.bits != 0)

@@ -1,10 +1,11 @@
 """Memory that knows what was done to it: bounds, what was written, what is still in flight, and who touched it when.
 
-Races are found from vector clocks, not from the values of one run: an access races with another, of which one writes, if
-they come from different warps and no barrier lies between them. Warps of different CTAs meet at no barrier. Not a race:
-two atomics; two writes of the same bytes, which Triton emits for replicated tensors. Within a warp nothing is reported.
+Races are found from vector clocks, not from the values of one run: two accesses, of which one writes, race if they come
+from different warps and no barrier lies between them. Warps of different CTAs meet at no barrier. Not a race: two
+atomics; two writes of the same bytes, which Triton emits for replicated tensors. Within a warp nothing is reported.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +125,7 @@ class Buffer:
 
 
 class GlobalMemory:
-    """Named buffers at made-up addresses, with unmapped gaps between them. It outlives a launch: stages can be chained."""
+    """Named buffers at made-up addresses, with unmapped gaps between them. It outlives a launch, so launches chain."""
 
     GAP, ALIGNMENT = 4096, 512
 
@@ -155,6 +156,12 @@ class GlobalMemory:
     def get(self, name: str) -> np.ndarray:
         buffer = next(b for b in self.buffers if b.name == name)
         return self.data[buffer.offset : buffer.end].view(buffer.dtype).reshape(buffer.shape).copy()
+
+    def copy(self) -> "GlobalMemory":
+        """The same buffers, their bytes apart from now on."""
+        twin = copy.copy(self)
+        twin.data, twin.written = self.data.copy(), self.written.copy()
+        return twin
 
     def _add(self, name: str, array: np.ndarray) -> Buffer:
         buffer = Buffer(name, len(self.data), array.shape, array.dtype, array.nbytes)

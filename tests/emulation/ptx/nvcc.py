@@ -32,7 +32,17 @@ def compile_ptx(source: str, headers: Sequence[Path] = ()) -> str:
         CACHE.mkdir(parents=True, exist_ok=True)
         given, made = (target.with_suffix(f".{os.getpid()}.{suffix}") for suffix in ("cu", "tmp"))
         given.write_text(source)
-        command = [str(NVCC), "-std=c++17", "-arch=sm_80", "-lineinfo", "-ptx", f"-I{CUDA}", str(given), "-o", str(made)]
+        command = [
+            str(NVCC),
+            "-std=c++17",
+            "-arch=sm_80",
+            "-lineinfo",
+            "-ptx",
+            f"-I{CUDA}",
+            str(given),
+            "-o",
+            str(made),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)

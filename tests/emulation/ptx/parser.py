@@ -141,7 +141,7 @@ def _parameters(kernel: Kernel, text: str) -> None:
 
 
 def _shared_variables(kernel: Kernel, ptx: str) -> None:
-    pattern = r"(\.extern\s+)?(?:\.visible\s+|\.weak\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
+    pattern = r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
     dynamic = []
     for extern, align, type, name, count in re.findall(pattern, ptx):
         if extern:
@@ -171,7 +171,7 @@ def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
 
 
 def _statements(text: str) -> list[str]:
-    """Instructions, directives and labels, one a string. The braces of a scope are dropped: they hold no other names."""
+    """Instructions, directives and labels, one a string. The braces of scopes are dropped: see _declare_registers."""
     found = []
     for piece in re.split(r";|\n(?=\s*\.loc)|(?<=\n)(?=\s*\.loc)", text):
         rest = piece.strip()

@@ -1,17 +1,17 @@
-"""The instructions the simulator knows. Whatever is not declared here, down to one modifier, is an error when it is loaded."""
+"""The instructions the simulator knows. What is not declared here, down to a modifier, is an error at the launch."""
 
 from collections.abc import Callable
 
-from .parser import Instruction, Kernel, PtxError
+from .parser import Kernel, PtxError
 from .values import TYPE_BITS
 
 HANDLERS: dict[str, Callable] = {}
 MODIFIERS: dict[str, frozenset[str]] = {}
 
 CACHE = (
-    "ca cg cs lu cv wb wt nc L1::no_allocate L1::evict_first L1::evict_last L1::evict_normal L2::evict_first L2::evict_last "
-    "L2::cache_hint L2::64B L2::128B L2::256B"
-)  # fmt: skip
+    "ca cg cs lu cv wb wt nc L1::no_allocate L1::evict_first L1::evict_last L1::evict_normal "
+    "L2::evict_first L2::evict_last L2::cache_hint L2::64B L2::128B L2::256B"
+)
 SPACES = "global shared shared::cta param"
 ORDER = "weak relaxed acquire release acq_rel volatile cta gpu sys cluster"
 

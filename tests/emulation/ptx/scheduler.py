@@ -1,7 +1,7 @@
 """Which lanes go on: the lowest program counter first, so that threads that parted meet again; barriers; exits.
 
-With a random generator, a random part of the warps runs until it can go no further, then another part. A right kernel gives
-the same result under every order.
+With a random generator, a random part of the warps runs until it can go no further, then another part. A right kernel
+gives the same result under every order.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Instructions that touch memory: loads, stores, atomics, cp.async, fences. Every access is checked before it happens."""
+"""Instructions that touch memory: loads, stores, atomics, cp.async, fences. An access is checked before it happens."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from .machine import Machine, Mask, Space
 from .memory import IN_FLIGHT, READY, distinct_sectors, wavefronts
-from .parser import Instruction, Name, Operand, Register, Vector
+from .parser import Instruction, Operand, Register, Vector
 from .registry import CACHE, ORDER, SPACES, instruction
 from .values import TYPE_BITS, UNSIGNED, decode, encode
 
@@ -307,5 +307,3 @@ def advice(m: Machine, i: Instruction, mask: Mask) -> None:
 @instruction("createpolicy", "fractional range L2::evict_first L2::evict_last L2::evict_normal L2::evict_unchanged")
 def cache_policy(m: Machine, i: Instruction, mask: Mask) -> None:
     m.write(i.operands[0], "b64", np.asarray(0, np.uint64), mask)
-
-

@@ -1,7 +1,7 @@
 """The scalar types of PTX as numpy sees them: registers hold bits, instructions read and write values.
 
-f16 and f32 are numpy's own; a bf16 is held as the float32 of the same value; the packed pairs f16x2 and bf16x2 get one more
-axis of length two, so that an instruction written for one number works for both of them.
+f16 and f32 are numpy's own; a bf16 is held as the float32 of the same value; the packed pairs f16x2 and bf16x2 get one
+more axis of length two, so that an instruction written for one number works for both of them.
 """
 
 import numpy as np

@@ -207,7 +207,7 @@ def accumulated(total: np.ndarray, type: str, saturate: bool = False) -> np.ndar
 
 
 def elements(bits: np.ndarray, type: str) -> np.ndarray:
-    """The matrix elements packed in 32-bit registers, along a new last axis, as float64: sums of 2^53 products are exact."""
+    """The matrix elements packed in 32-bit registers, along a new last axis, as float64: their products are exact."""
     width = {"s8": np.uint8, "u8": np.uint8, "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32}[type]
     return decode(np.ascontiguousarray(bits)[..., None].view(width), type).astype(np.float64)
 

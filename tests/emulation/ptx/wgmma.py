@@ -1,7 +1,7 @@
 """wgmma.mma_async of sm_90a: four warps multiply 64 rows; operands from shared memory through matrix descriptors.
 
-Products are computed when they are issued, but until the wait their registers may not be touched and what they read from
-shared memory may not be written. PTX ISA, "Asynchronous warpgroup-level matrix instructions".
+Products are computed when they are issued, but until the wait their registers may not be touched and what they read
+from shared memory may not be written. PTX ISA, "Asynchronous warpgroup-level matrix instructions".
 """
 
 import re
