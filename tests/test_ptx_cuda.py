@@ -14,6 +14,7 @@ import torch
 from emulated_cuda import standing_in, with_emulator
 from emulation.ptx import Coverage, GlobalMemory, PtxError, launch, nvcc, parse
 from emulation.ptx.cuda_module import PtxModule
+from emulation.ptx.mutations import mutants
 from ranker_oracle import Scoring, allowed, attention, scoring, true_gradients
 
 pytestmark = pytest.mark.skipif(nvcc.MISSING is not None, reason=str(nvcc.MISSING))
@@ -221,3 +222,21 @@ def test_both_emulators_count_the_same() -> None:
     assert counters["matrix_wavefronts"] == emulated.counters.ldmatrix.transactions
     assert counters["matrix_wavefronts"] == counters["matrix_wavefronts_ideal"]
     assert counters["cp_async_sectors"] * 32 <= 1.1 * counters["cp_async_bytes"]
+
+
+@pytest.mark.parametrize("i", range(2))
+def test_what_orders_memory_is_missed(i: int) -> None:
+    """Deletes each barrier and wait of `score_candidates` in turn."""
+    coverage: dict[str, Coverage] = {}
+    check_scores(SCORINGS[i], None, coverage)
+    ((name, _),) = coverage.items()
+    noticed, unnoticed = [], []
+    for order, ptx in mutants(nvcc.ptx_of("score_candidates.cuh", name)):
+        try:
+            check_scores(SCORINGS[i], 1, {name: Coverage(parse(ptx))})
+        except (PtxError, AssertionError):
+            noticed.append(order)
+        else:
+            unnoticed.append(order)
+    assert unnoticed == []
+    assert set(noticed) == {"bar.sync", "cp.async.wait_group"}

@@ -266,17 +266,18 @@ def exact(function: Callable[..., Any], operands: list[float], type: str) -> int
         return None
 
 
-@pytest.mark.parametrize("type", FORMATS)
+ROUNDED: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+    "fma.rn": lambda a, b, c: a * b + c, "div.rn": lambda a, b: a / b, "rcp.rn": lambda a: 1 / a,
+}  # fmt: skip
+ONLY_F32 = ("div.rn", "rcp.rn")
+
+
 @pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("add", lambda a, b: a + b), ("sub", lambda a, b: a - b), ("mul", lambda a, b: a * b),
-        ("fma.rn", lambda a, b, c: a * b + c), ("div.rn", lambda a, b: a / b), ("rcp.rn", lambda a: 1 / a),
-    ],
-)  # fmt: skip
-def test_floats_are_rounded_once(name: str, function: Callable[..., Any], type: str) -> None:
-    if type != "f32" and name in ("div.rn", "rcp.rn"):
-        pytest.skip("PTX has it for f32 and f64 only")
+    ("name", "type"), [(name, type) for name in ROUNDED for type in FORMATS if type == "f32" or name not in ONLY_F32]
+)
+def test_floats_are_rounded_once(name: str, type: str) -> None:
+    function = ROUNDED[name]
     operands = function.__code__.co_argcount
     rows = float_rows(type, operands)
     found = execute(f"{name}.{type}", type, (type,) * operands, rows)

@@ -4,7 +4,6 @@ The searches of the Triton backend, launch after launch, from the code that Trit
 cp.async) and for sm_90a (wgmma): every access checked, warps in adversarial order, results equal to the bit.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from grank_kernels.backends import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from emulation.ptx.mutations import mutants
 from emulation.ptx.triton_device import Program, Programs, TritonDevice
 
 from grank_kernels.backends.triton import mips_topk_launches
@@ -192,8 +192,6 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
 
 # ---- mutations: what was emitted is needed, and the simulator notices when it is gone
 
-ORDERS = re.compile(r"^\s*(bar\.sync|cp\.async\.wait_group|wgmma\.wait_group|fence\.proxy\.async)[^;]*;", re.MULTILINE)
-
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
@@ -216,14 +214,13 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
     expected = candidates(program, None)
     assert min(map(len, expected)) > 70
     noticed, unnoticed = [], []
-    ptx = program.compiled.ptx
-    for order in ORDERS.finditer(ptx):
-        changed = program.changed(ptx[: order.start()] + "\n" + ptx[order.end() :])
+    for order, ptx in mutants(program.compiled.ptx):
+        changed = program.changed(ptx)
         try:
             same = all(candidates(changed, seed) == expected for seed in (None, 1))
         except PtxError:
             same = False
-        (unnoticed if same else noticed).append(order[1])
+        (unnoticed if same else noticed).append(order)
     # Left are barriers back to back and the drain after the loop: nothing is in flight there, nothing between them.
     assert len(noticed) >= 0.6 * (len(noticed) + len(unnoticed)), unnoticed
     kinds = {"bar.sync", "cp.async.wait_group"} | (

@@ -261,8 +261,8 @@ def issue(m: Machine, i: Instruction, mask: Mask) -> None:
             m.counters["cp_async_bytes"] += int(bytes) * len(reading)
             m.counters["cp_async_sectors"] += distinct_sectors(m.by_warp(reading, offsets), int(bytes))
             sources[reading] = offsets
-    zeros = np.zeros((len(lanes), max(1, size // 8)), UNSIGNED[8 * min(size, 8)])
-    overwrite(m, target, lanes, targets, zeros)
+    nonsense = np.full((len(lanes), size // 4), -1, np.int32).view(np.uint32)
+    overwrite(m, target, lanes, targets, nonsense)
     accesses = target.accesses
     accesses.state[accesses.granules(targets, size)] = IN_FLIGHT
     m.copies.append(Copy(lanes, targets, sources[lanes], size, read[lanes], m.committed[lanes]))

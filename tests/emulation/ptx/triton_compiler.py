@@ -1,4 +1,4 @@
-"""Triton kernels to PTX, in a process of its own: when it is imported Triton decides whether to interpret or compile."""
+"""Triton kernels to PTX, in a process of its own: at its import Triton decides whether to interpret or compile."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
