@@ -6,7 +6,7 @@
   ascending, whatever the shape, so that bits can be compared; a maximum ignores NaN silently, as the hardware does.
 - strict: what a masked load without `other` leaves undefined comes back as garbage, not as zeros. An access outside every
   tensor passed to the kernel, to what another program writes, or of two lanes of one store to one element is a
-  `KernelFault` that names the tensor and the line. Atomics may meet each other.
+  `KernelFaultError` that names the tensor and the line. Atomics may meet each other.
 - fast: reductions and scans apply the combining function to whole slices, not element by element; a device function does
   not patch the language anew at each call, and an addition does not look for an overflow.
 
@@ -27,7 +27,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
-class KernelFault(AssertionError):
+class KernelFaultError(AssertionError):
     """What a kernel must not do."""
 
 
@@ -111,7 +111,9 @@ def _reduce(self: Any, input: Any) -> list[Any]:
         first = _combine(self, first, x)
     results = []
     for total, x in zip(first, input, strict=True):
-        data = np.asarray(total.handle.data).reshape(input[0].handle.data.shape[:axis] + input[0].handle.data.shape[axis + 1 :])
+        data = np.asarray(total.handle.data).reshape(
+            input[0].handle.data.shape[:axis] + input[0].handle.data.shape[axis + 1 :]
+        )
         if self.keep_dims:
             data = data.reshape((1,) * len(shape)) if whole else np.expand_dims(data, axis)
         elif whole:
@@ -174,9 +176,11 @@ class _Memory:
             bad = (foreign_write & ~self.atomic[cells]) | foreign_read
         if bad.any():
             element = int(cells[bad][0]) // size
-            raise KernelFault(f"race: {kind} of {self.name}[{element}], which another program accesses too, {_line()}")
+            raise KernelFaultError(
+                f"race: {kind} of {self.name}[{element}], which another program accesses too, {_line()}"
+            )
         if kind == "store" and len(np.unique(places)) != len(places):
-            raise KernelFault(f"race: two lanes of one store write one element of {self.name}, {_line()}")
+            raise KernelFaultError(f"race: two lanes of one store write one element of {self.name}, {_line()}")
         if kind == "load":
             old = self.reader[cells]
             self.reader[cells] = np.where((old == 0) | (old == program), program, -1)
@@ -216,7 +220,7 @@ def _access(kind: str, pointers: TensorHandle, mask: Any) -> None:
         first = int(places[outside][0])
         nearest = min(_memories, key=lambda m: min(abs(first - m.begin), abs(first - m.end)))
         where = f"element {(first - nearest.begin) // size} of {(nearest.end - nearest.begin) // size}"
-        raise KernelFault(f"out of bounds: {kind} near {nearest.name}, {where}, {_line()}")
+        raise KernelFaultError(f"out of bounds: {kind} near {nearest.name}, {where}, {_line()}")
 
 
 _original_load = InterpreterBuilder.create_masked_load

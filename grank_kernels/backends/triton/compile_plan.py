@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, launches, options
 from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
+from grank_kernels.backends.triton.streaming import Chunk
 
 DEVICES = {
     "sm_80": Device("sm_80", 108, 166912),
@@ -115,11 +116,14 @@ def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype
     )
     plan = make_plan(device, B, N, d, k, compute, 100 if filters else 0)
     values, positions = meta(B, k, dtype=torch.float32), meta(B, k, dtype=torch.int64)
-    return launches(problem, plan, device, values, positions)
+    table = [Chunk(0, problem.items, problem.row_scale)]
+    return launches(problem, table, plan, device, values, positions)
 
 
 def _row(target: str, label: str, launch: Launch) -> Row:
-    names, signature, attributes = launch.kernel.arg_names, {}, {}
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for name in names:
         value = launch.constants[name] if name in launch.constants else launch.arguments[name]
         if name in launch.constants or value is None:
