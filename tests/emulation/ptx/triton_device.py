@@ -15,12 +15,11 @@ from .triton_compiler import Compiled, Compiler
 
 
 class Program:
-    """A kernel in one configuration, as Triton compiled it, and what of it was executed so far."""
+    """A kernel in one configuration, as Triton compiled it."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
         self.kernel = parse(compiled.ptx)
-        self.coverage = Coverage(self.kernel)
 
     def run(self, work: Launch, arguments: list[Any], memory: GlobalMemory, seed: int | None) -> Run:
         return launch(self.kernel, work.grid, (32 * work.warps,), arguments, memory, self.compiled.shared_bytes, seed)
@@ -29,8 +28,12 @@ class Program:
         return Program(Compiled(ptx, self.compiled.shared_bytes))
 
 
-class Programs(dict[tuple[tuple, str], Program]):
-    """By configuration (target, kernel, types, constants, warps, stages) and by which arguments 16 divides."""
+Key = tuple[tuple, str]
+"""Configuration (target, kernel, types, constants, warps, stages), and which arguments 16 divides."""
+
+
+class Programs(dict[Key, Program]):
+    """Whatever was compiled, and the compiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,24 +47,22 @@ class TritonDevice:
         self.target, self.programs, self.seed = target, programs, seed
         self.memory = TensorMemory()
         self.runs: list[Run] = []
-        self.used: set[tuple[tuple, str]] = set()  # keys of programs
+        self.coverage: dict[Key, Coverage] = {}
 
     def run(self, work: Launch) -> None:
-        program, arguments = self.prepare(work)
+        key, program, arguments = self.prepare(work)
         run = program.run(work, arguments, self.memory, self.seed)
-        program.coverage.add(run)
+        self.coverage.setdefault(key, Coverage(program.kernel)).add(run)
         self.runs.append(run)
         self.memory.download([value for value in work.arguments.values() if isinstance(value, torch.Tensor)])
 
-    def prepare(self, work: Launch) -> tuple[Program, list[Any]]:
+    def prepare(self, work: Launch) -> tuple[Key, Program, list[Any]]:
         """The compiled kernel and its arguments, all tensors being on the device."""
         row, name = _row(self.target, "", work), work.kernel.fn.__name__
         configuration = (self.target, name, str(row.signature), str(work.constants), work.warps, work.stages)
         key = (configuration, str(row.attributes))
         if key not in self.programs:
             self.programs[key] = Program(self.programs.compiler.compile(row))
-        self.used.add(key)
         values = {each: work.arguments[each] for each, type in row.signature.items() if type != "constexpr"}
-        return self.programs[key], [
-            self.memory.upload(each, x) if isinstance(x, torch.Tensor) else x for each, x in values.items()
-        ]
+        arguments = [self.memory.upload(each, x) if isinstance(x, torch.Tensor) else x for each, x in values.items()]
+        return key, self.programs[key], arguments
