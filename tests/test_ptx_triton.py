@@ -131,13 +131,17 @@ FAMILIES = {
     "float16 B=70": [replace(x, B=70) for x in SEARCHES],
     "int8 filters": [replace(x, dtype=torch.int8, filters=True) for x in SEARCHES],
 }
-FAST = ("float16", "int8", "float16 filters")
+SLOW = [
+    (x, t) for x in FAMILIES for t in TARGETS if x not in ("float16", "int8") and (x, t) != ("float16 filters", "sm_80")
+]
 SCORING = {"sample", "scan", "collect"}
 SELECTING = {"threshold", "select", "rank"}  # the same for all precisions: executed to the end where scores are equal
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("family", [pytest.param(x, marks=[] if x in FAST else [pytest.mark.slow]) for x in FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [pytest.param(x, t, marks=[pytest.mark.slow] * ((x, t) in SLOW)) for x in FAMILIES for t in TARGETS],
+)
 def test_searches(family: str, target: str, programs: Programs) -> None:
     """Equal to the reference, nothing to report, and hardly an instruction that was not executed.
 

@@ -115,7 +115,7 @@ def granule(kernel: Kernel, space: str) -> int:
             sizes.append(TYPE_BITS[i.type] // 8 * transfers.vector_length(i))
         elif i.name == "cp" and i.has("global"):
             size = i.operands[2].bits if isinstance(i.operands[2], Immediate) else 4
-            sizes.append(size if space == "shared" or len(i.operands) == 3 else 1)
+            sizes.append(size if space == "shared" or len(i.operands) == 3 else 4)  # it may read less than it writes
     return min(sizes)
 
 
