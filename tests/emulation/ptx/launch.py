@@ -1,6 +1,7 @@
 """Runs a kernel over a grid, and reports what was executed and moved."""
 
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import arithmetic, transfers, warps, wgmma  # noqa: F401  (declare their instructions)
-from .machine import WARP, Machine
+from .machine import WARP, Machine, Task
 from .memory import READY, UNWRITTEN, Accesses, GlobalMemory
 from .parser import Immediate, Instruction, Kernel, PtxError
 from .registry import resolve
@@ -84,27 +85,31 @@ def launch(
     """
     resolve(kernel)
     grid3, block3 = ((*map(int, sizes), 1, 1)[:3] for sizes in (grid, block))
-    threads, ctas = int(np.prod(block3)), int(np.prod(grid3))
+    threads, ctas = math.prod(block3), math.prod(grid3)
     if threads % WARP or not 0 < threads <= 1024:
         raise PtxError(f"block must be whole warps of up to 1024 threads, got {block3}")
-    unit = {space: granule(kernel, space) for space in ("global", "shared")}
-    total_shared = -(-(kernel.static_shared_bytes + shared_bytes) // 16) * 16
-    accesses = Accesses(len(memory.data) // unit["global"], unit["global"], threads // WARP)
-    accesses.state[:] = np.where(memory.written.reshape(-1, unit["global"]).all(1), READY, UNWRITTEN)
+    unit = granule(kernel, "global")
+    accesses = Accesses(len(memory.data) // unit, unit, threads // WARP)
+    accesses.state[:] = np.where(memory.written.reshape(-1, unit).all(1), READY, UNWRITTEN)
+    task = Task(
+        kernel=kernel,
+        grid=grid3,
+        block=block3,
+        parameters=pack(kernel, arguments),
+        memory=memory,
+        global_accesses=accesses,
+        shared_bytes=-(-(kernel.static_shared_bytes + shared_bytes) // 16) * 16,
+        shared_granule=granule(kernel, "shared"),
+        counters=Counter(),
+        rng=None if seed is None else np.random.default_rng(seed),
+    )
     executions = np.zeros(len(kernel.instructions), np.int64)
-    counters: Counter[str] = Counter()
-    rng = None if seed is None else np.random.default_rng(seed)
-    parameters = pack(kernel, arguments)
     batch = max(1, LANES // threads)
     with np.errstate(all="ignore"):
         for first in range(0, ctas, batch):
-            machine = Machine(
-                kernel, grid3, block3, parameters, memory, accesses, total_shared, unit["shared"],
-                range(first, min(first + batch, ctas)), counters, rng,
-            )  # fmt: skip
-            Scheduler(machine, executions).run()
-    memory.written |= np.repeat(accesses.writer >= 0, unit["global"])
-    return Run(kernel, executions, counters)
+            Scheduler(Machine(task, range(first, min(first + batch, ctas))), executions).run()
+    memory.written |= np.repeat(accesses.writer >= 0, unit)
+    return Run(kernel, executions, task.counters)
 
 
 def granule(kernel: Kernel, space: str) -> int:

@@ -1,7 +1,9 @@
 """The state of a batch of CTAs that run together: registers, shared memory, and what is under way."""
 
 import functools
+import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
@@ -24,26 +26,29 @@ class Space:
         return self.data.view(UNSIGNED[8 * bytes])
 
 
+@dataclass(frozen=True)
+class Task:
+    """A launch, and what its batches share."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    parameters: bytes
+    memory: GlobalMemory
+    global_accesses: Accesses
+    shared_bytes: int  # of a CTA
+    shared_granule: int
+    counters: Counter[str]
+    rng: np.random.Generator | None
+
+
 class Machine:
     """Every register is one vector over the lanes: the threads of all CTAs of the batch, CTA after CTA."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        parameters: bytes,
-        memory: GlobalMemory,
-        global_accesses: Accesses,
-        shared_bytes: int,
-        shared_granule: int,
-        ctas: range,
-        counters: Counter[str],
-        rng: np.random.Generator | None,
-    ) -> None:
-        self.kernel, self.grid, self.block, self.parameters, self.memory = kernel, grid, block, parameters, memory
-        self.counters, self.rng = counters, rng
-        self.threads = block[0] * block[1] * block[2]
+    def __init__(self, task: Task, ctas: range) -> None:
+        self.task, self.kernel, self.memory = task, task.kernel, task.memory
+        self.counters, self.rng, self.shared_bytes = task.counters, task.rng, task.shared_bytes
+        self.threads = math.prod(task.block)
         self.warps_per_cta = self.threads // WARP
         self.lanes = len(ctas) * self.threads
         self.every_lane = np.arange(self.lanes)
@@ -52,20 +57,18 @@ class Machine:
         self.cta = self.local_cta + ctas.start
         self.warp = (ctas.start * self.warps_per_cta + self.every_lane // WARP).astype(np.int32)  # of the whole launch
         self.clocks = Clocks(ctas.start, len(ctas), self.warps_per_cta)
-        self.shared_bytes = shared_bytes
-        self.shared = Space(
-            "shared",
-            np.full(len(ctas) * shared_bytes, POISON, np.uint8),
-            Accesses(len(ctas) * shared_bytes // shared_granule, shared_granule, self.warps_per_cta),
-        )
-        self.global_ = Space("global", memory.data, global_accesses)
-        self.registers: list[np.ndarray | None] = [None] * len(kernel.registers)
+        shared = len(ctas) * task.shared_bytes
+        accesses = Accesses(shared // task.shared_granule, task.shared_granule, self.warps_per_cta)
+        self.shared = Space("shared", np.full(shared, POISON, np.uint8), accesses)
+        self.global_ = Space("global", task.memory.data, task.global_accesses)
+        self.registers: list[np.ndarray | None] = [None] * len(task.kernel.registers)
         self.locked: dict[int, np.ndarray] = {}  # registers of an unfinished wgmma: the lanes that may not touch them
         self.copies: list = []  # cp.async under way
         self.committed = np.zeros(self.lanes, np.int64)  # groups of copies, a lane
         self.products: list = []  # wgmma under way
         self.committed_products = np.zeros(self.lanes // WARP, np.int64)  # groups of them, a warp
-        self.instruction: Instruction = kernel.instructions[0]
+        self.instruction: Instruction = task.kernel.instructions[0]
+        self.active = np.ones(self.lanes, bool)  # who goes on together, guards aside
         self.special: dict[str, np.ndarray] = self._special()
 
     def fail(self, message: str, lane: int | np.integer | None = None) -> NoReturn:
@@ -132,16 +135,15 @@ class Machine:
             if lanes.any():
                 self.fail(f"{register.name} belongs to a wgmma that was not waited for", np.nonzero(lanes)[0][0])
 
-    active: np.ndarray  # set by the scheduler
-
     def _special(self) -> dict[str, np.ndarray]:
-        (bx, by, _), (gx, gy, _), t, c = self.block, self.grid, self.thread, self.cta
+        block, grid, t, c = self.task.block, self.task.grid, self.thread, self.cta
+        (bx, by, _), (gx, gy, _) = block, grid
         lane = t % WARP
         values = {"laneid": lane, "warpid": t // WARP, "nwarpid": self.warps_per_cta}
         values |= {"tid.x": t % bx, "tid.y": t // bx % by, "tid.z": t // (bx * by)}
         values |= {"ctaid.x": c % gx, "ctaid.y": c // gx % gy, "ctaid.z": c // (gx * gy)}
-        values |= {f"ntid.{axis}": size for axis, size in zip("xyz", self.block, strict=True)}
-        values |= {f"nctaid.{axis}": size for axis, size in zip("xyz", self.grid, strict=True)}
+        values |= {f"ntid.{axis}": size for axis, size in zip("xyz", block, strict=True)}
+        values |= {f"nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)}
         below = (1 << lane) - 1
         values |= {"lanemask_lt": below, "lanemask_le": below << 1 | 1, "lanemask_eq": below + 1}
         values |= {"lanemask_ge": ~below & 0xFFFFFFFF, "lanemask_gt": ~(below << 1 | 1) & 0xFFFFFFFF}

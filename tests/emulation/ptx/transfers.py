@@ -131,11 +131,11 @@ def load_parameter(m: Machine, i: Instruction, mask: Mask) -> None:
     width, targets = TYPE_BITS[i.type] // 8, items(i.operands[0])
     lanes = m.lanes_of(mask)
     start = m.addresses(i.operands[1])[lanes]
-    outside = (start < 0) | (start + width * len(targets) > len(m.parameters))
+    outside = (start < 0) | (start + width * len(targets) > len(m.task.parameters))
     if outside.any():
-        m.fail(f"out of bounds of the parameters: byte {start[outside][0]} of {len(m.parameters)}")
+        m.fail(f"out of bounds of the parameters: byte {start[outside][0]} of {len(m.task.parameters)}")
     bytes = start[:, None] + np.arange(width * len(targets))
-    words = np.frombuffer(m.parameters, np.uint8)[bytes].view(UNSIGNED[8 * width])
+    words = np.frombuffer(m.task.parameters, np.uint8)[bytes].view(UNSIGNED[8 * width])
     for column, target in enumerate(targets):
         put(m, target, i.type, words[:, column], lanes)
 
