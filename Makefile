@@ -78,6 +78,7 @@ sanitize: $(VENV)/installed
 	  cmake --build build/sanitize
 	@isas=$$(build/sanitize/mips_topk_sanitized --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
 	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/sanitize/mips_topk_sanitized || exit 1; done
+	build/sanitize/ranker_sanitized
 	build/sanitize/amx_emulation_sanitized
 
 bench: venv $(VENV)/bench

@@ -1,9 +1,9 @@
-"""Turns the JSON of a benchmark run into README's table and one picture.
+"""Turns the JSON of a benchmark run into README's tables and one picture.
 
 python benchmarks/report.py build/benchmark.json [--readme README.md] [--svg docs/mips_topk.svg]
 
-Without `--readme` the table is printed; with it the table, and the picture where `--svg` draws one, go between the two
-`mips_topk figures` comments of that file.
+Without `--readme` the tables are printed; with it they, and the picture where `--svg` draws one, go between the two
+`figures` comments of that file: those of mips_topk, and those of the ranker.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from typing import Any
 
 Case = dict[str, Any]  # extra_info of one benchmark and its median, in seconds
 GROUPS = {"float32": "float32 rows", "float16": "16-bit rows", "bfloat16": "16-bit rows", "int8": "8-bit rows"}
-MARKS = ("<!-- mips_topk figures: begin -->", "<!-- mips_topk figures: end -->")
 COLOURS = {"ours": "#1f5fa8", "peer": "#b8bec6"}
 
 
@@ -84,12 +83,36 @@ def markdown(machine: dict[str, Any], cases: list[Case]) -> str:
     )
 
 
-def write_readme(path: Path, text: str) -> None:
-    begin, end = map(re.escape, MARKS)
+def ranker_markdown(machine: dict[str, Any], cases: list[Case]) -> str:
+    """A table an op: milliseconds a call and the memory it took, contender by contender."""
+    some = cases[0]
+    tables = []
+    for op in dict.fromkeys(case["op"] for case in cases):
+        found = {(case["contender"], case["case"]): case for case in cases if case["op"] == op}
+        names, columns = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+        rows = [
+            [f"**{name}**" if name.startswith(op) else name, *(_time_and_memory(found.get((name, c))) for c in columns)]
+            for name in names
+        ]
+        tables.append(markdown_table([op, *columns], rows))
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+    where = f"{some['threads']} threads of {machine['cpu'].get('brand_raw', machine['machine'])}, {some['device']}"
+    head = f"Milliseconds a call, median, and MB of memory beyond the inputs, both measured: {where}; {versions}."
+    return "\n\n".join([head, *tables])
+
+
+def _time_and_memory(case: Case | None) -> str:
+    return "" if case is None else f"{milliseconds(case)} ({case['extra bytes'] / 1e6:.1f} MB)"
+
+
+def write_readme(path: Path, stem: str, text: str) -> None:
+    """Puts a text between the two comments of that stem."""
+    marks = [f"<!-- {stem} figures: {end} -->" for end in ("begin", "end")]
+    begin, end = map(re.escape, marks)
     old = path.read_text()
-    new, count = re.subn(f"(?s){begin}.*{end}", lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", old)
+    new, count = re.subn(f"(?s){begin}.*{end}", lambda _: f"{marks[0]}\n{text}\n{marks[1]}", old)
     if count != 1:
-        raise SystemExit(f"{path} must hold {MARKS[0]} ... {MARKS[1]} once")
+        raise SystemExit(f"{path} must hold {marks[0]} ... {marks[1]} once")
     path.write_text(new)
 
 
@@ -135,16 +158,23 @@ def main() -> None:
     parser.add_argument("--svg", type=Path)
     arguments = parser.parse_args()
     machine, cases = read(arguments.json)
-    text = markdown(machine, cases)
-    if arguments.svg:
-        draw(arguments.svg, machine, cases)
-    if arguments.readme and arguments.svg:
-        link = os.path.relpath(arguments.svg, arguments.readme.parent)
-        text = f"![Time of a search, every contender, three batch sizes]({link})\n\n{text}"
-    if arguments.readme:
-        write_readme(arguments.readme, text)
-    else:
-        print(text)
+    searches, ranker = [case for case in cases if "op" not in case], [case for case in cases if "op" in case]
+    texts = {}
+    if searches:
+        texts["mips_topk"] = markdown(machine, searches)
+    if ranker:
+        texts["ranker"] = ranker_markdown(machine, ranker)
+    if arguments.svg and searches:
+        draw(arguments.svg, machine, searches)
+        if arguments.readme:
+            link = os.path.relpath(arguments.svg, arguments.readme.parent)
+            picture = f"![Time of a search, every contender, three batch sizes]({link})"
+            texts["mips_topk"] = f"{picture}\n\n{texts['mips_topk']}"
+    for stem, text in texts.items():
+        if arguments.readme:
+            write_readme(arguments.readme, stem, text)
+        else:
+            print(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "cpu/candidate_cross_attention.h"
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
 #include "cpu/score_candidates.h"
@@ -67,11 +69,11 @@ void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype
   grank::mips_topk(problem, grank::active_isa());
 }
 
-void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows, int rows_dtype,
-                      int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype, uintptr_t keys,
-                      int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h, uintptr_t cu_seqlens,
-                      uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight, float out_bias,
-                      float softmax_scale, int activation, int threads, uintptr_t scores) {
+void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows,
+                      int rows_dtype, int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype,
+                      uintptr_t keys, int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h,
+                      uintptr_t cu_seqlens, uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight,
+                      float out_bias, float softmax_scale, int activation, int threads, uintptr_t scores) {
   const py::gil_scoped_release release;
   grank::score_candidates({pointer<const int64_t>(candidate_ids),
                            num_users,
@@ -100,12 +102,79 @@ void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_ca
                           grank::active_isa());
 }
 
+// The address of offsets, the address of lengths, one length for all.
+using Sequence = std::tuple<uintptr_t, uintptr_t, int64_t>;
+// An address and strides in bytes: of users, rows, heads.
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+grank::AttentionSequence sequence(const Sequence& s) {
+  return {pointer<const int64_t>(std::get<0>(s)), pointer<const int64_t>(std::get<1>(s)), std::get<2>(s)};
+}
+
+grank::AttentionTensor tensor(const Tensor& t) {
+  return {pointer<char>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+grank::CandidateCrossAttentionProblem attention_problem(int64_t num_users, int64_t num_heads, int64_t d, int dtype,
+                                                        int activation, float softmax_scale, int threads,
+                                                        const Sequence& queries, const Sequence& keys, const Tensor& q,
+                                                        const Tensor& k, const Tensor& v, const Tensor& bias,
+                                                        const Tensor& out, const Tensor& lse) {
+  grank::CandidateCrossAttentionProblem p{};
+  p.num_users = num_users;
+  p.num_heads = num_heads;
+  p.d = d;
+  p.dtype = static_cast<grank::DType>(dtype);
+  p.activation = static_cast<grank::AttentionActivation>(activation);
+  p.softmax_scale = softmax_scale;
+  p.threads = threads;
+  p.queries = sequence(queries);
+  p.keys = sequence(keys);
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.bias = tensor(bias);
+  p.out = tensor(out);
+  p.lse = tensor(lse);
+  return p;
+}
+
+void candidate_cross_attention(int64_t num_users, int64_t num_heads, int64_t d, int dtype, int activation,
+                               float softmax_scale, int threads, const Sequence& queries, const Sequence& keys,
+                               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& out,
+                               const Tensor& lse) {
+  const py::gil_scoped_release release;
+  grank::candidate_cross_attention(attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale, threads,
+                                                     queries, keys, q, k, v, bias, out, lse),
+                                   grank::active_isa());
+}
+
+void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, int64_t d, int dtype, int activation,
+                                        float softmax_scale, int threads, const Sequence& queries, const Sequence& keys,
+                                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                                        const Tensor& out, const Tensor& lse, const Tensor& grad_out,
+                                        const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                                        const Tensor& grad_bias, const Tensor& delta) {
+  const py::gil_scoped_release release;
+  grank::CandidateCrossAttentionProblem p = attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale,
+                                                              threads, queries, keys, q, k, v, bias, out, lse);
+  p.grad_out = tensor(grad_out);
+  p.grad_q = tensor(grad_q);
+  p.grad_k = tensor(grad_k);
+  p.grad_v = tensor(grad_v);
+  p.grad_bias = tensor(grad_bias);
+  p.delta = tensor(delta);
+  grank::candidate_cross_attention_backward(p, grank::active_isa());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of grank_kernels; addresses in, nothing out.";
   m.def("mips_topk", &mips_topk);
   m.def("score_candidates", &score_candidates);
+  m.def("candidate_cross_attention", &candidate_cross_attention);
+  m.def("candidate_cross_attention_backward", &candidate_cross_attention_backward);
   m.def("isa", [] { return std::string(grank::active_isa().name); });
   m.def("isas", [] {
     std::vector<std::pair<std::string, bool>> all;

@@ -1,3 +1,6 @@
+_Sequence = tuple[int, int, int]
+_Tensor = tuple[int, int, int, int]
+
 def mips_topk(
     queries: int,
     num_queries: int,
@@ -44,6 +47,48 @@ def score_candidates(
     activation: int,
     threads: int,
     scores: int,
+    /,
+) -> None: ...
+def candidate_cross_attention(
+    num_users: int,
+    num_heads: int,
+    d: int,
+    dtype: int,
+    activation: int,
+    softmax_scale: float,
+    threads: int,
+    queries: _Sequence,
+    keys: _Sequence,
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    bias: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    /,
+) -> None: ...
+def candidate_cross_attention_backward(
+    num_users: int,
+    num_heads: int,
+    d: int,
+    dtype: int,
+    activation: int,
+    softmax_scale: float,
+    threads: int,
+    queries: _Sequence,
+    keys: _Sequence,
+    q: _Tensor,
+    k: _Tensor,
+    v: _Tensor,
+    bias: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    grad_out: _Tensor,
+    grad_q: _Tensor,
+    grad_k: _Tensor,
+    grad_v: _Tensor,
+    grad_bias: _Tensor,
+    delta: _Tensor,
     /,
 ) -> None: ...
 def isa() -> str: ...

@@ -92,9 +92,10 @@ def score_candidates(
         check_number("softmax_scale", softmax_scale)
     check_choice("activation", activation, ACTIVATIONS)
     tensors = (candidate_ids, rows, keys, values, cu_seqlens, user_hidden, item_weight, out_weight)
+    learns = torch.is_grad_enabled()
     for name, x in zip(_TENSORS, tensors, strict=True):
         check_device(name, x, "items", rows.device)
-        if x.requires_grad and torch.is_grad_enabled():
+        if learns and x.requires_grad:
             raise ValueError(
                 f"score_candidates has no gradient, and {name} would get none: call it under torch.no_grad(); "
                 "candidate_cross_attention is for training"
@@ -147,7 +148,7 @@ def _run(
     activation: str,
     backend: str,
 ) -> torch.Tensor:
-    check_offsets("cu_seqlens", cu_seqlens, len(keys))
+    check_offsets("cu_seqlens", cu_seqlens, keys.shape[0])
     if candidate_ids.is_cpu and candidate_ids.numel() > 0:  # on a GPU looking would cost a synchronisation
         most = int(candidate_ids.max())
         if most >= len(items):

@@ -4,7 +4,8 @@ Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stand
 module, and gets tensors where that gets addresses.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from emulation.cuda.emulator import Counters, Emulator, Output, Settings
 
 from grank_kernels.backends import BACKENDS, cuda
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))]
+BACKENDS_OF_CUDA = ["emulated", pytest.param("cuda", marks=ON_A_GPU)]
+HALVES = (torch.float16, torch.bfloat16)
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
 OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
     "score_candidates": (17,),
@@ -28,17 +32,19 @@ OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
 
 
 @cache
-def emulator(checked: bool) -> Emulator:
-    sources = [ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS]
+def emulator(checked: bool, *instead: Path) -> Emulator:
+    """Of the kernels, some of them from files of the same name elsewhere."""
+    files = {f"{kernel}.cu": ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS}
+    files |= {path.name: path for path in instead}
     entries = Path(__file__).with_name("csrc") / "cuda_kernels.cpp"
-    return Emulator("kernels", entries, *sources, checked=checked)
+    return Emulator("kernels", entries, *files.values(), checked=checked)
 
 
 class EmulatedModule:
     """What grank_kernels/_cuda.pyi says, and the counters of the latest call."""
 
-    def __init__(self, checked: bool, settings: Settings, plan: tuple[int, int]) -> None:
-        self.emulator, self.settings, self.plan = emulator(checked), settings, plan
+    def __init__(self, emulator: Emulator, settings: Settings, plan: tuple[int, int]) -> None:
+        self.emulator, self.settings, self.plan = emulator, settings, plan
         self.counters = Counters()
 
     def CandidateCrossAttention(self, *arguments: Any) -> tuple[Any, ...]:  # noqa: N802
@@ -64,10 +70,14 @@ class EmulatedModule:
 
 @contextmanager
 def with_emulator(
-    *, checked: bool = False, settings: Settings | None = None, plan: tuple[int, int] = (0, 0)
+    *,
+    checked: bool = False,
+    settings: Settings | None = None,
+    plan: tuple[int, int] = (0, 0),
+    instead: Collection[Path] = (),
 ) -> Iterator[EmulatedModule]:
     """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
-    module = EmulatedModule(checked, settings or Settings(), plan)
+    module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
     with standing_in(module, PoisonedTorch("torch")):
         yield module
 
@@ -88,3 +98,14 @@ def standing_in(module: Any, allocating: ModuleType) -> Iterator[None]:
         patch.setattr(cuda, "_stream_of", no_stream)
         patch.setattr(cuda, "_device_unsupported", lambda name, x: None)
         yield
+
+
+def contract_of(module: ModuleType, left_out: Collection[str]) -> dict[str, Any]:
+    """The tests of a module that take the fixture `backend`; a module that has one of its own can run them."""
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    assert set(left_out) <= set(tests)
+    return {
+        name: test
+        for name, test in tests.items()
+        if "backend" in inspect.signature(test).parameters and name not in left_out
+    }

@@ -4,6 +4,7 @@ In float64 they are what is true, in the dtype of the inputs what plain torch ma
 ask the package on the device of a backend, and bring the result back.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -113,9 +114,8 @@ class Scoring:
             hidden = attended + e.abs() @ weight + user  # sizes, at least those of the hidden layer
             error = torch.expm1(2 * logit + unit + 2 * (L + 8) * single) * attended
             error = error + (unit + (d + 16) * single) * hidden  # 16 for the activation
-            bound[b, there] = (1.13 * error) @ out + (h + 4) * single * (
-                hidden @ out + abs(self.out_bias)
-            )  # gelu' < 1.13
+            steepest = 1.13  # slope of gelu
+            bound[b, there] = steepest * error @ out + (h + 4) * single * (hidden @ out + abs(self.out_bias))
         return bound
 
     def but(self, **changes: Any) -> "Scoring":
@@ -173,17 +173,15 @@ class Attention:
         given = {name: on(backend or "cpu", x) for name, x in vars(self).items()}
         return gk.candidate_cross_attention(**given, **more, backend=backend)
 
-    def out(self, backend: str | None) -> torch.Tensor:
-        return self.attend(backend).cpu()
-
     def leaves(self) -> list[torch.Tensor]:
+        """What has a gradient: q, k, v and, where there is one, bias_k."""
         return [x for x in (self.q, self.k, self.v, self.bias_k) if x is not None]
 
     def gradients(self, backend: str | None, grad_out: torch.Tensor) -> list[torch.Tensor]:
-        """Of q, k, v and, where there is one, bias_k."""
         problem = self.cast(None)
         out = problem.attend(backend)
-        return list(torch.autograd.grad(out, problem.leaves(), on(backend or "cpu", grad_out)))
+        found = torch.autograd.grad(out, problem.leaves(), on(backend or "cpu", grad_out))
+        return [grad.cpu() for grad in found]
 
     def cast(self, dtype: torch.dtype | None) -> "Attention":
         """A copy whose q, k, v and bias_k are leaves, of another dtype if one is given."""
@@ -193,12 +191,14 @@ class Attention:
         }
         return replace(self, **cast)
 
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+
     def formula(self) -> torch.Tensor:
-        """`out`, in the dtype of q: one user after the other."""
-        scale = self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        """`out`, in the dtype of q."""
         users = []
         for q, k, v, bias in self.users():
-            logits = scale * torch.einsum("chd,lhd->hcl", q, k)
+            logits = self.scale() * torch.einsum("chd,lhd->hcl", q, k)
             if bias is not None:
                 logits = logits + bias.T[:, None]
             weights = logits.softmax(-1) if self.activation == "softmax" else F.silu(logits) / max(len(k), 1)
@@ -210,20 +210,23 @@ class Attention:
 
     def users(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Each one's q, k, v and bias."""
-
-        def of(x: torch.Tensor | None, b: int) -> torch.Tensor | None:
-            if x is None:
-                return None
-            if self.cu_seqlens_k is not None:
-                return x[int(self.cu_seqlens_k[b]) : int(self.cu_seqlens_k[b + 1])]
-            return x[b] if self.seqused_k is None else x[b, : int(self.seqused_k[b])]
-
         B = len(self.k) if self.cu_seqlens_k is None else len(self.cu_seqlens_k) - 1
+        return [
+            (self.of_q(self.q, b), *(None if x is None else self.of_k(x, b) for x in (self.k, self.v, self.bias_k)))
+            for b in range(B)
+        ]
+
+    def of_q(self, x: torch.Tensor, b: int) -> torch.Tensor:
+        """A user's rows of a tensor with the rows of q or out."""
         if self.cu_seqlens_q is not None:
-            queries = [self.q[int(start) : int(stop)] for start, stop in pairwise(self.cu_seqlens_q)]
-        else:
-            queries = [self.q[b] if self.q.dim() == 4 else self.q for b in range(B)]
-        return [(queries[b], of(self.k, b), of(self.v, b), of(self.bias_k, b)) for b in range(B)]
+            return x[int(self.cu_seqlens_q[b]) : int(self.cu_seqlens_q[b + 1])]
+        return x if x.dim() == 3 else x[b]
+
+    def of_k(self, x: torch.Tensor, b: int) -> torch.Tensor:
+        """A user's rows of a tensor with the rows of k."""
+        if self.cu_seqlens_k is not None:
+            return x[int(self.cu_seqlens_k[b]) : int(self.cu_seqlens_k[b + 1])]
+        return x[b] if self.seqused_k is None else x[b, : int(self.seqused_k[b])]
 
     def but(self, **changes: Any) -> "Attention":
         return replace(self, **changes)
@@ -263,7 +266,7 @@ def attention(
     else:
         q = torch.randn((C, H, D) if queries == "shared" else (B, C, H, D))
     k, v, b = (torch.randn(size).masked_fill(_as_wide(nobody, size), torch.nan) for size in (shape, shape, shape[:-1]))
-    return Attention(q.to(dtype), k.to(dtype), v.to(dtype), bias_k=b if bias else None, **more)
+    return Attention(q.to(dtype), k.to(dtype), v.to(dtype), bias_k=b.to(dtype) if bias else None, **more)
 
 
 def _as_wide(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -275,3 +278,46 @@ def true_gradients(problem: Attention, grad_out: torch.Tensor, dtype: torch.dtyp
     cast = problem.cast(dtype)
     found = torch.autograd.grad(cast.formula(), cast.leaves(), grad_out.to(dtype), allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(cast.leaves(), found, strict=True)]
+
+
+Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple[Five, Five]:
+    """Of user b's out and gradients of q, k, v, bias_k: the sums of the sizes of their terms, and what rounding may do.
+
+    With g the sizes of the gradients of the weights, `w` stands for the sizes of the gradients of the logits:
+    `p (g + sum(p g))` for the softmax, and `1.1 g / L` for silu, whose slope stays below 1.1, its curvature below 1.
+    Rounding: sums are float32 in any order; weights, gradients of logits and results may be rounded to the dtype of q,
+    and what is smaller than the smallest normal number may become 0.
+    """
+    single, info = 2.0**-24, torch.finfo(problem.q.dtype)
+    q, k, v, bias = (None if x is None else x.double() for x in problem.users()[b])
+    grad, scale = problem.of_q(grad_out, b).double().abs(), problem.scale()
+    (C, _, D), L = q.shape, max(len(k), 1)
+    bias = torch.zeros(k.shape[:2], dtype=torch.float64) if bias is None else bias
+    logits = scale * torch.einsum("chd,lhd->hcl", q, k) + bias.T[:, None]
+    sizes = abs(scale) * torch.einsum("chd,lhd->hcl", q.abs(), k.abs()) + bias.abs().T[:, None]
+    off = (D + 8) * single * (F.pad(sizes, (1, 0)).amax(-1, keepdim=True) + math.log(L))  # lse is no larger
+    rest = 2 * info.eps + (D + L + C + 32) * single
+    g = torch.einsum("chd,lhd->hcl", grad, v.abs())
+    if problem.activation == "softmax":
+        p = logits.softmax(-1)
+        w, relative = p * (g + (p * g).sum(-1, keepdim=True)), torch.expm1(2 * off) + rest
+        p_error, w_error = (relative + rest) * p, 3 * relative * w
+    else:
+        p, w = F.silu(logits).abs() / L, 1.1 * g / L
+        p_error, w_error = 1.1 * off / L + 2 * rest * p, (off + 2 * rest) * w
+
+    def contract(p: torch.Tensor, w: torch.Tensor) -> Five:
+        return (
+            torch.einsum("hcl,lhd->chd", p, v.abs()),
+            torch.einsum("hcl,lhd->chd", w, k.abs()) * abs(scale),
+            torch.einsum("hcl,chd->lhd", w, q.abs()) * abs(scale),
+            torch.einsum("hcl,chd->lhd", p, grad),
+            w.sum(1).T,
+        )
+
+    tiny = torch.finfo(torch.float32).tiny
+    bounds = contract(p_error + tiny, w_error + tiny * (1 + g + g.sum(-1, keepdim=True)))
+    return contract(p, w), tuple(x + info.tiny for x in bounds)  # type: ignore[return-value]

@@ -3,14 +3,22 @@
 Every access checked, threads in random order, mma rounding as a GPU's may be, traffic and instructions counted.
 """
 
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from emulated_cuda import with_emulator
+from emulation.cuda.build import ROOT
 from emulation.cuda.emulator import Counters, Rounding, Settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranker_oracle import Attention, Scoring, allowed, attention, offsets_of, scoring, true_gradients
+from test_candidate_cross_attention import check as check_attention
+from test_score_candidates import check as check_scores
 
 import grank_kernels as gk
 from grank_kernels.backends import cuda
@@ -65,6 +73,10 @@ def grad_like_out(problem: Attention) -> torch.Tensor:
     return torch.randn(problem.cast(torch.float64).formula().shape).to(problem.q.dtype)
 
 
+def largest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() > 0 else 0.0
+
+
 def assert_same_bits(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -74,8 +86,8 @@ def assert_scores_are_right(problem: Scoring, got: torch.Tensor) -> None:
     exact, plain = problem.formula(torch.float64), problem.formula(problem.keys.dtype)
     there = problem.candidate_ids >= 0
     assert bool((got[~there] == -torch.inf).all())
-    error = float((got.double() - exact)[there].abs().max())
-    assert error <= allowed(plain[there], exact[there], problem.keys.dtype)
+    error = (got.double() - exact)[there].abs()
+    assert largest(error) <= allowed(plain[there], exact[there], problem.keys.dtype)
 
 
 def assert_attention_is_right(problem: Attention, grad_out: torch.Tensor, got: list[torch.Tensor]) -> None:
@@ -85,7 +97,7 @@ def assert_attention_is_right(problem: Attention, grad_out: torch.Tensor, got: l
         return [problem.cast(dtype).formula().detach(), *true_gradients(problem, grad_out, dtype)]
 
     for found, exact, plain in zip(got, all_of(torch.float64), all_of(dtype), strict=True):
-        assert float((found.double() - exact).abs().max()) <= allowed(plain, exact, dtype)
+        assert largest(found.double() - exact) <= allowed(plain, exact, dtype)
 
 
 # ---- every width, every size around a tile, rounding as on a GPU ----
@@ -116,6 +128,24 @@ def test_attention_of_every_width(i: int, activation: str, dtype: torch.dtype) -
     assert_attention_is_right(problem, grad_out, got)
 
 
+@pytest.mark.usefixtures("quick")
+@settings(max_examples=20)
+@given(data=st.data())
+def test_whatever_hypothesis_comes_up_with(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 140), min_size=1, max_size=4))
+    C, D, width = data.draw(st.integers(0, 140)), data.draw(st.sampled_from(WIDTHS)), data.draw(st.sampled_from(WIDTHS))
+    table = data.draw(st.sampled_from([None, torch.int8]))
+    scored = scoring(lengths, C, D, width, dtype=torch.bfloat16, table=table)
+    check_scores(scored, "emulated")
+    attended = attention(
+        lengths, C, data.draw(st.integers(1, 3)), D, dtype=torch.bfloat16, bias=data.draw(st.booleans()),
+        queries=data.draw(st.sampled_from(["dense", "shared", "ragged"])),
+        history=data.draw(st.sampled_from(["dense", "ragged"])),
+        activation=data.draw(st.sampled_from(["softmax", "silu"])),
+    )  # fmt: skip
+    check_attention(attended, "emulated")
+
+
 # ---- every access checked, threads in any order ----
 
 SCHEDULES = [Settings(), Settings(seed=1, preempt=0.02), Settings(seed=2, preempt=0.2)]
@@ -128,8 +158,8 @@ def test_scores_race_with_nothing(table: str, plan: tuple[int, int], dtype: torc
     problem = scoring([70, 0, 3], 130, 32, 16, dtype=dtype, table=torch.int8 if table == "int8" else dtype)
     want, _ = scores_of(problem)
     assert_scores_are_right(problem, want)
-    for settings in SCHEDULES:
-        assert_same_bits([scores_of(problem, checked=True, settings=settings, plan=plan)[0]], [want])
+    for schedule in SCHEDULES:
+        assert_same_bits([scores_of(problem, checked=True, settings=schedule, plan=plan)[0]], [want])
 
 
 @pytest.mark.parametrize("activation", ["softmax", "silu"])
@@ -141,8 +171,8 @@ def test_attention_races_with_nothing(queries: str, history: str, D: int, activa
     grad_out = grad_like_out(problem)
     want, _ = attend(problem, grad_out)
     assert_attention_is_right(problem, grad_out, want)
-    for settings in SCHEDULES:
-        assert_same_bits(attend(problem, grad_out, checked=True, settings=settings)[0], want)
+    for schedule in SCHEDULES:
+        assert_same_bits(attend(problem, grad_out, checked=True, settings=schedule)[0], want)
 
 
 @pytest.mark.parametrize("plan", [(2, 1), (3, 2), (2, 4), (5, 2), (8, 8)])
@@ -268,6 +298,66 @@ def test_cost_of_attention(D: int, activation: str) -> None:
     assert backward.global_store.bytes == B * C * (2 * D + delta) + keys * 4 * D
     for counters in (forward, backward):
         assert_no_waste(counters)
+
+
+# ---- planted bugs: the tests above would see them ----
+
+SCORES, GRADIENTS = "score_candidates", "candidate_cross_attention_backward"
+ONE_KERNEL = {  # in place of the .cu file: compiled for one width
+    SCORES: """
+void score_candidates(const ScoreCandidates& problem, bool, int, int, void* stream, const ScorePlan* plan) {
+  launch_score_candidates<float16, 16, 16>(problem, plan, stream);
+}""",
+    GRADIENTS: """
+void candidate_cross_attention_backward(const CandidateCrossAttention& problem,
+                                        const CandidateCrossAttentionGradients& gradients, bool, int, void* stream) {
+  launch_candidate_cross_attention_backward<float16, 16>(problem, gradients, stream);
+}""",
+}
+BARRIER, GATHERED = "__syncthreads();  // the stage is free", "cp_async_commit();  // older"
+WAIT, SWIZZLE = "cp_async_wait<1>();", "(row / kRowsInLine % kPlaces)"
+RIGHT_DW, WRONG_DW = "(logits, a, second_rows", "(logits, a, first_rows"
+BUGS = [  # what is found, in which kernel, and the bug: in a file, something in place of what is right
+    ("race", SCORES, f"{SCORES}.cuh", BARRIER, "//"),
+    ("race", GRADIENTS, f"{GRADIENTS}.cuh", BARRIER, "//"),
+    ("in flight", SCORES, f"{SCORES}.cuh", WAIT, "cp_async_wait<2>();"),
+    ("in flight", GRADIENTS, f"{GRADIENTS}.cuh", WAIT, "cp_async_wait<2>();"),
+    ("in flight", SCORES, f"{SCORES}.cuh", GATHERED, "//"),
+    ("out of bounds: .* read", SCORES, "tiles.cuh", "row < valid}", "row <= valid}"),
+    ("out of bounds: .* write", GRADIENTS, "tiles.cuh", "row < extent", "row <= extent"),
+    (r"assert (\d+) == (?!\1).*ldmatrix", SCORES, "tiles.cuh", SWIZZLE, "0"),
+    (r"assert (\d+) == (?!\1).*ldmatrix", GRADIENTS, "tiles.cuh", SWIZZLE, "0"),
+    ("assert .* <= ", SCORES, "tiles.cuh", "x = fmaxf(x, __shfl_xor_sync(kFullMask, x, 1));", ""),
+    ("assert .* <= ", GRADIENTS, f"{GRADIENTS}.cuh", RIGHT_DW, WRONG_DW),
+]
+
+
+@pytest.mark.parametrize(("found", "kernel", "file", "right", "wrong"), BUGS, ids=map(str, range(len(BUGS))))
+def test_planted_bugs_are_found(found: str, kernel: str, file: str, right: str, wrong: str, tmp_path: Path) -> None:
+    for source in (ROOT / "csrc" / "cuda").glob("*.*h"):
+        shutil.copy(source, tmp_path)
+    text = (tmp_path / file).read_text()
+    assert right in text
+    (tmp_path / file).write_text(text.replace(right, wrong))
+    bug = tmp_path / f"{kernel}.cu"
+    body = f"namespace grank::cuda {{{ONE_KERNEL[kernel]}\n}}\n"
+    bug.write_text(f'// {right} -> {wrong}\n#include "{kernel}.cuh"\n{body}')
+    emulation: dict[str, Any] = {"checked": True, "settings": Settings(seed=1, preempt=0.1), "instead": (bug,)}
+
+    def look() -> None:
+        if kernel == SCORES:
+            problem = scoring([0, 130, 70], 130, dtype=torch.float16)
+            got, counters = scores_of(problem, plan=(2, 3), **emulation)
+            assert_scores_are_right(problem, got)
+        else:
+            attended = attention([130, 70], 70, 1, dtype=torch.float16, history="dense")
+            grad_out = grad_like_out(attended)
+            results, (_, counters) = attend(attended, grad_out, **emulation)
+            assert_attention_is_right(attended, grad_out, results)
+        assert_no_waste(counters)
+
+    with pytest.raises(AssertionError, match=re.compile(found, re.DOTALL)):
+        look()
 
 
 # ---- bits ----

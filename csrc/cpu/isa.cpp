@@ -11,10 +11,11 @@
 
 namespace grank {
 
-#define X(isa)                                                \
-  namespace isa {                                             \
-  extern const MipsTopkKernel mips_topk_kernel;               \
-  extern const ScoreCandidatesKernel score_candidates_kernel; \
+#define X(isa)                                                                               \
+  namespace isa {                                                                            \
+  extern const MipsTopkKernel mips_topk_kernel;                                              \
+  extern const ScoreCandidatesKernel score_candidates_kernel;                                \
+  extern const AttentionPass attention_forward, attention_grad_queries, attention_grad_keys; \
   }
 GRANK_ISAS
 #undef X
@@ -29,9 +30,9 @@ bool may_use_amx() {
   return true;
 #elif defined(__linux__)
   constexpr unsigned kTileInt8Bf16 = 3u << 24 | 1u << 22;  // in EDX of CPUID leaf 7
-  constexpr unsigned kTileStates = 3u << 17;   // in XCR0; AVX-512 was seen before, so XCR0 can be read
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, missing from older systems' headers
-  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  constexpr unsigned kTileStates = 3u << 17;               // in XCR0; AVX-512 was seen before, so XCR0 can be read
+  constexpr long kRequestPermission = 0x1023;              // ARCH_REQ_XCOMP_PERM, missing from older systems' headers
+  constexpr long kTileData = 18;                           // XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTileInt8Bf16) != kTileInt8Bf16) return false;
   asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -71,7 +72,14 @@ const Isa& choose() {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all{
-#define X(isa) {#isa, runs_here(#isa), &isa::mips_topk_kernel, &isa::score_candidates_kernel},
+#define X(isa)                    \
+  {#isa,                          \
+   runs_here(#isa),               \
+   &isa::mips_topk_kernel,        \
+   &isa::score_candidates_kernel, \
+   &isa::attention_forward,       \
+   &isa::attention_grad_queries,  \
+   &isa::attention_grad_keys},
       GRANK_ISAS
 #undef X
   };

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "candidate_cross_attention_kernel.h"
 #include "mips_topk_kernel.h"
 #include "score_candidates_kernel.h"
 
@@ -14,6 +15,7 @@ struct Isa {
   bool runs_here;  // this processor and operating system can execute it
   const MipsTopkKernel* mips_topk;
   const ScoreCandidatesKernel* score_candidates;
+  const AttentionPass *attention_forward, *attention_grad_queries, *attention_grad_keys;
 };
 
 // All that were compiled, weakest first.

@@ -21,8 +21,8 @@
 namespace grank {
 namespace GRANK_ISA {
 
-constexpr int kAmxQueries = 16;   // rows of a tile register
-constexpr int kAmxUnits = 16;     // packed units one product takes of a row
+constexpr int kAmxQueries = 16;  // rows of a tile register
+constexpr int kAmxUnits = 16;    // packed units one product takes of a row
 static_assert(kTileRows == 4 * kAmxUnits, "four tiles of B side by side");
 static_assert(kQueriesMultiple % kAmxQueries == 0, "or packed queries would be cut within a block");
 
@@ -50,7 +50,7 @@ inline void pack_tiles(const int8_t* queries, int64_t count, int64_t d, char* ou
 // blocks of as many.
 template <typename Ahead>
 inline void multiply_tiles(const uint32_t* panel, const char* packed, int queries, int64_t steps, Ahead& ahead,
-              int32_t (*sums)[kTileRows]) {
+                           int32_t (*sums)[kTileRows]) {
   constexpr int64_t kUnitBytes = 4 * kTileRows;
   _tile_zero(0);
   _tile_zero(1);

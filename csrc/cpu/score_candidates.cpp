@@ -11,7 +11,8 @@ namespace {
 
 // Waking a thread costs about as much as a hundred thousand multiply-adds.
 int useful_threads(const ScoreCandidatesProblem& p) {
-  const double keys = static_cast<double>(p.cu_seqlens[p.num_users] - p.cu_seqlens[0]) / static_cast<double>(p.num_users);
+  const double keys =
+      static_cast<double>(p.cu_seqlens[p.num_users] - p.cu_seqlens[0]) / static_cast<double>(p.num_users);
   const double candidates = static_cast<double>(p.num_users) * static_cast<double>(p.num_candidates);
   const double work = candidates * (keys * static_cast<double>(p.d + p.h) + static_cast<double>(p.d * p.h));
   return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));

@@ -9,12 +9,6 @@ namespace grank {
 namespace GRANK_ISA {
 namespace {
 
-#if GRANK_AMX
-using Tiles = AmxTiles;
-#else
-using Tiles = FloatTiles;
-#endif
-
 constexpr int kGroup = 4;
 
 struct Scratch {
@@ -84,7 +78,8 @@ inline Floats activate(Floats x) {
   }
 }
 
-// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after another.
+// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after
+// another.
 template <HeadActivation kActivation>
 Floats head(const ScoreCandidatesProblem& p, const float* weighted, Floats by, const float* own, Floats scale,
             const float* user) {
@@ -138,6 +133,11 @@ class Step {
     return left < kColumns ? left : kColumns;
   }
 
+  float row_scale_of(int64_t candidate) const {
+    const bool known = p_.row_scale != nullptr && candidate < count_ && ids_[candidate] >= 0;
+    return known ? p_.row_scale[ids_[candidate]] : 1.0f;
+  }
+
   // Columns without a candidate are computed as if they had the first row, and forgotten.
   void gather(int64_t t) {
     QueryTile<Tiles>& tile = s_.tiles[t];
@@ -148,7 +148,9 @@ class Step {
       const int64_t id = ids_[t * kColumns + c];
       list[c] = id < 0 ? 0 : static_cast<uint32_t>(id);
     }
-    for (int c = 0; c < kColumns; ++c) tile.scale[c] = p_.row_scale != nullptr ? p_.row_scale[list[c]] : 1.0f;
+    for (int c = 0; c < kColumns; ++c) {
+      tile.scale[c] = p_.softmax_scale * kLog2E * row_scale_of(t * kColumns + c);
+    }
     const Rows rows{static_cast<const char*>(p_.rows), p_.row_stride, p_.rows_dtype, columns, p_.d, list};
     Tiles::fill_panel(Tiles::matrix(rows, s_.candidates), columns, p_.d, tile.queries);
   }
@@ -157,30 +159,29 @@ class Step {
     const Rows keys{static_cast<const char*>(p_.keys) + key * p_.key_stride, p_.key_stride, p_.dtype, count, p_.d};
     const Rows values{static_cast<const char*>(p_.values) + key * p_.value_stride, p_.value_stride, p_.dtype, count,
                       p_.h};
-    const Tiles::Matrix k = Tiles::matrix_or_alias(keys, s_.keys);
-    const Tiles::Across v = Tiles::across(Tiles::matrix_or_alias(values, s_.values), count, p_.h, s_.across);
+    const KeyBlock<Tiles> block{Tiles::matrix_or_alias(keys, s_.keys),
+                                Tiles::across(Tiles::matrix_or_alias(values, s_.values), count, p_.h, s_.across),
+                                count,
+                                p_.d,
+                                p_.h,
+                                first};
     for (int64_t t = 0; t * kColumns < count_; ++t) {
       QueryTile<Tiles>& tile = s_.tiles[t];
-      alignas(64) float scale[kColumns];
-      for (int c = 0; c < kColumns; ++c) scale[c] = tile.scale[c] * (p_.softmax_scale * kLog2E);
-      Tiles::multiply<false>(k, count, tile.queries, p_.d, tile.columns, s_.logits);
-      weigh(s_.logits, count, scale, tile, first ? 0 : p_.h, s_.weights);
-      if (first) {
-        Tiles::multiply<false>(v, p_.h, s_.weights, count, tile.columns, tile.out);
-      } else {
-        Tiles::multiply<true>(v, p_.h, s_.weights, count, tile.columns, tile.out);
-      }
+      Tiles::multiply<false>(block.keys, count, tile.queries, p_.d, tile.columns, s_.logits);
+      with_parts<Tiles>(s_.weights, [&](auto parts) { weigh<parts>(s_.logits, tile.scale, block, tile, s_.weights); });
+      add_values(block, s_.weights, tile);
     }
   }
 
   void finish(int64_t t, bool attended) {
     const QueryTile<Tiles>& tile = s_.tiles[t];
     Tiles::multiply<false>(weight_, p_.h, tile.queries, p_.d, tile.columns, s_.logits);
-    alignas(64) float scores[kColumns];
+    alignas(64) float row_scale[kColumns], scores[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c) row_scale[c] = row_scale_of(t * kColumns + c);
     for (int c = 0; c < tile.columns; c += kLanes) {
       const float* weighted = attended ? tile.out + c : nullptr;
       store(scores + c, head(p_, weighted, 1.0f / load<Floats>(tile.sum + c), s_.logits + c,
-                             load<Floats>(tile.scale + c), p_.user_hidden + user_ * p_.h));
+                             load<Floats>(row_scale + c), p_.user_hidden + user_ * p_.h));
     }
     for (int64_t c = 0; c < columns_of(t); ++c) {
       const int64_t at = t * kColumns + c;

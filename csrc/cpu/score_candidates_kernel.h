@@ -1,8 +1,10 @@
 // The part of score_candidates that is compiled once per instruction set.
 //
-//   a = softmax(softmax_scale e K^T), hidden = a V + e item_weight + user_hidden[b], score = out_weight act(hidden) + out_bias
+//   a = softmax(softmax_scale e K^T), hidden = a V + e item_weight + user_hidden[b], score = out_weight act(hidden) +
+//   out_bias
 //
-// for every user b and candidate c, e = scale[id] rows[id]; K (L, d) and V (L, h) are the user's rows of keys and values.
+// for every user b and candidate c, e = scale[id] rows[id]; K (L, d) and V (L, h) are the user's rows of keys and
+// values.
 //
 // A step is one user and kGroup tiles of 64 candidates, whose rows are gathered and transposed once. Then the user's
 // keys and values, kKeys at a time, meet one tile after the other: logits (keys, 64) in the first-level cache, online
@@ -12,9 +14,9 @@
 // to the attended part and user_hidden; the head sums h ascending.) Products and accumulators: tile_product.h.
 // An int8 row's scale is multiplied into its logits' scale and its share of the hidden layer.
 //
-// Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every step
-// L (d + h) of keys and values, from the second-level cache. Memory: 4 (kGroup 64 (d + h) + kKeys (d + h + 64)) bytes a
-// thread and 4 d h for item_weight, both times 1 1/2 at most for parts.
+// Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every
+// step L (d + h) of keys and values, from the second-level cache. Memory: 4 (kGroup 64 (d + h) + kKeys (d + h + 64))
+// bytes a thread and 4 d h for item_weight, both times 1 1/2 at most for parts.
 #pragma once
 
 #include <cstdint>
@@ -63,8 +65,8 @@ struct ScoreCandidatesKernel {
   // What a thread needs for a step, from a boundary of 64 bytes on.
   int64_t (*scratch_bytes)(const ScoreCandidatesProblem& problem);
   // The scores of one user's candidates [first, first + count), count up to candidates_a_step.
-  void (*run_step)(const ScoreCandidatesProblem& problem, const void* weight, int64_t user, int64_t first, int64_t count,
-                   void* scratch);
+  void (*run_step)(const ScoreCandidatesProblem& problem, const void* weight, int64_t user, int64_t first,
+                   int64_t count, void* scratch);
 };
 
 }  // namespace grank

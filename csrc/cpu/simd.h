@@ -120,21 +120,21 @@ inline Floats at_most(Floats x, float most) {
   return (Floats)(((Ints)broadcast<Floats>(most) & above) | ((Ints)x & ~above));
 }
 
-// 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. Error below
-// 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted to 2^r on [-1/2, 1/2], and its roundings. The bits
-// are the same for every instruction set with FMA.
+// 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. The bits are the
+// same for every instruction set with FMA. Error below 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted
+// to 2^r on [-1/2, 1/2], and its roundings.
 inline Floats exp2(Floats x) {
-  constexpr float kCoefficients[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+  constexpr float kCoefficients[] = {
+      1, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
 #if defined(__AVX512F__)
   const Floats r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x minus the nearest integer, even between two
 #else
   const Floats shifted = x + 0x1.8p23f;  // that integer, in the lowest bits
   const Floats r = x - (shifted - 0x1.8p23f);
 #endif
-  Floats p = broadcast<Floats>(kCoefficients[4]);
-#pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kCoefficients[i]));
-  p = multiply_add(r, p, broadcast<Floats>(1.0f));
+  Floats p = broadcast<Floats>(kCoefficients[5]);
+#pragma GCC unroll 5
+  for (int i = 4; i >= 0; --i) p = multiply_add(r, p, broadcast<Floats>(kCoefficients[i]));
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<Floats>(-125.0f), _CMP_NLT_UQ), p, x - r);
 #else
@@ -172,6 +172,34 @@ inline Floats float_of_float16(Halves h) {
   const Floats scaled = (Floats)magnitude * broadcast<Floats>(0x1p112f);
   const Units special = (Units)(magnitude >= 0x0f800000u);
   return (Floats)(((Units)scaled & ~special) | ((magnitude | 0x7f800000u) & special) | (wide & 0x8000) << 16);
+#endif
+}
+
+// ---- and back, to nearest, ties to even ----
+
+inline Halves bfloat16_of_float(Floats x) {
+  const Units bits = (Units)x;
+  const Units rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Units nan = (Units)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40u) & nan), Halves);
+}
+
+inline Halves float16_of_float(Floats x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (Halves)vreinterpret_u16_f16(vcvt_f16_f32(x));
+#else
+  const Units bits = (Units)x, magnitude = bits & 0x7fffffffu;
+  const Units normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const Units small = (Units)((Floats)magnitude + 0.5f) - 0x3f000000u;  // 0.5f's last bit is worth the least float16
+  const Units is_small = (Units)(magnitude < 0x38800000u), is_large = (Units)(magnitude >= 0x477ff000u);
+  const Units is_nan = (Units)(magnitude > 0x7f800000u);
+  const Units rounded =
+      (small & is_small) | (normal & ~is_small & ~is_large) | (0x7c00u & is_large) | (0x200u & is_nan);
+  return __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), Halves);
 #endif
 }
 
@@ -250,20 +278,24 @@ inline Units interleave(Units a, Units b) {
 
 // Exchanges rows and columns of the square of elements in every piece: element j of v[i] becomes element i of v[j].
 template <int kBytes>
-inline void transpose_pieces(Units (&v)[16 / kBytes]) {
+[[gnu::always_inline]] inline void transpose_pieces(Units (&v)[16 / kBytes]) {
   constexpr int kSize = 16 / kBytes;
+#pragma GCC unroll 3  // all loops, or the registers would be an array in memory
   for (int stage = 1; stage < kSize; stage *= 2) {
     Units out[kSize];
+#pragma GCC unroll 4
     for (int i = 0; i < kSize / 2; ++i) {
       out[2 * i] = interleave<kBytes, false>(v[i], v[i + kSize / 2]);
       out[2 * i + 1] = interleave<kBytes, true>(v[i], v[i + kSize / 2]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kSize; ++i) v[i] = out[i];
   }
 }
 
-// 16 bytes, or the first `bytes` ones, of every row, transposed: element i of columns[j] is element j of row i. Elements
-// of kBytes bytes; kLanes rows of four, or 2 kLanes of eight. Row i stands at first + (kListed ? list[i] : i) * stride.
+// 16 bytes, or the first `bytes` ones, of every row, transposed: element i of columns[j] is element j of row i.
+// Elements of kBytes bytes; kLanes rows of four, or 2 kLanes of eight. Row i stands at first + (kListed ? list[i] : i)
+// * stride.
 template <int kBytes, bool kListed, bool kWhole>
 [[gnu::always_inline]] inline void load_columns(const char* first, int64_t stride, const uint32_t* list, int64_t bytes,
                                                 Units (&columns)[16 / kBytes]) {
@@ -275,7 +307,8 @@ template <int kBytes, bool kListed, bool kWhole>
     for (int i = 0; i < kSize; ++i, row += stride) {
       if (kListed) row = first + list[g * kSize + i] * stride;
       asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
-      columns[i] = put_piece(g == 0 ? Units{} : columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
+      columns[i] =
+          put_piece(g == 0 ? Units{} : columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
     }
   }
   transpose_pieces<kBytes>(columns);

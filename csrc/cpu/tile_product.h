@@ -53,20 +53,26 @@ class Pieces {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// kLanes numbers of a row, or its last `count` ones and zeros, as floats.
-template <bool kWhole>
-inline Floats load_floats(const char* p, DType dtype, int64_t count) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return kWhole ? load<Floats>(p) : load_first<Floats>(p, 4 * count);
-    case DType::kFloat16:
-      return float_of_float16(kWhole ? load<Halves>(p) : load_first<Halves>(p, 2 * count));
-    case DType::kBFloat16:
-      return float_of_bfloat16(kWhole ? load<Halves>(p) : load_first<Halves>(p, 2 * count));
-    case DType::kInt8:
-      return __builtin_convertvector(kWhole ? load<Bytes>(p) : load_first<Bytes>(p, count), Floats);
+template <DType kType>
+inline Floats as_floats(const void* numbers) {
+  if constexpr (kType == DType::kFloat32) {
+    return load<Floats>(numbers);
+  } else if constexpr (kType == DType::kFloat16) {
+    return float_of_float16(load<Halves>(numbers));
+  } else if constexpr (kType == DType::kBFloat16) {
+    return float_of_bfloat16(load<Halves>(numbers));
+  } else {
+    return __builtin_convertvector(load<Bytes>(numbers), Floats);
   }
-  return Floats{};
+}
+
+// The first `count` numbers at p, up to kLanes, and zeros.
+template <DType kType>
+inline Floats load_floats(const char* p, int64_t count) {
+  if (count >= kLanes) return as_floats<kType>(p);
+  char numbers[kLanes * element_bytes(kType)] = {};
+  if (count > 0) __builtin_memcpy(numbers, p, count * element_bytes(kType));
+  return as_floats<kType>(numbers);
 }
 
 // Exchanges rows and columns of 32-bit units: 64 rows (fewer: the last one repeated) into units of 256 bytes.
@@ -77,7 +83,33 @@ inline void transpose_units(const char* rows, int64_t stride, int64_t count, int
     for (int64_t j = 0; j < units; j += 4) {
       Units columns[4];
       load_columns<4, true, true>(rows + 4 * j, stride, list, 16, columns);
+#pragma GCC unroll 4  // or the columns would leave the registers
       for (int i = 0; i < 4; ++i) store(panel + (j + i) * kColumns + first, columns[i]);
+    }
+  }
+}
+
+// Columns as rows again: numbers[j][c] * scale[c], rounded to dtype, to element j of row c, for j < width, c < count.
+// Reads numbers of `width` rounded up to kLanes.
+inline void write_rows(const float* numbers, int64_t width, int64_t count, const float* scale, DType dtype, char* rows,
+                       int64_t stride) {
+  const int64_t bytes = element_bytes(dtype);
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const int64_t left = width - j < kLanes ? width - j : kLanes;
+    for (int64_t c = 0; c < count; c += 4) {
+      Units columns[4];
+      load_columns<4, false, true>(reinterpret_cast<const char*>(numbers + j * kColumns + c), kColumns * 4, nullptr, 16,
+                                   columns);
+      for (int i = 0; i < 4 && c + i < count; ++i) {
+        const Floats x = (Floats)columns[i] * scale[c + i];
+        char* to = rows + (c + i) * stride + j * bytes;
+        if (dtype == DType::kFloat32) {
+          __builtin_memcpy(to, &x, left * 4);
+        } else {
+          const Halves halves = dtype == DType::kFloat16 ? float16_of_float(x) : bfloat16_of_float(x);
+          __builtin_memcpy(to, &halves, left * 2);
+        }
+      }
     }
   }
 }
@@ -96,6 +128,9 @@ struct FloatTiles {
     float* data;
   };
 
+  static constexpr int kMostParts = 1;
+  static int parts(Panel) { return 1; }
+
   // For the whole life of a kernel's step.
   struct Session {};
 
@@ -109,24 +144,26 @@ struct FloatTiles {
   static Panel take_panel(Pieces& pieces, DType, int64_t depth) {
     return {pieces.take<float>(padded(depth) * kColumns)};
   }
+  // For numbers (depth, 64) that there are anyway.
+  static Panel take_panel_of_floats(Pieces&, DType, int64_t) { return {nullptr}; }
 
   static Matrix matrix(const Rows& rows, void* memory) {
-    auto* out = static_cast<float*>(memory);
-    const int64_t stride = padded(rows.width);
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const char* row = rows.row(i);
-      float* to = out + i * stride;
-      int64_t j = 0;
-      for (; j + kLanes <= rows.width; j += kLanes) {
-        store(to + j, load_floats<true>(row + j * element_bytes(rows.dtype), rows.dtype, kLanes));
-      }
-      if (j < rows.width) {
-        const Floats last =
-            load_floats<false>(row + j * element_bytes(rows.dtype), rows.dtype, rows.width - j);
-        __builtin_memcpy(to + j, &last, (stride - j) * 4);
-      }
+    const Matrix out{static_cast<float*>(memory), padded(rows.width)};
+    switch (rows.dtype) {
+      case DType::kFloat32:
+        convert<DType::kFloat32>(rows, static_cast<float*>(memory));
+        break;
+      case DType::kFloat16:
+        convert<DType::kFloat16>(rows, static_cast<float*>(memory));
+        break;
+      case DType::kBFloat16:
+        convert<DType::kBFloat16>(rows, static_cast<float*>(memory));
+        break;
+      case DType::kInt8:
+        convert<DType::kInt8>(rows, static_cast<float*>(memory));
+        break;
     }
-    return {out, stride};
+    return out;
   }
 
   // float32 rows one after the other are used where they are.
@@ -144,11 +181,14 @@ struct FloatTiles {
   }
 
   // Dimensions 2 * pair and 2 * pair + 1 of the columns from `column` on.
+  template <int>
   static void put_pair(Panel panel, int64_t pair, int column, Floats even, Floats odd) {
     store(panel.data + 2 * pair * kColumns + column, even);
     store(panel.data + (2 * pair + 1) * kColumns + column, odd);
   }
   static void end_panel(Panel, int64_t) {}
+  // numbers (depth, 64) as a panel; `panel` is where it may be made.
+  static Panel panel_of(float* numbers, int64_t, int, Panel) { return {numbers}; }
 
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
@@ -163,6 +203,18 @@ struct FloatTiles {
   static constexpr int kBlock = 6;  // rows of A at once
   static constexpr int kVectors = kLanes == 16 ? 4 : 2;
   static constexpr int kSegment = 128;
+
+  template <DType kType>
+  static void convert(const Rows& rows, float* out) {
+    const int64_t stride = padded(rows.width);
+    for (int64_t i = 0; i < rows.count; ++i, out += stride) {
+      const char* row = rows.row(i);
+      for (int64_t j = 0; j < stride; j += kLanes) {
+        const Floats x = load_floats<kType>(row + j * element_bytes(kType), rows.width - j);
+        __builtin_memcpy(out + j, &x, stride - j < kLanes ? (stride - j) * 4 : sizeof x);
+      }
+    }
+  }
 
   template <bool kAcross, bool kAdd, int kRows, int kVectors>
   static void multiply_block(const float* a, int64_t stride, const float* b, int64_t depth, float* c) {

@@ -77,9 +77,9 @@ __device__ inline RowTile find_tile(const RowGroups& groups, int64_t index) {
     user += last * step;
     span = end - user < step ? end - user : step;
   }
-  const int64_t tile = index - (groups.offset(user) / kTileRows + user);
-  if (tile < 0) return {user, groups.rows(user).extent};
-  return {user, static_cast<int>(tile) * kTileRows};
+  const int64_t first = (index - (groups.offset(user) / kTileRows + user)) * kTileRows;
+  const int extent = groups.rows(user).extent;
+  return {user, first < 0 || first > extent ? extent : static_cast<int>(first)};  // offsets that decrease lead anywhere
 }
 
 }  // namespace grank::cuda

@@ -2,24 +2,26 @@
 //
 //   score = out_weight . act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias
 //
-// A block of four warps takes tiles of 64 candidates of one user, and walks the history in tiles of 64 keys: their rows
-// come by cp.async into swizzled shared memory while the tile before is in use. Then item_weight comes the same way, as
-// if it were one more tile: it never needs more room than 64 keys and values, 2 d h <= 128 (d + h). All products are
-// mma_m16n8k16 with float32 sums. Weights are exp(logit - max) in [0, 1], rounded to the element type before they meet
-// V; their sum is float32 and at most L. A candidate lives in 16 lanes' registers from its gather to its score.
+// A block of four warps takes a tile of 64 candidates of one user: their rows are gathered by id, and the history goes
+// past in tiles of 64 keys and values, which cp.async brings into swizzled shared memory while the tile before is in
+// use. Last comes item_weight, as if it were one more tile: with 2 d h <= 128 (d + h) bytes it needs no more room. All
+// products are mma_m16n8k16 with float32 sums. The weights exp(logit - max) lie in [0, 1] and are rounded to the
+// element type before they meet V; their float32 sum is at most L. Logits, hidden layer and score stay in registers.
 //
-// Int8 rows become elements exactly; e is linear in its scale, which therefore multiplies softmax_scale and the product
-// with item_weight, in float32.
+// Rows of int8 become elements exactly. Everything is linear in a row's scale, which therefore multiplies softmax_scale
+// and the product with item_weight, in float32.
 //
-// A history of fewer tiles than there are stages stays in shared memory with item_weight, for all tiles of the block.
+// Given several tiles of candidates, a block keeps a history that leaves a stage for item_weight in shared memory, and
+// streams a longer one once a tile.
 //
-// Bytes: a block reads, per tile of candidates, 64 ids and 64 rows, and 2 (d + h) bytes a key of its history, rounded
-// up to 64 keys nowhere: rows past the end are not read; once per block, not per tile, where the history stays. Plus
-// 2 d h for item_weight. It writes 4 bytes a candidate. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
-// Shared memory: 128 d + stages * (128 (d + h) + 256) bytes.
+// Bytes of a block: 8 a candidate's id and its row, 2 (d + h) a key and 2 d h for item_weight, once a tile or, where
+// the history stays, once; 4 a score. Padding is not read. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
+// Shared memory: 128 d + stages (128 (d + h) + 256) bytes, 82432 for two stages at d = h = 128.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "attend.cuh"
 #include "score_candidates.h"
@@ -37,27 +39,78 @@ struct ScoreShared {
   static constexpr int bytes(int stages) { return kCandidates + stages * kStage; }
 };
 
-__device__ __forceinline__ float activate(float x, HeadActivation activation) {
-  switch (activation) {
-    case HeadActivation::kRelu:
-      return x < 0.0f ? 0.0f : x;  // a NaN stays one
-    case HeadActivation::kSilu:
-      return x * sigmoid(x);
-    default:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+struct Relu {
+  __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? 0.0f : x; }  // a NaN stays one
+};
+struct Silu {
+  __device__ __forceinline__ float operator()(float x) const { return x * sigmoid(x); }
+};
+struct Gelu {
+  __device__ __forceinline__ float operator()(float x) const { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+};
+
+// scores[half] += weight . activate(hidden), of this lane's columns.
+template <class Element, int kBlocks, class Activation>
+__device__ __forceinline__ void add_scores(float (&scores)[2], const float (&hidden)[kBlocks][4], const Element* weight,
+                                           Activation activate) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    const float2 pair = unpack2<Element>(load_vec<uint32_t>(weight + fragment_column(n)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[j / 2] += (j % 2 ? pair.y : pair.x) * activate(hidden[n][j]);
   }
 }
 
+// The head, for the 16 candidates of this warp: the scores of its two rows a lane, in all four lanes of a row.
+// `attended` is a @ V before it is multiplied by `normaliser`, and is used up.
+template <class Element, int kWidth, int kHidden>
+__device__ __forceinline__ void score_rows(const ScoreCandidates& p, int64_t user,
+                                           const uint32_t (&candidates)[kWidth / 16][4], const float (&row_scale)[2],
+                                           const unsigned char* item_weight, float (&attended)[kHidden / 8][4],
+                                           const float (&normaliser)[2], float (&scores)[2]) {
+  const Element* const user_hidden = static_cast<const Element*>(p.user_hidden) + user * kHidden;
+#pragma unroll
+  for (int n = 0; n < kHidden / 8; n += 2) {
+    float direct[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; ++k) {
+      multiply_columns<Element, kHidden>(direct, candidates[k], item_weight, 16 * k, n);
+    }
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const float2 of_user = unpack2<Element>(load_vec<uint32_t>(user_hidden + fragment_column(n + block)));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& hidden = attended[n + block][j];
+        hidden = hidden * normaliser[j / 2] + direct[block][j] * row_scale[j / 2] + (j % 2 ? of_user.y : of_user.x);
+      }
+    }
+  }
+  const Element* const out_weight = static_cast<const Element*>(p.out_weight);
+  scores[0] = scores[1] = 0.0f;
+  switch (p.activation) {
+    case HeadActivation::kRelu:
+      add_scores(scores, attended, out_weight, Relu());
+      break;
+    case HeadActivation::kSilu:
+      add_scores(scores, attended, out_weight, Silu());
+      break;
+    case HeadActivation::kGelu:
+      add_scores(scores, attended, out_weight, Gelu());
+  }
+  for (float& score : scores) score = sum_of_row(score) + p.out_bias;
+}
+
 // Rows of int8 by id, as elements. The tile may be read after the next barrier.
-template <int kWidth, class Element, class Address>
-__device__ __forceinline__ void convert_rows(unsigned char* tile, Address address) {
+template <int kWidth, class Element, class Source>
+__device__ __forceinline__ void convert_rows(unsigned char* tile, Source source) {
   constexpr int kVectors = kWidth / 16;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kTileRows * kVectors; i += kThreads) {
     const int row = i / kVectors, vector = i % kVectors;
-    const unsigned char* source = address(row);
+    const SourceRow from = source(row);
     uint4 bytes = {0, 0, 0, 0};
-    if (source != nullptr) bytes = load_vec<uint4>(source + 16 * vector);
+    if (from.valid) bytes = load_vec<uint4>(static_cast<const unsigned char*>(from.address) + 16 * vector);
     uint4 low, high;
     unpack_int8<Element>(bytes.x, low.x, low.y);
     unpack_int8<Element>(bytes.y, low.z, low.w);
@@ -68,18 +121,25 @@ __device__ __forceinline__ void convert_rows(unsigned char* tile, Address addres
   }
 }
 
+// Where a block is: at a tile of keys, or behind the last one at item_weight, of a tile of candidates; and in which
+// stage that lies.
+struct Place {
+  int candidate_tile, key_tile, stage;
+};
+
+// At width 128 shared memory holds hardly more than 2 blocks: the compiler may use the registers of 2 (0: its choice).
 template <class Element, int kWidth, int kHidden>
-__global__ void __launch_bounds__(kThreads) score_candidates_kernel(const ScoreCandidates p, const ScorePlan plan) {
+__global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
+    score_candidates_kernel(const ScoreCandidates p, const ScorePlan plan) {
   using Shared = ScoreShared<kWidth, kHidden>;
   GRANK_DYNAMIC_SHARED(shared);
-  unsigned char* const stages = shared + Shared::kCandidates;
 
-  const int64_t tiles = (p.candidates + kTileRows - 1) / kTileRows;
-  const int64_t blocks = (tiles + plan.tiles_per_block - 1) / plan.tiles_per_block;
-  const int64_t user = blockIdx.x / blocks;
-  const int64_t first_tile = blockIdx.x % blocks * plan.tiles_per_block;
-  const int my_tiles = static_cast<int>(min(tiles - first_tile, static_cast<int64_t>(plan.tiles_per_block)));
-  const int64_t* const ids = p.candidate_ids + user * p.candidates;
+  const int num_candidates = static_cast<int>(p.candidates);
+  const int rows_per_block = plan.tiles_per_block * kTileRows;
+  const int blocks_per_user = (num_candidates - 1) / rows_per_block + 1;
+  const int64_t user = blockIdx.x / blocks_per_user;
+  const int first_candidate = static_cast<int>(blockIdx.x % blocks_per_user) * rows_per_block;
+  const int last_tile = (min(num_candidates - first_candidate, rows_per_block) - 1) / kTileRows;
 
   const Rows history = RowGroups{p.cu_seqlens, nullptr, p.users, 0, p.num_keys}.rows(user);
   const Element* const keys = static_cast<const Element*>(p.keys) + history.begin * kWidth;
@@ -87,33 +147,32 @@ __global__ void __launch_bounds__(kThreads) score_candidates_kernel(const ScoreC
   const int key_tiles = (history.count + kTileRows - 1) / kTileRows;
   const bool stays = key_tiles < plan.stages;
 
-  const auto id_of = [&](int64_t candidate) { return candidate < p.candidates ? ids[candidate] : int64_t{-1}; };
-  const auto known = [&](int64_t id) { return id >= 0 && id < p.num_items; };
+  // The id of a candidate, -1 if it is none of the table's.
+  const auto id_of = [&](int tile, int row) {
+    const int candidate = first_candidate + tile * kTileRows + row;
+    const int64_t id = candidate < num_candidates ? p.candidate_ids[user * num_candidates + candidate] : int64_t{-1};
+    return id >= 0 && id < p.num_items ? id : int64_t{-1};
+  };
+  const auto scale_of = [&](int64_t id) { return p.row_scale == nullptr || id < 0 ? 1.0f : p.row_scale[id]; };
   const auto gather = [&](int tile) {
-    const int64_t begin = (first_tile + tile) * kTileRows;
-    const auto address = [&](int row) -> const unsigned char* {
-      const int64_t id = id_of(begin + row);
-      return known(id) ? static_cast<const unsigned char*>(p.items) + id * p.item_stride : nullptr;
+    const auto row_of_table = [&](int row) {
+      const int64_t id = id_of(tile, row);
+      return SourceRow{static_cast<const unsigned char*>(p.items) + id * p.item_stride, id >= 0};
     };
     if (p.row_scale != nullptr) {
-      convert_rows<kWidth, Element>(shared, address);
+      convert_rows<kWidth, Element>(shared, row_of_table);
     } else {
-      copy_rows<kTileRows, kWidth>(shared, address);
+      copy_rows<kTileRows, kWidth>(shared, row_of_table);
     }
   };
-  // Step s of the walk: tile s % (key_tiles + 1) of the history, item_weight after the last one.
-  const int steps_of_tile = key_tiles + 1, steps = my_tiles * steps_of_tile;
-  const auto stage_of = [&](int step) {
-    return stages + (stays ? step % steps_of_tile : step % plan.stages) * Shared::kStage;
-  };
-  const auto copy = [&](int step) {
-    unsigned char* const stage = stage_of(step);
-    const int tile = step % steps_of_tile;
-    if (tile == key_tiles) {
+  const auto stage_of = [&](const Place& at) { return shared + Shared::kCandidates + at.stage * Shared::kStage; };
+  const auto copy = [&](const Place& at) {
+    unsigned char* const stage = stage_of(at);
+    if (at.key_tile == key_tiles) {
       copy_rows<kWidth, kHidden>(stage, static_cast<const Element*>(p.item_weight), kHidden, kWidth);
       return;
     }
-    const int first = tile * kTileRows, valid = history.count - first;
+    const int first = at.key_tile * kTileRows, valid = history.count - first;
     copy_rows<kTileRows, kWidth>(stage, keys + int64_t{first} * kWidth, kWidth, valid);
     copy_rows<kTileRows, kHidden>(stage + Shared::kKeys, values + int64_t{first} * kHidden, kHidden, valid);
     if (threadIdx.x < kTileRows) {
@@ -121,33 +180,39 @@ __global__ void __launch_bounds__(kThreads) score_candidates_kernel(const ScoreC
                 static_cast<int>(threadIdx.x) < valid ? 0.0f : -INFINITY);
     }
   };
+  const auto after = [&](const Place& at) {
+    Place next = at;
+    if (++next.key_tile > key_tiles) {
+      next.key_tile = 0;
+      ++next.candidate_tile;
+    }
+    if (++next.stage == (stays ? key_tiles + 1 : plan.stages)) next.stage = 0;
+    return next;
+  };
 
+  Place at = {0, 0, 0};
   gather(0);
-  copy(0);
+  copy(at);
   cp_async_commit();
 
-  uint32_t candidate[kWidth / 16][4];
-  float row_scale[2], scale[2];
-  bool scored[2];
+  uint32_t candidates[kWidth / 16][4];
+  float scale[2];  // of a candidate's logits
   OnlineSoftmax softmax;
   float attended[kHidden / 8][4];
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps && !(stays && step + 1 >= steps_of_tile)) copy(step + 1);
+  while (at.candidate_tile <= last_tile) {
+    const Place next = after(at);
+    if (next.candidate_tile <= (stays ? 0 : last_tile)) copy(next);
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
 
-    const int tile = step / steps_of_tile, key_tile = step % steps_of_tile;
-    const unsigned char* const stage = stage_of(step);
-    if (key_tile == 0) {
+    const unsigned char* const stage = stage_of(at);
+    if (at.key_tile == 0) {
 #pragma unroll
-      for (int k = 0; k < kWidth / 16; ++k) load_left<kWidth>(candidate[k], shared, k);
+      for (int k = 0; k < kWidth / 16; ++k) load_left<kWidth>(candidates[k], shared, k);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t id = id_of((first_tile + tile) * kTileRows + fragment_row(half));
-        scored[half] = known(id);
-        row_scale[half] = scored[half] && p.row_scale != nullptr ? p.row_scale[id] : 1.0f;
-        scale[half] = p.softmax_scale * OnlineSoftmax::kUnit * row_scale[half];
+        scale[half] = p.softmax_scale * OnlineSoftmax::kUnit * scale_of(id_of(at.candidate_tile, fragment_row(half)));
       }
       softmax = OnlineSoftmax();
 #pragma unroll
@@ -156,71 +221,53 @@ __global__ void __launch_bounds__(kThreads) score_candidates_kernel(const ScoreC
         for (int j = 0; j < 4; ++j) attended[n][j] = 0.0f;
       }
     }
-    if (key_tile < key_tiles) {
-      attend<Element, kWidth, kHidden>(candidate, stage, stage + Shared::kKeys,
+    if (at.key_tile < key_tiles) {
+      attend<Element, kWidth, kHidden>(candidates, stage, stage + Shared::kKeys,
                                        reinterpret_cast<const float*>(stage + Shared::kKeys + Shared::kValues), scale,
                                        softmax, attended);
     } else {
+      const int64_t ids[2] = {id_of(at.candidate_tile, fragment_row(0)), id_of(at.candidate_tile, fragment_row(1))};
+      const float row_scale[2] = {scale_of(ids[0]), scale_of(ids[1])};
       const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};
-      const Element* const user_hidden = static_cast<const Element*>(p.user_hidden) + user * kHidden;
-      float score[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int n = 0; n < kHidden / 8; n += 2) {
-        float direct[2][4] = {};
-#pragma unroll
-        for (int k = 0; k < kWidth / 16; ++k) {
-          multiply_columns<Element, kHidden>(direct, candidate[k], stage, 16 * k, n);
-        }
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          const int column = fragment_column(n + block);
-          const float2 of_user = unpack2<Element>(load_vec<uint32_t>(user_hidden + column));
-          const float2 weight =
-              unpack2<Element>(load_vec<uint32_t>(static_cast<const Element*>(p.out_weight) + column));
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float hidden = attended[n + block][j] * normaliser[j / 2] + direct[block][j] * row_scale[j / 2] +
-                                 (j % 2 ? of_user.y : of_user.x);
-            score[j / 2] += (j % 2 ? weight.y : weight.x) * activate(hidden, p.activation);
-          }
-        }
-      }
+      float scores[2];
+      score_rows<Element, kWidth, kHidden>(p, user, candidates, row_scale, stage, attended, normaliser, scores);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float total = sum_of_row(score[half]) + p.out_bias;
-        const int64_t place = (first_tile + tile) * kTileRows + fragment_row(half);
-        if (lane_id() % 4 == 0 && place < p.candidates) {
-          p.scores[user * p.candidates + place] = scored[half] ? total : -INFINITY;
+        const int candidate = first_candidate + at.candidate_tile * kTileRows + fragment_row(half);
+        if (lane_id() % 4 == 0 && candidate < num_candidates) {
+          p.scores[user * num_candidates + candidate] = ids[half] < 0 ? -INFINITY : scores[half];
         }
       }
     }
-    __syncthreads();  // the stage is free for step + 2, and the candidates' tile, whose rows are in registers
-    if (key_tile == 0 && tile + 1 < my_tiles) {
-      gather(tile + 1);
-      cp_async_commit();  // older than the next step's copies, so that the next step waits for it
+    __syncthreads();  // the stage is free for the place after the next, and so is the tile of candidates
+    if (at.key_tile == 0 && at.candidate_tile < last_tile) {
+      gather(at.candidate_tile + 1);
+      cp_async_commit();  // older than the copies of the next round, which therefore waits for it
     }
+    at = next;
   }
 }
 
-// Enough stages for histories up to twice the average, within 96 KiB: what every device from sm_80 on can give a
-// block. Several tiles per block only where the blocks still fill a large device a few times over.
+// Two stages and a tile a block, unless the blocks would fill a large device a few times over and histories up to twice
+// the average stay: within 96 KiB, what every device from sm_80 on can give a block.
 template <int kWidth, int kHidden>
 ScorePlan score_plan(const ScoreCandidates& problem) {
   using Shared = ScoreShared<kWidth, kHidden>;
-  constexpr int kMost = ((96 << 10) - Shared::kCandidates) / Shared::kStage;
-  constexpr int64_t kBlocks = 1024, kTiles = 8;
-  static_assert(kMost >= 2);
-  const int64_t wanted = ceil_div(2 * problem.num_keys, problem.users * kTileRows) + 1;
-  const int64_t tiles = problem.users * ceil_div(problem.candidates, kTileRows);
-  if (wanted > kMost) return {2, 1};
-  return {static_cast<int>(wanted < 2 ? 2 : wanted), static_cast<int>(tiles < 2 * kBlocks        ? 1
-                                                                      : tiles / kBlocks < kTiles ? tiles / kBlocks
-                                                                                                 : kTiles)};
+  constexpr int64_t kBlocks = 1024, kMostTiles = 8;
+  constexpr int64_t kMostStages = ((96 << 10) - Shared::kCandidates) / Shared::kStage;
+  const int64_t stages = ceil_div(2 * problem.num_keys, problem.users * kTileRows) + 1;
+  const int64_t tiles = problem.users * ceil_div(problem.candidates, kTileRows) / kBlocks;
+  if (stages > kMostStages || tiles < 2) return {2, 1};
+  return {static_cast<int>(stages < 2 ? 2 : stages), static_cast<int>(tiles < kMostTiles ? tiles : kMostTiles)};
 }
 
 template <class Element, int kWidth, int kHidden>
 void launch_score_candidates(const ScoreCandidates& problem, const ScorePlan* given, void* stream) {
   if (problem.users == 0 || problem.candidates == 0) return;
+  if (problem.candidates > INT32_MAX - 8 * kTileRows) {
+    throw std::invalid_argument("score_candidates: a user has " + std::to_string(problem.candidates) +
+                                " candidates; at most 2^31 - 513 are taken");
+  }
   const ScorePlan plan = given != nullptr ? *given : score_plan<kWidth, kHidden>(problem);
   const int64_t blocks = problem.users * ceil_div(ceil_div(problem.candidates, kTileRows), plan.tiles_per_block);
   if (blocks >= int64_t{1} << 31) throw std::invalid_argument("score_candidates: more than 2^31 tiles of candidates");

@@ -27,29 +27,39 @@ struct Tile {
   static constexpr int kRowsInLine = kChunks < 8 ? 8 / kChunks : 1;
   static constexpr int kPlaces = kChunks < 8 ? kChunks : 8;
 
-  static constexpr int bytes(int rows) { return rows * kWidth * 2; }
+  static constexpr __host__ __device__ int bytes(int rows) { return rows * kWidth * 2; }
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    return (row * kChunks + (chunk ^ (row / kRowsInLine % kPlaces))) * 16;
+    const int line_chunk = chunk % kPlaces;
+    return (row * kChunks + chunk - line_chunk + (line_chunk ^ (row / kRowsInLine % kPlaces))) * 16;
   }
 };
 
-// Starts copying kRows rows into a tile; `address(row)` is the row in global memory, or null for a row of zeros.
-template <int kRows, int kWidth, class Address>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, Address address) {
+// A row in global memory; zeros stand for it, and nothing is read, where it is not valid.
+struct SourceRow {
+  const void* address;
+  bool valid;
+};
+
+// Starts copying kRows rows, `source(row)`, into a tile.
+template <int kRows, int kWidth, class Source>
+__device__ __forceinline__ void copy_rows(unsigned char* tile, Source source) {
   constexpr int kChunks = Tile<kWidth>::kChunks;
+  constexpr int kRowsAtOnce = kThreads / kChunks;  // a multiple of 8, so that a thread's chunks lie at one place
+  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  unsigned char* const target = tile + Tile<kWidth>::offset(first, chunk);
 #pragma unroll
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const unsigned char* source = reinterpret_cast<const unsigned char*>(address(row));
-    cp_async_16(tile + Tile<kWidth>::offset(row, chunk), source + (source != nullptr ? 16 * chunk : 0),
-                source != nullptr);
+  for (int row = 0; row < kRows; row += kRowsAtOnce) {
+    if (kRows < kRowsAtOnce && first >= kRows) break;
+    const SourceRow from = source(first + row);
+    cp_async_16(target + Tile<kWidth>::bytes(row), static_cast<const unsigned char*>(from.address) + 16 * chunk,
+                from.valid);
   }
 }
 
 // The same for the first `valid` of rows that lie `stride` elements apart.
 template <int kRows, int kWidth, class Element>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const Element* rows, int64_t stride, int valid) {
-  copy_rows<kRows, kWidth>(tile, [=](int row) { return row < valid ? rows + row * stride : nullptr; });
+  copy_rows<kRows, kWidth>(tile, [=](int row) { return SourceRow{rows + row * stride, row < valid}; });
 }
 
 // The 16 rows of this warp and columns 16 step to 16 step + 15, as the left operand.

@@ -16,7 +16,8 @@ except ImportError as error:  # the package works without its native library, se
     )
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
-_ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
+_HEAD_ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2}
+_ATTENTION_ACTIVATIONS = {"softmax": 0, "silu": 1}
 _MAX_ROWS = (1 << 32) - 1
 _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
@@ -130,7 +131,117 @@ def score_candidates(
         candidate_ids.data_ptr(), B, C, rows.data_ptr(), _DTYPES[rows.dtype], N, d, _row_bytes(rows),
         _address(row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
         _row_bytes(values), h, cu_seqlens.data_ptr(), user_hidden.data_ptr(), item_weight.data_ptr(),
-        out_weight.data_ptr(), out_bias, softmax_scale, _ACTIVATIONS[activation],
+        out_weight.data_ptr(), out_bias, softmax_scale, _HEAD_ACTIVATIONS[activation],
         torch.get_num_threads(), scores.data_ptr(),
     )  # fmt: skip
     return scores
+
+
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
+    if _cpu is None:
+        return unavailable()
+    if not q.is_cpu:
+        return f"q is on {q.device}, not on the CPU"
+    if q.dtype not in _DTYPES:
+        return f"q is {q.dtype}; this backend takes torch.float32, torch.float16 or torch.bfloat16"
+    return None
+
+
+class _Attention:
+    """What the attention kernels are told of a call, forward and backward."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_k: torch.Tensor | None,
+        seqused_k: torch.Tensor | None,
+        softmax_scale: float,
+        activation: str,
+    ) -> None:
+        self.offsets = [None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+        offsets_q, offsets_k, used_k = self.offsets
+        self.ragged_q, self.ragged_k = offsets_q is not None, offsets_k is not None
+        self.softmax = activation == "softmax"
+        users = len(q) if offsets_q is None else len(offsets_q) - 1
+        self.head = (
+            users, q.shape[-2], q.shape[-1], _DTYPES[q.dtype], _ATTENTION_ACTIVATIONS[activation],
+            softmax_scale, torch.get_num_threads(),
+            (_address(offsets_q), 0, 0 if self.ragged_q else q.shape[1]),
+            (_address(offsets_k), _address(used_k), 0 if self.ragged_k else k.shape[1]),
+        )  # fmt: skip
+        self.all_keys = not self.ragged_k and used_k is None
+
+    def by_query(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
+        """The address and strides of a tensor with a row a query; x without D is given one of 1."""
+        return _by_user(x, self.ragged_q)
+
+    def by_key(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
+        return _by_user(x, self.ragged_k)
+
+
+def _by_user(x: torch.Tensor | None, ragged: bool) -> tuple[int, int, int, int]:
+    """An address and the strides in bytes of users, rows and heads; rows that lie one after another have no user's."""
+    if x is None:
+        return 0, 0, 0, 0
+    strides = [0, *x.stride()] if ragged else list(x.stride())
+    return x.data_ptr(), strides[0] * x.itemsize, strides[1] * x.itemsize, strides[2] * x.itemsize
+
+
+def _fresh(x: torch.Tensor, written: bool) -> torch.Tensor:
+    """Memory like x, contiguous; zeros where the kernels do not write all of it."""
+    make = torch.empty if written else torch.zeros
+    return make(x.shape, dtype=x.dtype, device="cpu")
+
+
+def candidate_cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32; of silu (0,)."""
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
+    out = _fresh(q, not call.ragged_q)
+    lse = torch.full(q.shape[:-1] if call.softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
+    _cpu.candidate_cross_attention(
+        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
+        call.by_query(lse if call.softmax else None),
+    )  # fmt: skip
+    return out, lse
+
+
+def candidate_cross_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    bias_k: torch.Tensor | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of q, k, v and bias_k, of their shapes and dtypes, contiguous."""
+    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
+    grad_q, grad_k, grad_v = _fresh(q, not call.ragged_q), _fresh(k, call.all_keys), _fresh(v, call.all_keys)
+    grad_bias = None if bias_k is None else _fresh(bias_k, call.all_keys)
+    delta = torch.empty_like(lse) if call.softmax else None
+    _cpu.candidate_cross_attention_backward(
+        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
+        call.by_query(lse if call.softmax else None), call.by_query(grad_out), call.by_query(grad_q),
+        call.by_key(grad_k), call.by_key(grad_v), call.by_key(grad_bias), call.by_query(delta),
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias

@@ -35,7 +35,7 @@ def _device_unsupported(name: str, x: torch.Tensor) -> str | None:
     return _card_unsupported(x.device) if x.is_cuda else f"{name} are on {x.device}, not on a CUDA device"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _card_unsupported(device: torch.device) -> str | None:
     return unavailable() or _too_old(device)
 

@@ -1,6 +1,7 @@
 // The AMX intrinsics that csrc uses, in plain C++ on eight emulated tile registers a thread, for processors without AMX
 // and for the sanitizers, which do not see what the instructions read and write. Semantics of palette 1 as in Intel's
-// manual, volume 2: LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBSSD. What would be a fault is an abort
+// manual, volume 2: LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBSSD, TDPBF16PS. What would be
+// a fault is an abort
 // with a message.
 #pragma once
 
@@ -28,7 +29,7 @@ struct State {
 
 inline thread_local State state{};
 
-// What tests look at: threads whose tiles are configured, and tdpbssd so far, both of the whole process.
+// What tests look at: threads whose tiles are configured, and products so far, both of the whole process.
 inline std::atomic<int> configured_threads{0};
 inline std::atomic<int64_t> products{0};
 
@@ -109,20 +110,27 @@ static inline void store(void* base, int64_t stride) {
   for (int row = 0; row < from.rows; ++row) std::memcpy(to + row * stride, from.data[row], from.row_bytes);
 }
 
-// c[m][n] += sum over k and i of a[m][4 k + i] * b[k][4 n + i], all int8, modulo 2^32.
 template <int kC, int kA, int kB>
-static inline void dpbssd() {
-  constexpr const char* kName = "tdpbssd";
+static inline void check_product(const char* instruction) {
   check_number<kC>();
   check_number<kA>();
   check_number<kB>();
-  static_assert(kC != kA && kC != kB && kA != kB, "tdpbssd takes three different tiles");
-  Tile& c = tile(kC, kName);
-  const Tile &a = tile(kA, kName), &b = tile(kB, kName);
-  require(c.row_bytes % 4 == 0 && a.row_bytes % 4 == 0 && b.row_bytes % 4 == 0, kName, "row bytes not a multiple of 4");
-  require(c.rows == a.rows, kName, "C and A differ in rows");
-  require(c.row_bytes == b.row_bytes, kName, "C and B differ in bytes a row");
-  require(a.row_bytes / 4 == b.rows, kName, "A's units are not as many as B's rows");
+  static_assert(kC != kA && kC != kB && kA != kB, "a product takes three different tiles");
+  const Tile &c = tile(kC, instruction), &a = tile(kA, instruction), &b = tile(kB, instruction);
+  const bool whole = c.row_bytes % 4 == 0 && a.row_bytes % 4 == 0 && b.row_bytes % 4 == 0;
+  require(whole, instruction, "row bytes not a multiple of 4");
+  require(c.rows == a.rows, instruction, "C and A differ in rows");
+  require(c.row_bytes == b.row_bytes, instruction, "C and B differ in bytes a row");
+  require(a.row_bytes / 4 == b.rows, instruction, "A's units are not as many as B's rows");
+  ++products;
+}
+
+// c[m][n] += sum over k and i of a[m][4 k + i] * b[k][4 n + i], all int8, modulo 2^32.
+template <int kC, int kA, int kB>
+static inline void dpbssd() {
+  check_product<kC, kA, kB>("tdpbssd");
+  Tile& c = state.tiles[kC];
+  const Tile &a = state.tiles[kA], &b = state.tiles[kB];
   for (int m = 0; m < c.rows; ++m) {
     uint32_t sums[kMaxRowBytes / 4];
     std::memcpy(sums, c.data[m], sizeof sums);
@@ -137,7 +145,45 @@ static inline void dpbssd() {
     }
     std::memcpy(c.data[m], sums, sizeof sums);
   }
-  ++products;
+}
+
+// Subnormal numbers count as zero, as operands and as results.
+static inline float flushed(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static inline float bfloat16_at(const uint8_t* row, int i) {
+  uint16_t half;
+  std::memcpy(&half, row + 2 * i, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return flushed(x);
+}
+
+// c[m][n] += sum over k of a[m][2 k] * b[k][2 n], plus the same sum of the odd elements: bfloat16 products, float32
+// sums by fused multiply-adds with k ascending.
+template <int kC, int kA, int kB>
+static inline void dpbf16ps() {
+  check_product<kC, kA, kB>("tdpbf16ps");
+  Tile& c = state.tiles[kC];
+  const Tile &a = state.tiles[kA], &b = state.tiles[kB];
+  for (int m = 0; m < c.rows; ++m) {
+    for (int n = 0; n < c.row_bytes / 4; ++n) {
+      float even = 0, odd = 0, sum;
+      for (int k = 0; k < b.rows; ++k) {
+        even = flushed(__builtin_fmaf(bfloat16_at(a.data[m], 2 * k), bfloat16_at(b.data[k], 2 * n), even));
+        odd = flushed(__builtin_fmaf(bfloat16_at(a.data[m], 2 * k + 1), bfloat16_at(b.data[k], 2 * n + 1), odd));
+      }
+      std::memcpy(&sum, c.data[m] + 4 * n, sizeof sum);
+      sum = flushed(flushed(sum) + flushed(even + odd));
+      std::memcpy(c.data[m] + 4 * n, &sum, sizeof sum);
+    }
+  }
 }
 
 }  // namespace amx_emulation
@@ -148,9 +194,11 @@ static inline void dpbssd() {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig(config) amx_emulation::load_config(config)
 #define _tile_release() amx_emulation::release()
 #define _tile_zero(tile) amx_emulation::zero<tile>()
 #define _tile_loadd(tile, base, stride) amx_emulation::load<tile>(base, stride)
 #define _tile_stored(tile, base, stride) amx_emulation::store<tile>(base, stride)
 #define _tile_dpbssd(c, a, b) amx_emulation::dpbssd<c, a, b>()
+#define _tile_dpbf16ps(c, a, b) amx_emulation::dpbf16ps<c, a, b>()

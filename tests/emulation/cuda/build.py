@@ -22,11 +22,12 @@ RUNTIME = [HERE / f"{part}.cpp" for part in ("scheduler", "warp", "checker", "tr
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]
 RUNTIME_FLAGS = ["-O3"]
+# -O1 compiles half as long as -O2 and runs as fast: the time goes into the emulator.
 # A call that ends a function has to stay a call, or the emulator would not see from where it comes.
-KERNEL_FLAGS = ["-O2", "-DGRANK_EMULATE_CUDA", "-fno-optimize-sibling-calls", "-Wno-unknown-pragmas"]
+KERNEL_FLAGS = ["-O1", "-DGRANK_EMULATE_CUDA", "-fno-optimize-sibling-calls", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 # Calls the checker at every memory access. The library is linked without ThreadSanitizer.
-CHECKED_FLAGS = ["-O1", "-fsanitize=thread"]
+CHECKED_FLAGS = ["-fsanitize=thread"]
 
 
 def build(name: str, sources: Sequence[Path], *, checked: bool) -> Path:

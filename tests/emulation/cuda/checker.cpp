@@ -223,7 +223,8 @@ void check_copy_landed(const Lane& lane, const Copy& copy) {
 
 void check_and_count(const Lane& lane, const void* pointer, int bytes, Access access, Kind global_kind,
                      Kind shared_kind, uintptr_t pc) {
-  if (!checking || is_local(lane, pointer)) return;
+  const bool takes_local = global_kind != Kind::kNone && shared_kind != Kind::kNone;
+  if (!checking || (takes_local && is_local(lane, pointer))) return;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const auto what = [&] {
     return (access == Access::kRead ? "read of " : "write of ") + std::to_string(bytes) + " bytes ";

@@ -51,6 +51,10 @@ class Output:
     tensor: torch.Tensor
     initialised: bool = False
 
+    @classmethod
+    def empty(cls, *shape: int, dtype: torch.dtype = torch.float32) -> "Output":
+        return cls(torch.empty(shape, dtype=dtype))
+
 
 @dataclass(frozen=True)
 class Report:

@@ -20,7 +20,7 @@ inline uint16_t half_of_float(float value) {
   const uint32_t sign = bits_of(value) >> 16 & 0x8000;
   const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return 0x7fff;
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // 65520, halfway to 2^16, and above
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00);  // 2^16; from 65520 on by rounding, below
   if (magnitude <
       0x38800000u) {  // below 2^-14: adding 1/2 leaves a mantissa in units of 2^-24, rounded by the addition
     return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));

@@ -29,6 +29,10 @@ enum class Bug : int64_t {
   kNoBarrierAfterReads,
   kWarpBarrierForBlock,
   kReadFromOtherBlocks,
+  kBarrierBeforeWait,
+  kReadAcrossTheEnd,
+  kDifferentOperations,
+  kWarpBarrierAfterCopy,
 };
 
 constexpr int kThreads = 128;
@@ -46,17 +50,21 @@ __global__ void sum_reversed_tiles(const float* x, float* out, int tiles, Bug bu
   float4 sum{};
   prefetch(0);
   for (int tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) {
-      prefetch(tile + 1);
-      if (bug == Bug::kWaitForTooFewGroups) {
-        cp_async_wait<2>();
-      } else {
-        cp_async_wait<1>();
-      }
+    const bool more = tile + 1 < tiles;
+    if (more) prefetch(tile + 1);
+    if (bug == Bug::kBarrierBeforeWait) __syncthreads();
+    if (more && bug == Bug::kWaitForTooFewGroups) {
+      cp_async_wait<2>();
+    } else if (more) {
+      cp_async_wait<1>();
     } else if (bug != Bug::kNotWaitedFor) {
       cp_async_wait<0>();
     }
-    if (bug != Bug::kNoBarrierAfterCopy) __syncthreads();
+    if (bug == Bug::kWarpBarrierAfterCopy) {
+      __syncwarp();
+    } else if (bug != Bug::kNoBarrierAfterCopy && bug != Bug::kBarrierBeforeWait) {
+      __syncthreads();
+    }
     const float4 other = load_vec<float4>(stage + tile % 2 * kTile + 4 * (kThreads - 1 - thread));
     sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
     if (bug != Bug::kNoBarrierBeforePrefetch) __syncthreads();
@@ -80,7 +88,8 @@ __global__ void copy_vectors(const float* x, float* out, Bug bug) {
   GRANK_DYNAMIC_SHARED(raw);
   const int i = 4 * threadIdx.x;
   float* const mine = reinterpret_cast<float*>(raw) + i;
-  cp_async_16(mine, x + i + (bug == Bug::kMisalignedCopy), threadIdx.x + 1 < blockDim.x);
+  const bool valid = threadIdx.x + 1 < blockDim.x || bug == Bug::kReadAcrossTheEnd;
+  cp_async_16(mine, x + i + (bug == Bug::kMisalignedCopy), valid);
   cp_async_commit();
   cp_async_wait<0>();
   store_vec(out + i, load_vec<float4>(mine));
@@ -100,28 +109,32 @@ __global__ void maximum(const int* x, int* out, Bug bug) {
   }
 }
 
-// out[i] = x[i + 1], one block for each, and the last one x[0].
-__global__ void shift(const int* x, int* out, Bug bug) {
-  out[blockIdx.x] = (bug == Bug::kReadFromOtherBlocks ? out : x)[(blockIdx.x + 1) % gridDim.x];
+// out[i] += x[i + 1], one block for each, and the last one x[0].
+__global__ void add_next(const int* x, int* out, Bug bug) {
+  const int next = (bug == Bug::kReadFromOtherBlocks ? out : x)[(blockIdx.x + 1) % gridDim.x];
+  const int sum = out[blockIdx.x] + next;
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 // out[i] = the sum of x over `rounds`: thread 0 hands round after round to all others.
 __global__ void broadcast(const int* x, int* out, int rounds, Bug bug) {
   GRANK_DYNAMIC_SHARED(raw);
   int* const shared = reinterpret_cast<int*>(raw);
-  const auto barrier = [&] {
-    if (blockDim.x == kWarp || bug == Bug::kWarpBarrierForBlock) {
-      __syncwarp();
-    } else {
+  const auto barrier = [](bool of_block) {
+    if (of_block) {
       __syncthreads();
+    } else {
+      __syncwarp();
     }
   };
+  const bool many_warps = blockDim.x > kWarp;
   int sum = 0;
   for (int round = 0; round < rounds; ++round) {
     if (threadIdx.x == 0) *shared = x[round];
-    barrier();
+    barrier(many_warps);
     sum += *shared;
-    if (bug != Bug::kNoBarrierAfterReads) barrier();
+    if (bug != Bug::kNoBarrierAfterReads) barrier(many_warps && bug != Bug::kWarpBarrierForBlock);
   }
   out[threadIdx.x] = sum;
 }
@@ -138,6 +151,7 @@ __global__ void swap_within_warp(const float* x, float* out, Bug bug) {
   if (bug == Bug::kCallerNotInMask || i % 2 == 0) {  // of no effect where it is right
     value = __shfl_sync(kEven, value, i ^ (bug == Bug::kSourceNotInMask));
   }
+  if (bug == Bug::kDifferentOperations) i % 2 == 0 ? __any_sync(kFullMask, 1) : __all_sync(kFullMask, 1);
   if (bug == Bug::kMaskNamesOthers && i % 2 == 0) __ballot_sync(kFullMask, 1);
   out[i] = value;
   if (bug != Bug::kBarrierInBranch || i < 16) __syncthreads();
@@ -188,8 +202,8 @@ GRANK_ENTRY planted_copy_vectors(const float* x, float* out, int64_t bug) {
 GRANK_ENTRY planted_maximum(const int* x, int* out, int64_t blocks, int64_t bug) {
   launch(maximum, static_cast<unsigned>(blocks), kWarp, 0, nullptr, x, out, Bug{bug});
 }
-GRANK_ENTRY planted_shift(const int* x, int* out, int64_t blocks, int64_t bug) {
-  launch(shift, static_cast<unsigned>(blocks), 1, 0, nullptr, x, out, Bug{bug});
+GRANK_ENTRY planted_add_next(const int* x, int* out, int64_t blocks, int64_t bug) {
+  launch(add_next, static_cast<unsigned>(blocks), 2, 0, nullptr, x, out, Bug{bug});
 }
 GRANK_ENTRY planted_broadcast(const int* x, int* out, int64_t rounds, int64_t threads, int64_t bug) {
   launch(broadcast, 1, static_cast<unsigned>(threads), sizeof(int), nullptr, x, out, static_cast<int>(rounds),

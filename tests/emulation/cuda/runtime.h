@@ -93,9 +93,8 @@ void execute(const Lane& lane, unsigned mask);
 // ---- checker.cpp ----
 enum class Access { kRead, kWrite, kAtomic, kCopy };
 
-// Keeps one report for every kind and place (`pc`, and the other access it conflicts with). By `lane`, null: the
-// launch.
-// "{@1f3c}" in a text is a place in the code, for whoever knows the symbols; at() writes it.
+// Keeps one report for every kind and place (`pc`, and the other access it conflicts with). Without a lane it is about
+// the launch. "{@1f3c}" in a text is a place in the code, for whoever knows the symbols; at() writes it.
 void report(const char* kind, const Lane* lane, const std::string& text, uintptr_t pc = 0, uintptr_t other_pc = 0);
 std::string at(uintptr_t pc);
 

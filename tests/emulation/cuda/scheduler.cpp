@@ -89,7 +89,7 @@ Lane* next_lane() {
   return nullptr;
 }
 
-void report_deadlock() {
+[[noreturn]] void report_deadlock() {
   std::map<std::string, std::vector<int>> waiting;
   for (const Lane& lane : lanes) {
     const std::string state = lane.exited ? "have exited" : std::string("wait at ") + lane.waits_at + at(lane.waits_pc);
@@ -112,10 +112,6 @@ void wait_at(const char* what, uintptr_t pc) {
   Lane* const next = next_lane();
   if (next == nullptr) report_deadlock();
   switch_to(*next);
-}
-
-void yield_by_chance() {
-  if (config.seed != 0) switch_to(*next_lane());
 }
 
 void meet(const Operands& operands) {
@@ -141,7 +137,6 @@ void meet(const Operands& operands) {
   warp.meetings.pop_back();
   execute(lane, operands.mask);
   warp.ready |= operands.mask;
-  yield_by_chance();
 }
 
 void thread_main() {
@@ -176,7 +171,7 @@ void run_block() {
   ++counters.blocks;
   check_block();
   current = &lanes[0];
-  current = next_lane();
+  if (config.seed != 0) current = next_lane();
   grank_emulation_switch(&launcher, current->stack_pointer);
   current = nullptr;
   count_block();
@@ -235,7 +230,6 @@ void sync_threads() {
   ++counters.barriers;
   check_barrier();
   for (Lane& lane : lanes) warp_of(lane).ready |= bit(lane);
-  yield_by_chance();
 }
 
 void sync_warp(unsigned mask) {

@@ -61,16 +61,13 @@ void count_wavefronts(const Request& request, Traffic& traffic) {
 void count_sectors(const Request& request, Traffic& traffic) {
   uintptr_t addresses[kWarp];
   const int found = distinct(request, 0, kWarp, 1, addresses);
-  uintptr_t bytes = 0, covered = 0, next_sector = 0;
+  uintptr_t next_sector = 0;
   for (int i = 0; i < found; ++i) {
-    const uintptr_t end = addresses[i] + request.bytes, last_sector = (end - 1) / 32;
-    bytes += end - std::max(addresses[i], covered);
     const uintptr_t first_sector = std::max(addresses[i] / 32, next_sector);
-    if (first_sector <= last_sector) traffic.transactions += last_sector + 1 - first_sector;
-    covered = end;
-    next_sector = last_sector + 1;
+    next_sector = (addresses[i] + request.bytes - 1) / 32 + 1;
+    if (first_sector < next_sector) traffic.transactions += next_sector - first_sector;
   }
-  traffic.ideal += (bytes + 31) / 32;
+  traffic.ideal += (static_cast<uint64_t>(found) * request.bytes + 31) / 32;
 }
 
 void count_request(const Request& request, Kind kind) {

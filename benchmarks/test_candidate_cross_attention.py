@@ -1,0 +1,140 @@
+"""`candidate_cross_attention` beside torch's attention, forward alone and with the gradient: same inputs, one run.
+
+The peers are SDPA, and on a GPU `varlen_attn` and flash-attn (where it is installed), eager and compiled. They get a
+copy of the queries for every user, made beforehand, and need no mask: all histories are of equal length. Results, the
+gradients too, are checked against float64 before they are timed.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ranker import DEVICE, Run, check, measure
+from torch.nn import functional as F
+
+import grank_kernels as gk
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own
+
+
+class Shape(NamedTuple):
+    B: int
+    C: int
+    L: int
+    H: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"B={self.B} C={self.C} L={self.L} H={self.H} D={self.D}"
+
+
+SHAPES = [Shape(16, 300, 1000, 1, 128), Shape(32, 500, 200, 4, 32)]  # GRank's training batch, some of it; small heads
+Attend = Callable[..., torch.Tensor]  # q (B, C, H, D), k, v (B, L, H, D) -> (B, C, H, D)
+
+
+class Problem:
+    """Inputs of one shape in one dtype; out and gradients in float64, and by eager SDPA in the dtype."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        torch.manual_seed(0)
+        B, C, L, H, D = self.shape = shape
+        self.inputs = [torch.randn(B, n, H, D).to(dtype).to(DEVICE).requires_grad_() for n in (C, L, L)]
+        self.grad_out = torch.randn(B, C, H, D).to(dtype).to(DEVICE)
+        self.plain = self.results(sdpa, self.inputs)
+        # Every user as a batch of its own: float64 SDPA keeps the matrix of its weights.
+        users = [[x[b : b + 1].detach().double().requires_grad_() for x in self.inputs] for b in range(B)]
+        exact = [self.results(sdpa, user, slice(b, b + 1)) for b, user in enumerate(users)]
+        self.exact = [torch.cat(parts).cpu() for parts in zip(*exact, strict=True)]
+
+    def results(self, attend: Attend, inputs: list[torch.Tensor], users: slice = slice(None)) -> list[torch.Tensor]:
+        """Out and the gradients of q, k and v."""
+        out = attend(*inputs)
+        grads = torch.autograd.grad(out, inputs, self.grad_out[users].to(out.dtype))
+        return [out.detach(), *grads]
+
+
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = gk.candidate_cross_attention(q, k, v)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def ragged(module: str, function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    attention = getattr(pytest.importorskip(module), function)
+    (B, C), L = q.shape[:2], k.shape[1]
+    offsets = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (C, L))
+    return attention(*(x.flatten(0, 1) for x in (q, k, v)), *offsets, C, L).unflatten(0, (B, C))
+
+
+def contenders() -> dict[str, tuple[torch.dtype, Attend]]:
+    found: dict[str, tuple[torch.dtype, Attend]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        attends: dict[str, Attend] = {"candidate_cross_attention": ours}
+        if DEVICE == "cuda" or dtype != torch.float16:  # torch's float16 is a slow path on CPUs
+            attends |= {"SDPA eager": sdpa, "SDPA compiled": torch.compile(sdpa)}
+        if DEVICE == "cuda" and dtype != torch.float32:
+            varlen = partial(ragged, "torch.nn.attention.varlen", "varlen_attn")
+            flash = partial(ragged, "flash_attn", "flash_attn_varlen_func")
+            attends |= {"varlen_attn eager": varlen, "varlen_attn compiled": torch.compile(varlen), "flash-attn": flash}
+        name = str(dtype).removeprefix("torch.")
+        found |= {f"{attend} {name}": (dtype, attends[attend]) for attend in attends}
+    return found
+
+
+CONTENDERS = contenders()
+
+
+@pytest.fixture(scope="session")
+def problems() -> Callable[[Shape, torch.dtype], Problem]:
+    return lru_cache(maxsize=1)(Problem)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        pytest.param(shape, name, id=f"B{shape.B}-C{shape.C}-L{shape.L}-H{shape.H}-D{shape.D}-{name}")
+        for shape in SHAPES
+        for name in CONTENDERS
+    ],
+)
+def test_candidate_cross_attention(
+    benchmark: Any, problems: Callable[[Shape, torch.dtype], Problem], shape: Shape, name: str, gradient: bool
+) -> None:
+    dtype, attend = CONTENDERS[name]
+    problem = problems(shape, dtype)
+    B, C, L, H, D = shape
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return attend(*problem.inputs)
+
+    def both() -> torch.Tensor:
+        return problem.results(attend, problem.inputs)[-1]
+
+    run: Run = both if gradient else forward
+    got = problem.results(attend, problem.inputs) if gradient else [forward()]
+    # A gradient made from a logarithm of a sum around 8, which is rounded, has 8 roundings more.
+    errors = [
+        check(*x, dtype, roundings=1 if i == 0 else 9)
+        for i, x in enumerate(zip(got, problem.exact, problem.plain, strict=False))
+    ]
+    numbers = B * H * D * (C + L)  # of q and out, or of k and v
+    products = 2 if not gradient else 7  # S and out; again S, the gradients of S, v, q and k
+    measure(
+        benchmark,
+        run,
+        nbytes=2 * numbers * dtype.itemsize * (1 if not gradient else 3),
+        operations=2 * B * H * C * L * D * products,
+        op="candidate_cross_attention",
+        contender=name,
+        case=f"{shape} {'forward and backward' if gradient else 'forward'}",
+        dtype=str(dtype).removeprefix("torch."),
+        error=max(errors),
+    )

@@ -1,0 +1,17 @@
+// The rows that the passes of candidate_cross_attention read.
+#pragma once
+
+#include "candidate_cross_attention_kernel.h"
+#include "tile_product.h"
+#include "tile_product_amx.h"
+
+namespace grank {
+namespace GRANK_ISA {
+
+inline Rows rows_of(const CandidateCrossAttentionProblem& p, const AttentionTensor& tensor, int64_t user, int64_t row,
+                    int64_t head, int64_t count) {
+  return {tensor.at(user, row, head), tensor.row_stride, p.dtype, count, p.d};
+}
+
+}  // namespace GRANK_ISA
+}  // namespace grank

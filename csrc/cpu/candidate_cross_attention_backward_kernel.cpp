@@ -1,0 +1,257 @@
+// The two passes of the gradient; candidate_cross_attention_kernel.h says what is computed.
+#include "attention_rows.h"
+#include "attention_tile.h"
+
+namespace grank {
+namespace GRANK_ISA {
+namespace {
+
+// 64 rows in the lanes: what they are multiplied with on their own side, and what is known of each.
+struct Lanes {
+  Tiles::Panel first, second;         // queries and grad_out, or keys and values
+  alignas(64) float add[kColumns];    // to a logit: bias, or minus lse
+  alignas(64) float delta[kColumns];  // of queries, else 0
+  alignas(64) float sum[kColumns];    // of dx, over the other side
+  int64_t count;
+  int columns;
+};
+
+// Rows of the other side, up to kKeys of them, and the same of each.
+struct Block {
+  Tiles::Matrix first, second;
+  Tiles::Across first_across, second_across;
+  float add[Tiles::kKeys], delta[Tiles::kKeys];
+  int64_t count;
+};
+
+struct Scratch {
+  Scratch(const CandidateCrossAttentionProblem& p, void* memory) {
+    Pieces pieces(memory);
+    for (void*& matrix : matrices) matrix = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
+    for (void*& matrix : across) matrix = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.d);
+    for (void*& matrix : floats) matrix = FloatTiles::take_matrix(pieces, p.dtype, kColumns, p.d);
+    for (FloatTiles::Panel& panel : float_panels) panel = FloatTiles::take_panel(pieces, p.dtype, p.d);
+    lanes = pieces.take<Lanes>(1);
+    panels[0] = Tiles::take_panel(pieces, p.dtype, p.d);
+    panels[1] = Tiles::take_panel(pieces, p.dtype, p.d);
+    for (float*& sums : out) sums = pieces.take<float>(round_up(p.d, 32) * kColumns);
+    logits = pieces.take<float>(Tiles::kKeys * kColumns);
+    grad_weights = pieces.take<float>(Tiles::kKeys * kColumns);
+    for (Tiles::Panel& panel : between) panel = Tiles::take_panel_of_floats(pieces, p.dtype, Tiles::kKeys);
+    block = pieces.take<Block>(1);
+    bytes = pieces.taken();
+  }
+
+  void *matrices[2], *across[2], *floats[2];
+  FloatTiles::Panel float_panels[2];
+  Tiles::Panel panels[2], between[2];
+  float *out[2], *logits, *grad_weights;
+  Lanes* lanes;
+  Block* block;
+  int64_t bytes;
+};
+
+int64_t scratch_bytes(const CandidateCrossAttentionProblem& p) { return Scratch(p, nullptr).bytes; }
+
+float number_at(const AttentionTensor& tensor, int64_t user, int64_t row, int64_t head, float otherwise) {
+  float x = otherwise;
+  if (tensor.data != nullptr) __builtin_memcpy(&x, tensor.at(user, row, head), sizeof x);
+  return x;
+}
+
+// Turns logits into dx and the gradients of the weights into weights. A logit is in units of log 2 for softmax.
+template <AttentionActivation kActivation>
+void differentiate(const Block& block, Lanes& lanes, float scale, float factor, float* logits, float* grad_weights) {
+  for (int c = 0; c < lanes.columns; c += kLanes) {
+    const Floats add = load<Floats>(lanes.add + c), delta = load<Floats>(lanes.delta + c);
+    Floats sum = load<Floats>(lanes.sum + c);
+    for (int64_t k = 0; k < block.count; ++k) {
+      float *logit = logits + k * kColumns + c, *grad_weight = grad_weights + k * kColumns + c;
+      const Floats x = multiply_add(load<Floats>(logit), broadcast<Floats>(scale), add + block.add[k]);
+      Floats weight, grad;
+      if constexpr (kActivation == AttentionActivation::kSoftmax) {
+        weight = exp2(x);
+        grad = weight * (load<Floats>(grad_weight) - (delta + block.delta[k]));
+      } else {
+        const Floats gate = 1.0f / (1.0f + exp2(at_most(x * -kLog2E, 126.0f)));
+        weight = x * gate * factor;
+        grad = load<Floats>(grad_weight) * (gate * multiply_add(x, 1.0f - gate, broadcast<Floats>(1.0f))) * factor;
+      }
+      sum += grad;
+      store(logit, grad);
+      store(grad_weight, weight);
+    }
+    store(lanes.sum + c, sum);
+  }
+}
+
+// One step of a pass: rows `first` to `first + count` of one side in the lanes, all of the user's on the other side.
+class Step {
+ public:
+  Step(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t first, int64_t count, void* scratch)
+      : p_(p), softmax_(p.activation == AttentionActivation::kSoftmax), user_(user), head_(head), s_(p, scratch) {
+    s_.lanes->first = s_.panels[0];
+    s_.lanes->second = s_.panels[1];
+    s_.lanes->count = count;
+    s_.lanes->columns = static_cast<int>(round_up(count, 32));
+    query_ = p.queries.begin(user);
+    key_ = p.keys.begin(user);
+    first_ = first;
+  }
+
+  void grad_queries() {
+    query_ += first_;
+    Lanes& lanes = *s_.lanes;
+    Block& block = *s_.block;
+    fill_lanes(p_.q, p_.grad_out, query_);
+    fill_queries(query_, lanes.count, lanes.add, lanes.delta);
+    if (softmax_) find_delta();
+    for (int64_t k = 0; k < keys(); k += block.count) {
+      fill_block(p_.k, p_.v, key_ + k, keys() - k);
+      fill_keys(key_ + k, block.count, block.add, block.delta);
+      differentiate_block();
+      block.first_across = Tiles::across(block.first, block.count, p_.d, s_.across[0]);
+      add(block.first_across, Tiles::panel_of(s_.logits, block.count, lanes.columns, s_.between[0]), k == 0, s_.out[0]);
+    }
+    write(p_.grad_q, query_, s_.out[0], keys() > 0, p_.softmax_scale);
+  }
+
+  void grad_keys() {
+    key_ += first_;
+    Lanes& lanes = *s_.lanes;
+    Block& block = *s_.block;
+    fill_lanes(p_.k, p_.v, key_);
+    fill_keys(key_, lanes.count, lanes.add, lanes.delta);
+    const int64_t queries = p_.queries.count(user_);
+    for (int64_t q = 0; q < queries; q += block.count) {
+      fill_block(p_.q, p_.grad_out, query_ + q, queries - q);
+      fill_queries(query_ + q, block.count, block.add, block.delta);
+      for (int64_t i = 0; i < block.count && softmax_; ++i) {
+        block.delta[i] = number_at(p_.delta, user_, query_ + q + i, head_, 0);
+      }
+      differentiate_block();
+      block.first_across = Tiles::across(block.first, block.count, p_.d, s_.across[0]);
+      block.second_across = Tiles::across(block.second, block.count, p_.d, s_.across[1]);
+      add(block.first_across, Tiles::panel_of(s_.logits, block.count, lanes.columns, s_.between[0]), q == 0, s_.out[0]);
+      add(block.second_across, Tiles::panel_of(s_.grad_weights, block.count, lanes.columns, s_.between[1]), q == 0,
+          s_.out[1]);
+    }
+    write(p_.grad_k, key_, s_.out[0], queries > 0, p_.softmax_scale);
+    write(p_.grad_v, key_, s_.out[1], queries > 0, 1.0f);
+    for (int64_t c = 0; c < lanes.count && p_.grad_bias.data != nullptr; ++c) {
+      __builtin_memcpy(p_.grad_bias.at(user_, key_ + c, head_), &lanes.sum[c], sizeof(float));
+    }
+  }
+
+ private:
+  int64_t keys() const { return p_.keys.count(user_); }
+  float unit() const { return softmax_ ? kLog2E : 1.0f; }
+
+  void fill_lanes(const AttentionTensor& first, const AttentionTensor& second, int64_t row) {
+    Lanes& lanes = *s_.lanes;
+    const auto fill = [&](const AttentionTensor& tensor, Tiles::Panel panel) {
+      const Rows rows = rows_of(p_, tensor, user_, row, head_, lanes.count);
+      Tiles::fill_panel(Tiles::matrix(rows, s_.matrices[0]), lanes.count, p_.d, panel);
+    };
+    fill(first, lanes.first);
+    fill(second, lanes.second);
+    for (int c = 0; c < kColumns; ++c) lanes.add[c] = lanes.delta[c] = lanes.sum[c] = 0;
+  }
+
+  void fill_block(const AttentionTensor& first, const AttentionTensor& second, int64_t row, int64_t left) {
+    Block& block = *s_.block;
+    block.count = left < Tiles::kKeys ? left : Tiles::kKeys;
+    block.first = Tiles::matrix_or_alias(rows_of(p_, first, user_, row, head_, block.count), s_.matrices[0]);
+    block.second = Tiles::matrix_or_alias(rows_of(p_, second, user_, row, head_, block.count), s_.matrices[1]);
+  }
+
+  void fill_queries(int64_t row, int64_t count, float* add, float* delta) const {
+    for (int64_t i = 0; i < count; ++i) {
+      add[i] = -number_at(p_.lse, user_, row + i, head_, 0) * unit();
+      delta[i] = 0;
+    }
+  }
+  void fill_keys(int64_t row, int64_t count, float* add, float* delta) const {
+    for (int64_t i = 0; i < count; ++i) {
+      add[i] = number_at(p_.bias, user_, row + i, head_, 0) * unit();
+      delta[i] = 0;
+    }
+  }
+
+  // The products of grad_out and out, one dimension after the other, for this pass and for that of the keys.
+  void find_delta() {
+    Lanes& lanes = *s_.lanes;
+    const AttentionTensor* tensors[] = {&p_.grad_out, &p_.out};
+    for (int i = 0; i < 2; ++i) {
+      const Rows rows = rows_of(p_, *tensors[i], user_, query_, head_, lanes.count);
+      FloatTiles::fill_panel(FloatTiles::matrix(rows, s_.floats[i]), lanes.count, p_.d, s_.float_panels[i]);
+    }
+    for (int c = 0; c < lanes.columns; c += kLanes) {
+      Floats sum{};
+      for (int64_t j = 0; j < p_.d; ++j) {
+        sum = multiply_add(load<Floats>(s_.float_panels[0].data + j * kColumns + c),
+                           load<Floats>(s_.float_panels[1].data + j * kColumns + c), sum);
+      }
+      store(lanes.delta + c, sum);
+    }
+    for (int64_t c = 0; c < lanes.count; ++c) {
+      __builtin_memcpy(p_.delta.at(user_, query_ + c, head_), &lanes.delta[c], sizeof(float));
+    }
+  }
+
+  void differentiate_block() {
+    const Block& block = *s_.block;
+    Lanes& lanes = *s_.lanes;
+    Tiles::multiply<false>(block.first, block.count, lanes.first, p_.d, lanes.columns, s_.logits);
+    Tiles::multiply<false>(block.second, block.count, lanes.second, p_.d, lanes.columns, s_.grad_weights);
+    const float scale = p_.softmax_scale * unit();
+    if (softmax_) {
+      differentiate<AttentionActivation::kSoftmax>(block, lanes, scale, 1.0f, s_.logits, s_.grad_weights);
+    } else {
+      differentiate<AttentionActivation::kSilu>(block, lanes, scale, 1.0f / static_cast<float>(keys()), s_.logits,
+                                                s_.grad_weights);
+    }
+  }
+
+  void add(const Tiles::Across& rows, Tiles::Panel panel, bool first, float* out) {
+    if (first) {
+      Tiles::multiply<false>(rows, p_.d, panel, s_.block->count, s_.lanes->columns, out);
+    } else {
+      Tiles::multiply<true>(rows, p_.d, panel, s_.block->count, s_.lanes->columns, out);
+    }
+  }
+
+  void write(const AttentionTensor& to, int64_t row, float* sums, bool any, float factor) const {
+    float factors[kColumns];
+    for (float& f : factors) f = factor;
+    if (!any) __builtin_memset(sums, 0, static_cast<size_t>(p_.d * kColumns) * sizeof(float));
+    write_rows(sums, p_.d, s_.lanes->count, factors, p_.dtype, to.at(user_, row, head_), to.row_stride);
+  }
+
+  const CandidateCrossAttentionProblem& p_;
+  const bool softmax_;
+  const int64_t user_, head_;
+  const Scratch s_;
+  int64_t query_, key_, first_;
+};
+
+void grad_queries(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t first, int64_t count,
+                  void* scratch) {
+  [[maybe_unused]] const Tiles::Session session;
+  Step(p, user, head, first, count, scratch).grad_queries();
+}
+
+void grad_keys(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t first, int64_t count,
+               void* scratch) {
+  [[maybe_unused]] const Tiles::Session session;
+  Step(p, user, head, first, count, scratch).grad_keys();
+}
+
+}  // namespace
+
+extern const AttentionPass attention_grad_queries, attention_grad_keys;
+const AttentionPass attention_grad_queries = {kColumns, scratch_bytes, grad_queries};
+const AttentionPass attention_grad_keys = {kColumns, scratch_bytes, grad_keys};
+
+}  // namespace GRANK_ISA
+}  // namespace grank

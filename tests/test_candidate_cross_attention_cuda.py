@@ -1,0 +1,35 @@
+"""The contract of candidate_cross_attention again, kept by the CUDA kernels in the emulator, and on a GPU."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import test_candidate_cross_attention as contract
+import torch
+from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
+from test_candidate_cross_attention import activation, form  # noqa: F401  fixtures of these tests
+
+LEFT_OUT = {
+    "test_other_widths",  # the kernels have 16, 32, 64 and 128
+    "test_compile_for_export",  # float32
+    "test_compile_inductor",  # float32: in float16 it rounds elsewhere what it fuses around the op
+    "test_whatever_the_process_has_set",  # the emulator itself makes tensors
+    "test_whatever_hypothesis_comes_up_with",  # brings its own backends
+}
+globals().update(contract_of(contract, LEFT_OUT))
+pytestmark = contract.pytestmark
+
+
+@pytest.fixture(params=BACKENDS_OF_CUDA)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(
+        contract, "attention", partial(contract.attention, dtype=torch.float16)
+    )  # unless a test names it
+    with with_emulator() if request.param == "emulated" else nullcontext():
+        yield request.param
+
+
+@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]

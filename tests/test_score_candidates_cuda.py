@@ -1,0 +1,35 @@
+"""The contract of score_candidates again, kept by the CUDA kernels in the emulator, and on a GPU."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import test_score_candidates as contract
+import torch
+from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
+
+LEFT_OUT = {
+    "test_other_widths",  # the kernels have 16, 32, 64 and 128
+    "test_tables_of_another_precision_than_the_rest",  # int8 or the keys'
+    "test_candidates_do_not_see_each_other",  # likewise
+    "test_layouts",  # with a table that is not contiguous
+    "test_compile_for_export",  # float32
+    "test_whatever_the_process_has_set",  # the emulator itself makes tensors
+    "test_whatever_hypothesis_comes_up_with",  # brings its own backends
+}
+globals().update(contract_of(contract, LEFT_OUT))
+pytestmark = contract.pytestmark
+
+
+@pytest.fixture(params=BACKENDS_OF_CUDA)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    in_half = partial(contract.scoring, dtype=torch.float16)  # unless a test names the dtype
+    monkeypatch.setattr(contract, "scoring", in_half)
+    with with_emulator() if request.param == "emulated" else nullcontext():
+        yield request.param
+
+
+@pytest.fixture(params=HALVES, ids=lambda dtype: str(dtype)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
