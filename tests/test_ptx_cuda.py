@@ -69,6 +69,7 @@ KERNELS = [
     Planted("sum_reversed_tiles", FLOATS[: 5 * 512], [5], reversed_tiles(), {
         "NoBarrierAfterCopy": "race|in-flight", "NoBarrierBeforePrefetch": "race on shared .* read by",
         "WaitForTooFewGroups": "read of in-flight", "NotWaitedFor": "read of in-flight",
+        "BarrierBeforeWait": "race|in-flight", "WarpBarrierAfterCopy": "race|in-flight",
     }, shared=4096),
     Planted("4copyE", FLOATS[:100], [100], FLOATS[:100], {
         "ReadPastBuffer": r"out of bounds: x\+400 of 400 bytes, thread 100",
@@ -77,8 +78,9 @@ KERNELS = [
         "ReadUnwrittenShared": "read of uninitialised memory: shared byte 4",
         "ReadUnwrittenOutput": "read of uninitialised memory: out",
     }, shared=512),
-    Planted("copy_vectors", FLOATS[:512], [], np.where(np.arange(512) < 508, FLOATS[:512], 0).astype(np.float32), {
+    Planted("copy_vectors", FLOATS[:510], [], np.where(np.arange(512) < 508, FLOATS[:512], 0).astype(np.float32), {
         "MisalignedVector": "misaligned access of 16 bytes", "MisalignedCopy": "misaligned access of 16 bytes",
+        "ReadAcrossTheEnd": r"out of bounds: x\+2032 of 2040 bytes",
     }, shared=2048),
     Planted("7maximum", INTEGERS[:160], [], INTEGERS[:160].max(keepdims=True), {"BlocksWithoutAtomic": "race on out"},
             grid=5, block=32, before=np.zeros(1, np.int32)),
@@ -89,6 +91,7 @@ KERNELS = [
         "BarrierInBranch": "barrier reached by part of a warp|has exited",
         "CallerNotInMask": "executed by part of a warp",
         "SourceNotInMask": "lane outside its mask|part of a warp", "MaskNamesOthers": "executed by part of a warp",
+        "DifferentOperations": "executed by part of a warp",
     }, shared=512),
     Planted("first_column", INTEGERS[:1024].view(np.uint32), [1], INTEGERS[:1024:32].view(np.uint32), {
         "MatrixFromGlobal": "out of bounds of shared memory",

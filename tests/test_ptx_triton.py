@@ -128,7 +128,7 @@ FAMILIES = {
     "float16 filters": [replace(x, filters=True) for x in SEARCHES],
     "bfloat16 d=200": [replace(x, dtype=torch.bfloat16, d=200) for x in SEARCHES],
     "float32 d=40": [replace(x, dtype=torch.float32, d=40) for x in SEARCHES],
-    "float16 B=70": [replace(x, B=70) for x in SEARCHES],
+    "float16 B=125": [replace(x, B=125) for x in SEARCHES],
     "int8 filters": [replace(x, dtype=torch.int8, filters=True) for x in SEARCHES],
 }
 SLOW = [
