@@ -4,12 +4,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
+from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from grank_kernels.backends.triton.compile_plan import Row, compile_row
+from grank_kernels.backends.triton.mips_topk_launches import Launch
 
 from .nvcc import CACHE
 
@@ -29,11 +31,12 @@ class Compiler:
             patch.delenv("TRITON_INTERPRET", raising=False)  # before the process starts
             self.process.submit(_set_up).result()
 
-    def compile(self, row: Row) -> Compiled:
-        function = row.kernel.fn
-        absent = {name: None for name, value in row.launch.arguments.items() if value is None}
-        row = replace(row, launch=replace(row.launch, kernel=None, arguments=absent))  # all that a compiler looks at
-        return self.process.submit(_compile, function.__module__, function.__name__, row).result()
+    def compile(self, target: str, work: Launch) -> Compiled:
+        """Only the types of tensors matter, and only those are sent."""
+        function = work.kernel.fn
+        arguments = {name: x.dtype if isinstance(x, torch.Tensor) else x for name, x in work.arguments.items()}
+        work = replace(work, kernel=None, arguments=arguments)
+        return self.process.submit(_compile, target, function.__module__, function.__name__, work).result()
 
     def close(self) -> None:
         self.process.shutdown()
@@ -44,7 +47,13 @@ def _set_up() -> None:
     CUDABackend.make_cubin = lambda *_, **__: b""
 
 
-def _compile(module: str, name: str, row: Row) -> Compiled:
-    kernel = getattr(import_module(module), name)
-    binary = compile_row(replace(row, launch=replace(row.launch, kernel=kernel)))
+def _compile(target: str, module: str, name: str, work: Launch) -> Compiled:
+    from grank_kernels.backends.triton.compile_plan import _row, compile_row
+
+    def restored(x: Any) -> Any:
+        return torch.empty(0, dtype=x) if isinstance(x, torch.dtype) else x
+
+    arguments = {each: restored(x) for each, x in work.arguments.items()}
+    work = replace(work, kernel=getattr(import_module(module), name), arguments=arguments)
+    binary = compile_row(_row(target, "", work))
     return Compiled(binary.asm["ptx"], binary.metadata.shared)

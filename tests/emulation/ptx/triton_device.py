@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from grank_kernels.backends.triton.compile_plan import _row
 from grank_kernels.backends.triton.mips_topk_launches import Launch
 
 from .launch import Coverage, Run, launch
@@ -28,7 +27,7 @@ class Program:
         return Program(Compiled(ptx, self.compiled.shared_bytes))
 
 
-Key = tuple[tuple, str]
+Key = tuple[tuple, tuple[str, ...]]
 """Configuration (target, kernel, types, constants, warps, stages), and which arguments 16 divides."""
 
 
@@ -58,11 +57,18 @@ class TritonDevice:
 
     def prepare(self, work: Launch) -> tuple[Key, Program, list[Any]]:
         """The compiled kernel and its arguments, all tensors being on the device."""
-        row, name = _row(self.target, "", work), work.kernel.fn.__name__
-        configuration = (self.target, name, str(row.signature), str(work.constants), work.warps, work.stages)
-        key = (configuration, str(row.attributes))
+        names = [each for each in work.kernel.arg_names if each not in work.constants]
+        given = {each: work.arguments[each] for each in names if work.arguments[each] is not None}
+        types = tuple((each, type_of(x)) for each, x in given.items())
+        configuration = (self.target, work.kernel.fn.__name__, types, str(work.constants), work.warps, work.stages)
+        key = (configuration, tuple(each for each, x in given.items() if isinstance(x, int) and x % 16 == 0))
         if key not in self.programs:
-            self.programs[key] = Program(self.programs.compiler.compile(row))
-        values = {each: work.arguments[each] for each, type in row.signature.items() if type != "constexpr"}
-        arguments = [self.memory.upload(each, x) if isinstance(x, torch.Tensor) else x for each, x in values.items()]
+            self.programs[key] = Program(self.programs.compiler.compile(self.target, work))
+        arguments = [self.memory.upload(each, x) if isinstance(x, torch.Tensor) else x for each, x in given.items()]
         return key, self.programs[key], arguments
+
+
+def type_of(argument: torch.Tensor | int | float) -> str:
+    if isinstance(argument, torch.Tensor):
+        return str(argument.dtype)
+    return "float" if isinstance(argument, float) else "int32" if -(2**31) <= argument < 2**31 else "int64"
