@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, graphs, races by repetition, sizes that matter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,27 +16,29 @@ RUNS = 50
 
 def large_scoring(dtype: torch.dtype = torch.float16, B: int = 8, C: int = 2000, L: int = 1000) -> Scoring:
     """The Ranker's shape: d = h = 128."""
-    problem = scoring([L] * (B - 1) + [L // 3], C, 128, 128, 5000, dtype=dtype)
-    return problem.but(**{name: on("cuda", x) for name, x in vars(problem).items()})
+    return scoring([L] * (B - 1) + [L // 3], C, 128, 128, 5000, dtype=dtype)
 
 
-def large_attention(dtype: torch.dtype = torch.float16, activation: str = "softmax") -> Attention:
-    problem = attention([1000, 0, 313, 700], 300, 2, 64, dtype=dtype, queries="shared", activation=activation)
+def large_attention(activation: str = "softmax") -> Attention:
+    return attention([1000, 0, 313, 700], 300, 2, 64, dtype=torch.float16, queries="shared", activation=activation)
+
+
+def on_gpu(problem: Any) -> Any:
     return problem.but(**{name: on("cuda", x) for name, x in vars(problem).items()})
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_scores_of_the_rankers_shape(dtype: torch.dtype) -> None:
     problem = large_scoring(dtype)
-    got, exact, plain = problem.scores("cuda"), problem.formula(torch.float64).cpu(), problem.formula(dtype).cpu()
-    there = problem.candidate_ids.cpu() >= 0
+    got, exact, plain = problem.scores("cuda"), problem.formula(torch.float64), problem.formula(dtype)
+    there = problem.candidate_ids >= 0
     assert float((got - exact)[there].abs().max()) <= allowed(plain[there], exact[there], dtype)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "silu"])
 def test_attention_repeats_its_bits(activation: str) -> None:
     """A race would show in one of many runs."""
-    problem = large_attention(activation=activation).cast(None)
+    problem = on_gpu(large_attention(activation)).cast(None)
     grad_out = torch.randn(problem.attend("cuda").shape, dtype=problem.q.dtype, device="cuda")
 
     def run() -> list[torch.Tensor]:
@@ -48,7 +51,7 @@ def test_attention_repeats_its_bits(activation: str) -> None:
 
 
 def test_scores_repeat_their_bits() -> None:
-    problem = large_scoring()
+    problem = on_gpu(large_scoring())
     first = problem.scores("cuda")
     for _ in range(RUNS):
         assert torch.equal(problem.scores("cuda"), first)
@@ -67,7 +70,7 @@ def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, tor
 
 def test_a_graph_sees_new_ids_and_offsets() -> None:
     """Grids come from shapes alone, so that a captured call is right for whatever its buffers hold later."""
-    problem = large_scoring(C=500, L=300)
+    problem = on_gpu(large_scoring(C=500, L=300))
     graph, scores = captured(lambda: gk.score_candidates(**vars(problem), backend="cuda"))
     total = len(problem.keys)
     for lengths in ([0] * 8, [total, *[0] * 7], [total // 8] * 8):
@@ -78,7 +81,7 @@ def test_a_graph_sees_new_ids_and_offsets() -> None:
 
 
 def test_a_graph_of_attention_sees_new_offsets() -> None:
-    problem = large_attention()
+    problem = on_gpu(large_attention())
     graph, out = captured(lambda: problem.attend("cuda"))
     assert problem.cu_seqlens_k is not None
     for lengths in ([0, 0, 0, 1], [500, 500, 500, 500], [2000, 0, 1, 0]):
@@ -89,7 +92,7 @@ def test_a_graph_of_attention_sees_new_offsets() -> None:
 
 def test_runs_in_the_current_stream() -> None:
     """Inputs that are made in another stream, behind a long wait."""
-    problem = large_scoring()
+    problem = on_gpu(large_scoring())
     want = problem.scores("cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

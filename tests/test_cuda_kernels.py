@@ -6,6 +6,7 @@ Every access checked, threads in random order, mma rounding as a GPU's may be, t
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,52 @@ def test_one_key_far_ahead_is_taken_alone(dtype: torch.dtype) -> None:
         out, lse = gk.candidate_cross_attention(q, k, v, softmax_scale=1.0, return_lse=True, backend="emulated")
         assert_same_bits([out[0, i] for i in range(3)], [v[0, best]] * 3)
         assert bool((lse == 16.0 * D).all())
+
+
+# ---- the compiled module, as far as one gets without a GPU ----
+
+
+def parameters(text: str, function: str) -> list[str]:
+    """Names of a function's parameters, in C++ or in a stub file, without what is not handed through."""
+    found = re.search(rf"\b{function}\((.*?)\)\s*(?:->|\{{|:)", text, re.DOTALL)
+    assert found is not None
+    listed = re.sub(r":\s*\w+", "", found[1])
+    return [re.split(r"[\s*&]+", part.strip())[-1] for part in listed.strip().rstrip(",").split(",")]
+
+
+def test_stub_bindings_and_entry_points_agree() -> None:
+    stub = (ROOT / "grank_kernels" / "_cuda.pyi").read_text()
+    bindings = (ROOT / "csrc" / "bindings_cuda.cpp").read_text()
+    entries = (ROOT / "tests" / "csrc" / "cuda_kernels.cpp").read_text()
+    scores = parameters(stub, "score_candidates")
+    assert scores == parameters(bindings, "score_candidates")
+    assert [*scores, "stages", "tiles_per_block"] == parameters(entries, "emulated_score_candidates")
+    problem = parameters(stub, "__init__")[1:]
+    assert problem == parameters(bindings, "attention")
+    for function in ("candidate_cross_attention", "candidate_cross_attention_backward"):
+        rest = parameters(stub, function)
+        assert rest == parameters(bindings, function)
+        assert problem + rest[1:] == parameters(entries, f"emulated_{function}")
+
+
+def test_compiled_module_takes_what_the_launcher_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without users nothing is launched, so that it needs no device."""
+    compiled = pytest.importorskip("grank_kernels._cuda", reason="built without nvcc")
+    monkeypatch.setattr(cuda, "_stream_of", lambda device: nullcontext(0))
+    problem = scoring([], 5, dtype=torch.float16, table=torch.int8)
+    rows, row_scale, _ = problem.items.operands()  # type: ignore[union-attr]
+    operands = (problem.keys, problem.values, problem.cu_seqlens, problem.user_hidden, problem.item_weight)
+    scores = cuda.score_candidates(problem.candidate_ids, rows, row_scale, *operands, problem.out_weight, 0, 1, "gelu")
+    assert scores.shape == (0, 5)
+    q = torch.zeros(0, 3, 2, 16).half()
+    bias = torch.zeros(0, 3, 2)
+    out, lse = cuda.candidate_cross_attention(q, q, q, None, None, None, 1, bias, "softmax")
+    grads = cuda.candidate_cross_attention_backward(q, q, q, q, out, lse, None, None, None, 1, bias, "softmax")
+    assert [x.shape for x in (out, lse, *grads)] == [x.shape for x in (q, bias, q, q, q, bias)]
+    with pytest.raises(ValueError, match="width is 48; it takes 16, 32, 64 or 128"):
+        compiled.score_candidates(*[0] * 14, 0.0, 1.0, 0, 0, False, 48, 16, 0)
+    with pytest.raises(ValueError, match="width is 48"):
+        compiled.candidate_cross_attention(compiled.CandidateCrossAttention(*[0] * 14, 1.0, 0, 0, 0), False, 48, 0)
 
 
 # ---- what it says no to ----

@@ -14,9 +14,9 @@
 //   own queries    q    g    k    v      T = X1 Y1^T = s,   G = X2 Y2^T = dw;     dq += ds Y1
 //
 // So what a product leaves in registers is always the left operand of the next one. Streamed rows are taken 32 at a
-// time (16 at D = 128), which bounds the registers. All products are mma_m16n8k16 with float32 sums; w and ds are
-// rounded to the element type before the last product, as D = 128 rows of them: w lies in [0, 1] (silu: is bounded by
-// |s|, 1 / L comes after the sum), ds is of the size of g v^T, which must fit the element type, 65504 for float16.
+// time (16 at D = 128), which bounds the registers. All products are mma_m16n8k16 with float32 sums. Before the last
+// one w and ds are rounded to the element type: w lies in [0, 1] (silu: |w| <= |s|, as 1 / L comes after the sum), ds
+// is at most of the size of g v^T, which has to stay below 65504 in float16.
 //
 // Bytes per block: 4 x 64 rows, and 4 D bytes a streamed row. Operations a head: 14 C L D, 2 C L exponentials (silu:
 // and as many reciprocals). Shared memory: 256 D + 2 stages of 4 D + 8 bytes a streamed row.
