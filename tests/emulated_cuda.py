@@ -77,20 +77,27 @@ def with_emulator(
     instead: Collection[Path] = (),
 ) -> Iterator[EmulatedModule]:
     """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
+    module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
+    with standing_in(module, PoisonedTorch("torch")):
+        yield module
+
+
+@contextmanager
+def standing_in(module: Any, allocating: ModuleType) -> Iterator[None]:
+    """Inside, the backend "emulated" is the CUDA backend with another module, and another torch to allocate results."""
 
     @contextmanager
     def no_stream(device: torch.device) -> Iterator[None]:
         yield None
 
-    module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BACKENDS, "emulated", cuda)
         patch.setattr(cuda, "_cuda", module)
-        patch.setattr(cuda, "torch", PoisonedTorch("torch"))
+        patch.setattr(cuda, "torch", allocating)
         patch.setattr(cuda, "_address", lambda tensor: tensor)
         patch.setattr(cuda, "_stream_of", no_stream)
         patch.setattr(cuda, "_device_unsupported", lambda name, x: None)
-        yield module
+        yield
 
 
 def contract_of(module: ModuleType, left_out: Collection[str]) -> dict[str, Any]:

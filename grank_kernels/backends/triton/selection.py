@@ -234,6 +234,7 @@ def select(
         live_kept = live & ~failed
     else:
         live_kept = live
+    tl.debug_barrier()
     tl.store(to_score + query, score, mask=live)
     tl.store(to_tie + query, tie, mask=live)
     moved = compact(scores, positions, ids, row, n, score, tie, scores, positions, row, R, TILE, HAS_IDS)
