@@ -196,9 +196,7 @@ def read_amdgcn(text: str) -> Function:
     if name is None:
         raise ValueError("no function in the assembly")
     code = text[name.end() : text.index("\n\t.section", name.end())]
-    instructions, labels = _scan(
-        code, r"\t(?P<guard>\0)?(?P<opcode>[a-z]\w+)\s*(?P<operands>[^;]*?)\s*(;|$)", r"(\.LBB\w+):"
-    )
+    instructions, labels = _scan(code, r"\t(?P<opcode>[a-z]\w+)\s*(?P<operands>[^;]*?)\s*(;|$)", r"(\.LBB\w+):")
     targets, stops = {}, set()
     for i, (opcode, operands, _) in enumerate(instructions):
         if opcode in ("s_setpc_b64", "s_swappc_b64"):
@@ -218,5 +216,6 @@ def _scan(text: str, instruction: str, label: str) -> tuple[list[Instruction], d
         if found := re.match(label, line):
             labels[found[1]] = len(instructions)
         elif found := re.match(instruction, line):
-            instructions.append(Instruction(found["opcode"], found["operands"], found["guard"] is not None))
+            guarded = found.groupdict().get("guard") is not None
+            instructions.append(Instruction(found["opcode"], found["operands"], guarded))
     return instructions, labels
