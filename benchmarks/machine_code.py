@@ -9,7 +9,6 @@ shortest: what a tile without a hit costs.
 
 import re
 from collections import Counter
-from functools import cached_property
 from typing import NamedTuple
 
 # First match wins; matched against "opcode operands". What none of these names is "other": addresses, compares, moves.
@@ -61,6 +60,9 @@ class Loop(NamedTuple):
     def counts(self) -> Counter[str]:
         return Counter(instruction.kind for instruction in self.path)
 
+    def count(self, *kinds: str) -> int:
+        return sum(instruction.kind in kinds for instruction in self.path)
+
 
 class Function:
     """Instructions of one kernel, as the graph of its basic blocks.
@@ -83,9 +85,8 @@ class Function:
                 after.append(n + 1)
             self.successors.append(after)
 
-    @cached_property
-    def loops(self) -> list[Loop]:
-        """Natural loops with matrix instructions, innermost first; of equals, the one with more of them first."""
+    def loops(self, kinds: tuple[str, ...] = MATRIX) -> list[Loop]:
+        """Natural loops with instructions of these kinds, innermost first; of equals, the one with more of them first."""
         order = self._reverse_postorder()
         dominators = self._dominators(order)
         bodies: dict[int, set[int]] = {}
@@ -101,10 +102,11 @@ class Function:
                         if (inside := todo.pop()) not in body:
                             body.add(inside)
                             todo += predecessors[inside]
-        loops = [self._loop(head, body, order, dominators) for head, body in bodies.items()]
-        loops = [loop for loop in loops if sum(loop.counts[kind] for kind in MATRIX)]
-        depth = {id(loop): sum(other.blocks > loop.blocks for other in loops) for loop in loops}
-        return sorted(loops, key=lambda loop: (-depth[id(loop)], -sum(loop.counts[kind] for kind in MATRIX)))
+        loops = [self._loop(head, body, order, dominators, kinds) for head, body in bodies.items()]
+        loops = [loop for loop in loops if loop.count(*kinds)]
+        return sorted(
+            loops, key=lambda loop: (-sum(other.blocks > loop.blocks for other in loops), -loop.count(*kinds))
+        )
 
     def count(self, *kinds: str) -> int:
         return sum(instruction.kind in kinds for instruction in self.instructions)
@@ -135,9 +137,11 @@ class Function:
                 dominators[block] = new
         return dominators
 
-    def _loop(self, head: int, body: set[int], order: list[int], dominators: dict[int, set[int]]) -> Loop:
-        """The path of one iteration: most matrix instructions, then fewest instructions, over the acyclic body."""
-        best: dict[int, tuple[tuple[int, int], list[int]]] = {head: (self._cost(head), [head])}
+    def _loop(
+        self, head: int, body: set[int], order: list[int], dominators: dict[int, set[int]], kinds: tuple[str, ...]
+    ) -> Loop:
+        """The path of one iteration: most instructions of these kinds, then fewest of all, over the acyclic body."""
+        best: dict[int, tuple[tuple[int, int], list[int]]] = {head: (self._cost(head, kinds), [head])}
         ends = []
         for block in (b for b in order if b in best):
             cost, path = best[block]
@@ -145,15 +149,14 @@ class Function:
                 if after == head:
                     ends.append((cost, path))
                 elif after in body and after not in dominators[block]:
-                    extra = self._cost(after)
+                    extra = self._cost(after, kinds)
                     candidate = ((cost[0] + extra[0], cost[1] + extra[1]), [*path, after])
                     best[after] = min(best.get(after, candidate), candidate)
         _, path = min(ends)
         return Loop(frozenset(body), self._of(path), self._of(sorted(body)))
 
-    def _cost(self, block: int) -> tuple[int, int]:
-        kinds = Counter(self.instructions[i].kind for i in self.blocks[block])
-        return -sum(kinds[kind] for kind in MATRIX), len(self.blocks[block])
+    def _cost(self, block: int, kinds: tuple[str, ...]) -> tuple[int, int]:
+        return -sum(self.instructions[i].kind in kinds for i in self.blocks[block]), len(self.blocks[block])
 
     def _of(self, blocks: list[int]) -> list[Instruction]:
         return [self.instructions[i] for block in blocks for i in self.blocks[block]]

@@ -76,7 +76,7 @@ scan:                                   ; @scan
 def test_sass_loop() -> None:
     function = read_sass(SASS)["scan"]
     assert len(function.instructions) == 19
-    (loop,) = function.loops
+    (loop,) = function.loops()
     assert loop.counts == {"mma": 2, "shared": 1, "async copy": 1, "other": 5}
     assert len(loop.body) == len(loop.path) + 4  # the block behind the gate
     assert function.count("spill") == 1
@@ -89,11 +89,11 @@ def test_sass_loop_in_a_loop() -> None:
     """The innermost loop with matrix instructions comes first; one without is no loop for the reader."""
     inner = "        /*0050*/                   HMMA.16816.F32 R12, R64.reuse, R128, RZ ;\n"
     nested = SASS.replace(inner, f".L_x_7:\n{inner}        /*0058*/               @P1 BRA `(.L_x_7) ;\n")
-    first, second = read_sass(nested)["scan"].loops
+    first, second = read_sass(nested)["scan"].loops()
     assert [i.opcode for i in first.path] == ["HMMA.16816.F32", "BRA"]
     assert first.blocks < second.blocks
     assert second.counts["mma"] == 2
-    assert read_sass(re.sub(r"HMMA\S+", "FFMA", SASS))["scan"].loops == []
+    assert read_sass(re.sub(r"HMMA\S+", "FFMA", SASS))["scan"].loops() == []
 
 
 def test_sass_prefers_the_path_with_matrix_instructions() -> None:
@@ -102,7 +102,7 @@ def test_sass_prefers_the_path_with_matrix_instructions() -> None:
         "        /*0050*/", "        /*0048*/                   BRA.U UP2, `(.L_x_9) ;\n        /*0050*/"
     )
     around = around.replace("        /*0070*/", ".L_x_9:\n        /*0070*/")
-    (loop,) = read_sass(around)["scan"].loops
+    (loop,) = read_sass(around)["scan"].loops()
     assert loop.counts["mma"] == 2
 
 
@@ -120,7 +120,7 @@ def test_sass_indirect_jump_is_refused() -> None:
 
 def test_amdgcn_loop() -> None:
     function = read_amdgcn(AMDGCN)
-    (loop,) = function.loops
+    (loop,) = function.loops()
     assert loop.counts == {"mfma": 1, "global load": 1, "shared": 1, "other": 5}
     assert len(loop.body) == len(loop.path) + 2
     assert [i.bytes for i in loop.path if i.kind == "global load"] == [16]
