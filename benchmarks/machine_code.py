@@ -86,7 +86,7 @@ class Function:
             self.successors.append(after)
 
     def loops(self, kinds: tuple[str, ...] = MATRIX) -> list[Loop]:
-        """Natural loops with instructions of these kinds, innermost first; of equals, the one with more of them first."""
+        """Natural loops with instructions of these kinds, innermost first, those with more of them first."""
         order = self._reverse_postorder()
         dominators = self._dominators(order)
         bodies: dict[int, set[int]] = {}
@@ -104,9 +104,8 @@ class Function:
                             todo += predecessors[inside]
         loops = [self._loop(head, body, order, dominators, kinds) for head, body in bodies.items()]
         loops = [loop for loop in loops if loop.count(*kinds)]
-        return sorted(
-            loops, key=lambda loop: (-sum(other.blocks > loop.blocks for other in loops), -loop.count(*kinds))
-        )
+        depth = {loop.blocks: sum(other.blocks > loop.blocks for other in loops) for loop in loops}
+        return sorted(loops, key=lambda loop: (-depth[loop.blocks], -loop.count(*kinds)))
 
     def count(self, *kinds: str) -> int:
         return sum(instruction.kind in kinds for instruction in self.instructions)
