@@ -5,6 +5,6 @@
 
 from types import ModuleType
 
-from grank_kernels.backends import cpu, reference
+from grank_kernels.backends import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}

@@ -89,7 +89,7 @@ def _excluded_positions(
         return None
     offsets, excluded = offsets.contiguous(), excluded.contiguous()  # searchsorted warns otherwise
     if offsets.device.type == "cpu":
-        _check_exclude(offsets, excluded, None if ids is not None else N)
+        check_exclude(offsets, excluded, None if ids is not None else N)
     entry = torch.arange(len(excluded), device=excluded.device)
     query = torch.searchsorted(offsets, entry, right=True) - 1
     known = (query >= 0) & (query < B) & (excluded >= 0)
@@ -102,7 +102,7 @@ def _excluded_positions(
     return query[known], position[place[known]]
 
 
-def _check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
+def check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
     """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first < 0 or last > len(excluded):

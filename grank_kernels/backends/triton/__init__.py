@@ -1,0 +1,107 @@
+"""The Triton kernels for NVIDIA (sm_80 and later) and AMD (gfx942) GPUs: tensors to arguments, buffers, launches.
+
+With TRITON_INTERPRET=1 in the environment when this package is imported, the kernels run on CPU tensors in Triton's
+interpreter: slowly, to test them.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from grank_kernels.backends.reference import check_exclude
+from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device
+
+_INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MAX_ROWS = (1 << 32) - 1
+_MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
+
+
+def unavailable() -> str | None:
+    """Why no op of this backend can run here."""
+    if not _INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no GPU; with TRITON_INTERPRET=1 in the environment its kernels run on CPU tensors, slowly"
+    return None
+
+
+def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `mips_topk` cannot run for these tensors."""
+    if unavailable() is not None:
+        return unavailable()
+    if INTERPRETED and not queries.is_cpu:
+        return f"queries are on {queries.device}; under TRITON_INTERPRET=1 they must be on the CPU"
+    if not INTERPRETED:
+        if not queries.is_cuda:
+            return f"queries are on {queries.device}, not on a GPU"
+        reason = _device_unsupported(queries.device)
+        if reason is not None:
+            return reason
+    if items.shape[0] > _MAX_ROWS:
+        return f"items have {items.shape[0]} rows; one search takes at most {_MAX_ROWS}, split the table"
+    if items.dtype == torch.int8 and items.shape[1] > _MAX_INT8_WIDTH:
+        return f"int8 items have width {items.shape[1]}; int32 sums take at most {_MAX_INT8_WIDTH}"
+    return None
+
+
+def _device_unsupported(device: torch.device) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.partition(":")[0]
+        return None if name == "gfx942" else f"{device} is {name}; it takes gfx942"
+    capability = (properties.major, properties.minor)
+    return None if capability >= (8, 0) else f"{device} is sm_{capability[0]}{capability[1]}; it takes sm_80 or later"
+
+
+def _device(device: torch.device) -> Device:
+    if INTERPRETED:
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device("gfx942", properties.multi_processor_count, 1 << 16)
+    name = "sm_80" if properties.major == 8 else "sm_90" if properties.major == 9 else "sm_100"
+    return Device(name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def mips_topk(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
+    from grank_kernels.backends.triton.mips_topk_launches import Problem, search
+
+    (B, d), N = queries.shape, len(items)
+    if exclude_offsets is not None and exclude_ids is not None:
+        exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
+        if exclude_offsets.is_cpu:
+            check_exclude(exclude_offsets, exclude_ids, None if ids is not None else N)
+    values = torch.empty(B, k, dtype=torch.float32, device=queries.device)
+    positions = torch.empty(B, k, dtype=torch.int64, device=queries.device)
+    if B == 0 or N == 0:
+        return values.fill_(-torch.inf), positions.fill_(-1)
+    if d == 0:
+        queries, items = queries.new_zeros(B, 1), items.new_zeros(N, 1)
+    elif items.stride(1) != 1 and d > 1:
+        items = items.contiguous()
+    compute = _compute_dtype(queries, items)
+    problem = Problem(queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow, compute)
+    device = _device(queries.device)
+    search(problem, device, values, positions)
+    return values, positions
+
+
+def _compute_dtype(queries: torch.Tensor, items: torch.Tensor) -> torch.dtype:
+    """The precision products are computed in, exactly: the tensors' own, or float32 where they differ."""
+    if items.dtype == torch.int8:
+        return torch.int8
+    if queries.dtype != items.dtype or (INTERPRETED and items.dtype == torch.bfloat16):
+        return torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16
+    return items.dtype

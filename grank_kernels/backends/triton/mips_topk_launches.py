@@ -1,0 +1,199 @@
+"""A search as a list of launches. Imports Triton; imported when the first search needs it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grank_kernels.backends.triton import mips_topk_kernels as kernels
+from grank_kernels.backends.triton import selection
+from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, make_plan, step_of_queries
+
+OPTIONS = {"enable_fp_fusion": True}  # float32 products are fused multiply-adds; stated, as the default changes
+_TYPES = {
+    torch.float32: kernels.tl.float32,
+    torch.float16: kernels.tl.float16,
+    torch.bfloat16: kernels.tl.bfloat16,
+    torch.int8: kernels.tl.int8,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: the function.
+        grid: programs along each axis.
+        arguments: tensors (their addresses are passed), numbers, or None where the kernel has no use for one.
+        constants: what it is compiled for.
+        warps: warps a program.
+        stages: stages of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Enqueues it on the current stream."""
+        self.kernel[self.grid](
+            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched: the arguments of the backend's `mips_topk`, checked, and how products are computed."""
+
+    queries: torch.Tensor
+    items: torch.Tensor
+    row_scale: torch.Tensor | None
+    ids: torch.Tensor | None
+    k: int
+    exclude_offsets: torch.Tensor | None
+    exclude_ids: torch.Tensor | None
+    allow: torch.Tensor | None
+    compute: torch.dtype
+
+    def of_queries(self, part: slice) -> "Problem":
+        """The same for some of the queries."""
+        allow, offsets = self.allow, self.exclude_offsets
+        return Problem(
+            self.queries[part], self.items, self.row_scale, self.ids, self.k,
+            None if offsets is None else offsets[part.start : part.stop + 1], self.exclude_ids,
+            allow[part] if allow is not None and allow.dim() == 2 else allow, self.compute,
+        )  # fmt: skip
+
+
+def launches(
+    problem: Problem, plan: Plan, device: Device, values: torch.Tensor, positions: torch.Tensor
+) -> Iterator[Launch]:
+    """The launches of one search, in order; buffers are allocated on the way.
+
+    threshold (from a sample, or none) -> scan and emit -> select -> collect what failed -> select that -> rank; or, for
+    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. At most 8.
+    """
+    p, k = problem, problem.k
+    (B, d), N = p.queries.shape, len(p.items)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=p.queries.device)
+
+    def candidates(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return empty(*shape, dtype=torch.float32), empty(*shape, dtype=torch.int32)
+
+    has_ids, has_allow, has_exclude = p.ids is not None, p.allow is not None, p.exclude_ids is not None
+    queries, query_scale = p.queries, None
+    if p.compute == torch.int8:
+        queries, query_scale = empty(B, d, dtype=torch.int8), empty(B, dtype=torch.float32)
+        yield Launch(
+            kernels.quantise, (B,),
+            {"queries": p.queries, "row_stride": p.queries.stride(0), "column_stride": p.queries.stride(1), "d": d,
+             "numbers": queries, "scales": query_scale},
+            {"D": min(1024, 1 << max(4, (d - 1).bit_length()))}, 4, 1,
+        )  # fmt: skip
+    allow = p.allow if p.allow is None else p.allow.view(torch.uint8)
+    scoring = {
+        "queries": queries, "q_row": queries.stride(0), "q_column": queries.stride(1), "query_scale": query_scale,
+        "B": B, "items": p.items, "item_stride": p.items.stride(0), "row_scale": p.row_scale, "N": N,
+        "allow": allow, "allow_row": 0 if allow is None or allow.dim() == 1 else allow.stride(0),
+        "allow_column": 0 if allow is None else allow.stride(-1),
+    }  # fmt: skip
+    excluding = {
+        "exclude_offsets": p.exclude_offsets, "exclude_ids": p.exclude_ids,
+        "E": 0 if p.exclude_ids is None else len(p.exclude_ids),
+    }  # fmt: skip
+
+    def shape_of(tile: Any) -> dict[str, Any]:
+        return {
+            "D": d, "DEPTH": tile.depth, "ITEMS": tile.items, "QUERIES": tile.queries,
+            "COMPUTE": _TYPES[p.compute], "HAS_ALLOW": has_allow,
+        }  # fmt: skip
+
+    row_size = k + plan.room
+    scores, places = candidates(B, row_size)
+    score, tie = empty(B, dtype=torch.float32), empty(B, dtype=torch.int64)
+    count, kept, pending = empty(3, B, dtype=torch.int32)
+    per_query = {"R": device.rows, "TILE": 1024, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}
+    query_programs = (-(-B // device.rows),)
+
+    # ---- threshold ----
+    sampled_scores, sampled_places = candidates(B, plan.groups)
+    if plan.sampled:
+        tile = plan.tile
+        yield Launch(
+            kernels.sample, (-(-B // tile.queries), plan.groups // tile.items),
+            {**scoring, "size": plan.sampled, "to_scores": sampled_scores, "to_positions": sampled_places,
+             "groups": plan.groups},
+            shape_of(tile), tile.warps, tile.stages,
+        )  # fmt: skip
+    yield Launch(
+        selection.threshold, query_programs,
+        {"scores": sampled_scores, "positions": sampled_places, "ids": p.ids, "groups": plan.groups,
+         "rate": N / max(1, plan.sampled), "k": k, "exclude_offsets": p.exclude_offsets, "E": excluding["E"], "B": B,
+         "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending,
+         "all_pending": int(plan.splits == 0)},
+        per_query, 4, 1,
+    )  # fmt: skip
+
+    # ---- candidates ----
+    limits = {"threshold_score": score, "threshold_tie": tie}
+    row = {"to_scores": scores, "to_positions": places, "row_size": row_size, "k": k}
+
+    def select(room: int, collected: bool) -> Launch:
+        return Launch(
+            selection.select, query_programs,
+            {"scores": scores, "positions": places, "ids": p.ids, "row_size": row_size, "room": room, "k": k,
+             **excluding, "B": B, "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending},
+            {**per_query, "COLLECTED": collected}, 4, 1,
+        )  # fmt: skip
+
+    if plan.splits:
+        tile = plan.tile
+        yield Launch(
+            kernels.scan, (-(-B // tile.queries), plan.splits),
+            {**scoring, "base": 0, "ids": p.ids, **limits, "count": count, **row},
+            {**shape_of(tile), "HAS_IDS": has_ids}, tile.warps, tile.stages,
+        )  # fmt: skip
+        yield select(plan.room, False)
+    if plan.collected:
+        tile = plan.collect_tile
+        query_tiles = -(-B // tile.queries)
+        rows_of_lists = plan.collected * query_tiles * tile.queries
+        list_scores, list_places = candidates(rows_of_lists, plan.list_size)
+        yield Launch(
+            kernels.collect, (query_tiles, plan.collected),
+            {**scoring, "base": 0, "ids": p.ids, **excluding, **limits, "pending": pending,
+             "list_count": empty(rows_of_lists, dtype=torch.int32), "list_scores": list_scores,
+             "list_positions": list_places, "list_size": plan.list_size, **row},
+            {**shape_of(tile), "TILE": 128, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
+        )  # fmt: skip
+        yield select(plan.collected * k, True)
+
+    # ---- order ----
+    yield Launch(
+        selection.rank, (B, -(-k // 128)),
+        {"scores": scores, "positions": places, "ids": p.ids, "row_size": row_size, "kept": kept, "k": k,
+         "values": values, "indices": positions},
+        {"TILE": 128, "OTHERS": 32, "HAS_IDS": has_ids}, 4, 1,
+    )  # fmt: skip
+
+
+def search(problem: Problem, device: Device, values: torch.Tensor, positions: torch.Tensor) -> None:
+    """Runs a search, in as many steps as the workspace asks for."""
+    B = len(problem.queries)
+    excluded = 0 if problem.exclude_ids is None else -(-len(problem.exclude_ids) // B)
+    shape = (B, *problem.items.shape)
+    step = step_of_queries(device, *shape, problem.k, problem.compute, excluded)
+    for begin in range(0, B, step):
+        part = slice(begin, min(B, begin + step))
+        some = problem.of_queries(part)
+        shape = (len(some.queries), *problem.items.shape)
+        plan = make_plan(device, *shape, problem.k, problem.compute, excluded)
+        for launch in launches(some, plan, device, values[part], positions[part]):
+            launch.run()

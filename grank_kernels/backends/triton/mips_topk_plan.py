@@ -1,0 +1,128 @@
+"""How a search is cut into launches: tile shapes by device, width and batch, buffers and grids by the shapes alone.
+
+Nothing here looks at data, and nothing imports Triton.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+_WORKSPACE = 1 << 30  # bytes of candidates; more queries than fit are searched in steps
+_RESCUE = 1 << 28  # bytes of lists for queries whose threshold failed
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on.
+
+    Attributes:
+        name: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter".
+        processors: multiprocessors or compute units.
+        shared: bytes of shared memory a program can have.
+        small: tables of at most so many rows are emitted whole, without a threshold.
+        rows: queries a program of `threshold` and `select`.
+    """
+
+    name: str
+    processors: int
+    shared: int
+    small: int = 4096
+    rows: int = 1
+
+
+INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a product and how it is run: rows, queries, columns; warps, stages of the pipeline."""
+
+    items: int
+    queries: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def choose_tile(device: Device, d: int, compute: torch.dtype, B: int) -> Tile:
+    """The tile for a width, a precision of products and a batch.
+
+    items: 128 rows, two 64-row products of a warp group on sm_90. queries: as few as the batch needs, since each pads the
+    product; up to 128 (64 in float32), where a row read once from L2 serves enough queries. depth: the whole row up to 256
+    bytes, so that the loop over tiles has no inner loop and its loads run ahead of the products; wider rows go by
+    128-byte pieces. It depends on d and the precision alone, as the order of accumulation does.
+    """
+    width = max(16 if compute.itemsize > 1 else 32, _power_of_2(d))
+    if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
+        return Tile(256, 16, min(width, 256), 4, 1)
+    if compute == torch.float32:  # no tensor cores: registers hold a column of each operand at a time
+        return Tile(64, min(64, max(16, _power_of_2(B))), 32, 4, 2)
+    depth = min(width, 256 // compute.itemsize)
+    queries = min(128, max(16, _power_of_2(B)))
+    stages = 3 if device.shared >= 3 * 128 * depth * compute.itemsize + queries * depth * compute.itemsize else 2
+    return Tile(128, queries, depth, 8 if queries == 128 else 4, stages)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of a search: B queries, N rows.
+
+    Attributes:
+        tile: of scan and sample; `collect` has its own.
+        sampled: rows in the sample, 0 for a search without a threshold.
+        groups: maxima of the sample a query.
+        splits: programs along the rows in `scan`; 0 where `collect` does all.
+        collected: programs along the rows in `collect`; 0 where nothing can fail.
+        list_size: entries of a list of `collect`.
+        room: candidates a query beside the k best of earlier chunks.
+    """
+
+    tile: Tile
+    collect_tile: Tile
+    sampled: int
+    groups: int
+    splits: int
+    collected: int
+    list_size: int
+    room: int
+
+
+def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> Plan:
+    """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows."""
+    tile = choose_tile(device, d, compute, B)
+    lists = choose_tile(device, d, compute, min(B, 32))
+    tiles = -(-N // tile.items)
+    list_size = _multiple(2 * k + 2 * lists.items, 64)
+    waves = 4
+    if k <= 32 or (k <= 64 and B <= 16):
+        query_tiles = -(-B // lists.queries)
+        splits = max(1, min(tiles, waves * device.processors // query_tiles))
+        return Plan(tile, lists, 0, 0, 0, splits, list_size, splits * k)
+    splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
+    if N <= max(device.small, 2 * k):
+        return Plan(tile, lists, 0, 0, splits, 0, 0, N)
+    sampled = max(N // 64, min(N // 4, 8192))
+    share = (k + excluded) * sampled / N
+    r = share + 5 * math.sqrt(share) + 7
+    groups = _multiple(min(sampled, max(8192, 4 * int(r))), tile.items)
+    room = _power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
+    query_tiles = -(-B // lists.queries)
+    affordable = _RESCUE // (8 * query_tiles * lists.queries * (list_size + k))
+    collected = max(1, min(tiles, 2 * device.processors // query_tiles, affordable))
+    return Plan(tile, lists, sampled, groups, splits, collected, list_size, max(room, collected * k))
+
+
+def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:
+    """How many queries to search at a time, so that the candidates fit the workspace."""
+    plan = make_plan(device, B, N, d, k, compute, excluded)
+    step = max(1, _WORKSPACE // (8 * (k + plan.room + plan.groups)))
+    return min(B, max(plan.tile.queries, step // plan.tile.queries * plan.tile.queries))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
