@@ -1,4 +1,4 @@
-"""What the compilers made of the GPU kernels, without a GPU: `python -m benchmarks.gpu_codegen [--json FILE]`.
+"""What the compilers made of the GPU kernels, without a GPU: `python -m benchmarks.gpu_codegen --json FILE [--check]`.
 
 One row a kernel, configuration and target: registers, spills, shared memory and occupancy; the kind of matrix
 instruction, the widest load, the copies in flight; and the instructions that a score costs in the hot loop, beside the
@@ -16,9 +16,11 @@ queries of a batch, every tile of rows comes from memory: then the row's bytes t
 d itemsize / (queries * bytes a clock), and the slots are those of the longer of the two times. What the matrix
 instructions themselves take of the slots is left out of the budget of the others.
 
-A kernel above its slots is bound by issue, and `issue_share` is the share of the peak that is left to it. A kernel is
-asked to leave at least `REACHED` of the peak, the most that its other limits (a loop over d of one or two steps, the
-barrier of every tile, what is left of the wave at the end) let one expect: a budget of slots / REACHED.
+A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
+is asked to leave at least `REACHED` of it, the most that its other limits (a loop over d of one or two steps, the
+barriers of every tile, the last wave) let one expect: slots / REACHED instructions. `faults` says of a row what is
+wrong with it, by this and by what every kernel is asked: nothing spilled, products on tensor cores, the rows of a tile
+read by loads of 16 bytes, copies in flight while a tile is multiplied.
 """
 
 import argparse
@@ -30,17 +32,21 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpus import ARCHITECTURES, CARDS
 from benchmarks.machine_code import MATRIX, Function, Instruction, Loop, read_amdgcn, read_sass
 
 Facts = dict[str, Any]
 
-# Share of the peak of the matrix unit (of the memory, where that is the limit) that the kernels are designed for.
+# Share of the roofline that the kernels are designed for.
 REACHED = {"sm_80": 0.65, "sm_90": 0.5, "sm_100": 0.4, "gfx942": 0.4}
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
 @cache
@@ -95,33 +101,67 @@ def code_facts(function: Function) -> Facts:
     }
 
 
-def loop_facts(function: Function, kinds: tuple[str, ...], steps: int, scores_a_lane: float) -> Facts:
-    """What a score costs in the loop over tiles.
+class Tile(NamedTuple):
+    """Of a kernel that scores: rows x queries x numbers of each, and the warps that share the work."""
 
-    Args:
-        function: the code.
-        kinds: of instructions that multiply.
-        steps: iterations of an inner loop over d that make a tile, if there is an inner loop.
-        scores_a_lane: of one tile.
-    """
+    items: int
+    queries: int
+    depth: int
+    dtype: str
+    warps: int
+    lanes: int
+
+    def multiply_adds(self, instruction: Instruction) -> int:
+        """Products with addition of all warps together, if each executes the instruction."""
+        opcode = instruction.opcode
+        if instruction.kind == "fma":
+            return self.warps * self.lanes * (2 if "FFMA2" in opcode or "_pk_" in opcode else 1)
+        if instruction.kind == "tcgen05":  # one warp for all; the shape is in a register, 32 bytes deep
+            return min(self.items, 128) * self.queries * 32 // ITEMSIZE[self.dtype]
+        if found := re.search(r"(\d+)x(\d+)x(\d+)", opcode):  # HGMMA.64x128x16, by four warps; v_mfma_f32_32x32x8
+            return prod(map(int, found.groups())) * self.warps // (4 if instruction.kind == "wgmma" else 1)
+        if found := re.search(r"\.168(\d+)", opcode):  # HMMA.16816
+            return 16 * 8 * int(found[1]) * self.warps
+        raise ValueError(f"{opcode}: a matrix instruction of unknown shape")
+
+
+def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int) -> Facts:
+    """What a score costs in the loop over tiles; `kinds` are the instructions that multiply."""
     loops = function.loops(kinds)
     if not loops:
         raise ValueError(f"{function.name}: no loop with {', '.join(kinds)} in it")
     hot = loops[0]
-    outer = next((loop for loop in loops if loop.blocks > hot.blocks), None)
-    path = outer.path + hot.path * (steps - 1) if outer else hot.path
+    outer = next((loop for loop in loops if loop.blocks > hot.blocks), hot)
+    path = tile_path(function.name, hot, outer, kinds, tile, d)
     products = sum(i.kind in kinds for i in path)
     loads = [i.bytes for i in hot.path if i.kind in ("global load", "async copy")]
+    scores_a_lane = tile.items * tile.queries / (tile.warps * tile.lanes)
     return {
         "loop_instructions": len(hot.path),
         "loop_async_copies": hot.count("async copy"),
         "loop_copies_in_flight": copies_in_flight(hot),
-        "loop_widest_load": max(loads, default=0),
-        "loop_wide_load_share": sum(b for b in loads if b == 16) / max(1, sum(loads)),
+        "loop_bytes_by_16": sum(b for b in loads if b >= 16) * tile.warps * tile.lanes,
         "matrix_per_score": products / scores_a_lane,
         "other_per_score": (len(path) - products) / scores_a_lane,
-        "with_hit_per_score": len((outer or hot).body) / scores_a_lane,
+        "with_hit_per_score": (len(outer.body) + len(path) - len(outer.path)) / scores_a_lane,
     }
+
+
+def tile_path(name: str, hot: Loop, outer: Loop, kinds: tuple[str, ...], tile: Tile, d: int) -> list[Instruction]:
+    """Instructions of one whole tile: an iteration of the outer loop, the inner one as often as the products need.
+
+    Where a tile is too small for its warps some of them make the same products, twice as many or four times as many.
+
+    Raises:
+        ValueError: the matrix instructions that were found do not make the products of a tile, so that something of the
+            code was not understood.
+    """
+    products = tile.items * tile.queries * tile.depth * -(-d // tile.depth)
+    inside, made = (sum(tile.multiply_adds(i) for i in loop.path if i.kind in kinds) for loop in (hot, outer))
+    for needed in (products, 2 * products, 4 * products):
+        if made <= needed and (needed - made) % inside == 0:
+            return outer.path + hot.path * ((needed - made) // inside)
+    raise ValueError(f"{name}: loops of {made} and {inside} products for a tile of {products}")
 
 
 def copies_in_flight(loop: Loop) -> int:
@@ -145,9 +185,8 @@ def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool) -> floa
     architecture = ARCHITECTURES[target]
     clocks = architecture.clocks_per_score(dtype, d)
     if one_tile:
-        itemsize = {"float32": 4, "int8": 1}.get(dtype, 2)
         cards = [card for card in CARDS.values() if card.architecture == target]
-        clocks = max(clocks, min(d * itemsize / queries / (card.read / card.sms / card.clock) for card in cards))
+        clocks = max(clocks, min(d * ITEMSIZE[dtype] / queries / (card.read / card.sms / card.clock) for card in cards))
     return architecture.lanes * clocks
 
 
@@ -171,20 +210,52 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
         **occupancy(target, facts["registers"], threads, kernel.metadata.shared),
         **code_facts(function),
     }
-    tile = launch.constants
-    if "COMPUTE" in tile:  # it multiplies
-        dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(tile["COMPUTE"]), "int8")
-        scores_a_lane = tile["ITEMS"] * tile["QUERIES"] / threads
-        kinds = MATRIX if row["matrix"] != "none" else ("fma",)
-        budget = slots(target, dtype, tile["D"], tile["QUERIES"], one_tile=launch.grid[0] == 1)
-        row |= {"dtype": dtype, "d": tile["D"], "tile": f"{tile['ITEMS']}x{tile['QUERIES']}x{tile['DEPTH']}"}
-        row |= loop_facts(function, kinds, -(-tile["D"] // tile["DEPTH"]), scores_a_lane)
-        row |= {
-            "slots_per_score": budget,
-            "budget_other_per_score": budget / REACHED[target] - row["matrix_per_score"],
-            "issue_share": min(1.0, budget / (row["matrix_per_score"] + row["other_per_score"])),
-        }
+    constants = launch.constants
+    if "COMPUTE" in constants:  # it multiplies
+        d, depth = constants["D"], constants["DEPTH"]
+        dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(constants["COMPUTE"]), "int8")
+        lanes = ARCHITECTURES[target].warp
+        tile = Tile(constants["ITEMS"], constants["QUERIES"], depth, dtype, launch.warps, lanes)
+        row |= {"dtype": dtype, "d": d, "tile": f"{tile.items}x{tile.queries}x{depth}"}
+        row["tile_bytes"] = tile.items * min(d, depth) * ITEMSIZE[dtype]  # of one step
+        row["one_tile"] = launch.grid[0] == 1  # of queries
+        row["slots_per_score"] = slots(target, dtype, d, tile.queries, row["one_tile"])
+        row |= loop_facts(function, MATRIX if row["matrix"] != "none" else ("fma",), tile, d)
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
     return row
+
+
+def faults(row: Facts) -> list[str]:
+    """What a row is blamed for; nothing, if all is well.
+
+    Excepted: float32 products are exact, so they run on the FMA units, and their own instructions fill the slots. AMD's
+    gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
+    sm_100 to mma, not tcgen05. `sample` scores one row in 64 and may take 16 times the slots, a quarter of a scan.
+    `collect` on several query tiles runs for the few queries whose threshold failed, and may take what it takes.
+    """
+    found = []
+    if row["spilled_bytes"]:
+        found.append(f"{row['spilled_bytes']} bytes spilled")
+    if row["blocks_per_sm"] == 0:
+        found.append("not one block fits")
+    if "issue_share" not in row:
+        return found
+    target, exact = row["target"], row["dtype"] == "float32"
+    expected = "mma" if (target, row["dtype"]) == ("sm_100", "int8") else MATRIX_OF[target]
+    if not exact and row["matrix"] != expected:
+        found.append(f"matrix instructions: {row['matrix']}, not {expected}")
+    if row["loop_bytes_by_16"] < row["tile_bytes"]:
+        found.append(f"{row['loop_bytes_by_16']} of {row['tile_bytes']} bytes of rows by loads of 16 bytes")
+    if target != "gfx942" and row["loop_copies_in_flight"] == 0:
+        found.append("no copies in flight while a tile is multiplied")
+    allowed = {"scan": 1, "sample": 16, "collect": 1 if row["one_tile"] else 0}[row["kernel"]]
+    if not exact and allowed and row["issue_share"] * allowed < REACHED[target]:
+        found.append(
+            f"{row['matrix_per_score']:.2f} + {row['other_per_score']:.2f} instructions a score, "
+            f"{row['slots_per_score'] * allowed / REACHED[target]:.2f} allowed"
+        )
+    return found
 
 
 def occupancy(target: str, registers: int, threads: int, shared: int) -> Facts:
@@ -193,14 +264,15 @@ def occupancy(target: str, registers: int, threads: int, shared: int) -> Facts:
     return {"blocks_per_sm": blocks, "occupancy": blocks * -(-threads // architecture.warp) / architecture.warps}
 
 
-def triton_rows(targets: tuple[str, ...]) -> Iterator[Facts]:
+def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
     from grank_kernels.backends.triton.compile_plan import compile_plan, compile_row
 
     for plan_row in compile_plan(targets):
-        yield triton_row(plan_row, compile_row(plan_row))
+        if re.search(match, f"{plan_row.kernel.__name__} {plan_row.label} {plan_row.target}"):
+            yield triton_row(plan_row, compile_row(plan_row))
 
 
-def report(targets: tuple[str, ...]) -> dict[str, Any]:
+def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
     """All rows, and for each backend what its code was compiled with, or why there is none."""
     made: dict[str, Any] = {"label": "compiled, and derived from datasheets; nothing is measured", "rows": []}
     if find_spec("triton") is None:
@@ -209,7 +281,8 @@ def report(targets: tuple[str, ...]) -> dict[str, Any]:
         import triton
 
         made["triton"] = triton.__version__
-        for row in triton_rows(targets):
+        for row in triton_rows(targets, match):
+            row["faults"] = faults(row)
             made["rows"].append(row)
             print(line(row), file=sys.stderr)
     return made
@@ -228,17 +301,21 @@ def line(row: Facts) -> str:
             f"{row['other_per_score']:.2f} instructions a score of {row['slots_per_score']:.1f} slots: "
             f"{row['issue_share']:.0%} of the roofline"
         )
-    return text
+    return text + "".join(f"\n    FAULT: {fault}" for fault in row["faults"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--target", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--match", default="", help="only rows whose 'kernel configuration target' this pattern finds")
+    parser.add_argument("--check", action="store_true", help="fail if a row has a fault")
     arguments = parser.parse_args()
-    made = report(tuple(arguments.target))
+    made = report(tuple(arguments.target), arguments.match)
     if arguments.json:
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")
+    if arguments.check and any(row["faults"] for row in made["rows"]):
+        raise SystemExit("rows with faults")
 
 
 if __name__ == "__main__":

@@ -243,9 +243,7 @@ def collect(
                 list_scores, list_positions, ids, lists, n, exclude_offsets, exclude_ids, E, query, live,
                 QUERIES, TILE, HAS_IDS,
             )  # fmt: skip
-        border, border_tie, valid = kth_best(
-            list_scores, list_positions, ids, lists, n, wanted, QUERIES, TILE, HAS_IDS
-        )
+        border, border_tie, valid = kth_best(list_scores, list_positions, ids, lists, n, wanted, QUERIES, TILE, HAS_IDS)
         to = query.to(tl.int64) * row_size + k + tl.program_id(1) * k
         n = compact(
             list_scores, list_positions, ids, lists, n, border, border_tie,
