@@ -47,27 +47,39 @@ def _load_queries(queries, row_stride, column_stride, query, column, B, D: tl.co
 
 
 @triton.jit
-def _products(
-    first, queries, q_row, q_column, query, B, items, item_stride, row, row_scale, query_scale,
+def _load_scales(query_scale, query, B, COMPUTE: tl.constexpr):
+    if COMPUTE == tl.int8:
+        return tl.load(query_scale + query, mask=query < B, other=0.0)
+    else:
+        return query
+
+
+@triton.jit
+def _scores(
+    first, queries, q_row, q_column, query, B, query_scale, x, live, row_scale,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Scores (ITEMS, QUERIES) of the rows `row` (int64, all inside the table). `first` holds the queries' first columns."""
+    """(ITEMS, QUERIES) of the rows that begin at `x` where `live`, 0 elsewhere. `first` are the queries' first columns."""
     ACCUMULATOR: tl.constexpr = tl.int32 if COMPUTE == tl.int8 else tl.float32
     column = tl.arange(0, DEPTH)
-    x = items + row[:, None] * item_stride + column[None, :]
+    x = x[:, None] + column[None, :]
     if D <= DEPTH:
-        tile = tl.load(x) if D == DEPTH else tl.load(x, mask=(column < D)[None, :], other=0.0)
+        inside = live[:, None] if D == DEPTH else live[:, None] & (column < D)[None, :]
+        tile = tl.load(x, mask=inside, other=0)
         total = tl.dot(tile.to(COMPUTE), first, out_dtype=ACCUMULATOR, input_precision="ieee")
     else:
         total = tl.zeros((ITEMS, QUERIES), ACCUMULATOR)
         for begin in range(0, D, DEPTH):
-            inside = (begin + column < D)[None, :]
-            tile = tl.load(x + begin) if D % DEPTH == 0 else tl.load(x + begin, mask=inside, other=0.0)
+            inside = live[:, None] if D % DEPTH == 0 else live[:, None] & (begin + column < D)[None, :]
+            tile = tl.load(x + begin, mask=inside, other=0)
             q = _load_queries(queries, q_row, q_column, query, begin + column, B, D, COMPUTE)
             total = tl.dot(tile.to(COMPUTE), q, total, out_dtype=ACCUMULATOR, input_precision="ieee")
     if COMPUTE == tl.int8:
-        x_scale = tl.load(row_scale + row)
-        return total.to(tl.float32) * (query_scale[None, :] * x_scale[:, None])
+        scale = query_scale[None, :] * tl.load(row_scale, mask=live, other=0.0)[:, None]
+        if D <= 260:  # |total| < 2^22: added to the bits of 1.5 * 2^23 it is the fraction, and needs no conversion
+            return ((total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0) * scale
+        else:
+            return total.to(tl.float32) * scale
     else:
         return total
 
@@ -80,27 +92,75 @@ def _allowed(allow, allow_row, allow_column, query, row, mask):
 
 @triton.jit
 def _emit(
-    scores, hit, position, query, live, score, tie, ids, allow, allow_row, allow_column,
-    count, to_scores, to_positions, to, room, ITEMS: tl.constexpr, QUERIES: tl.constexpr,
+    scores, query, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
+    count, to_scores, to_positions, list_size, skip, room, mine,
+    ITEMS: tl.constexpr, QUERIES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+):  # fmt: skip
+    """Appends the scores that are of rows (`live`), allowed and reach their query's threshold to its list.
+
+    Thresholds, counters and lists are those from `mine` on, the lists list_size apart; the first `skip` places of each
+    are left alone and `room` are free. Counting goes on where there is no room, so that what is lost is seen.
+    A wide tile is halved, each half behind a gate of its own, until a thread has 8 or 16 scores.
+    """
+    if QUERIES > 16:
+        HALF: tl.constexpr = QUERIES // 2
+        low, high = tl.split(tl.permute(tl.reshape(scores, (ITEMS, 2, HALF)), (0, 2, 1)))
+        _emit(
+            low, query, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
+            count, to_scores, to_positions, list_size, skip, room, mine, ITEMS, HALF, HAS_IDS, HAS_ALLOW,
+        )  # fmt: skip
+        _emit(
+            high, query + HALF, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
+            count, to_scores, to_positions, list_size, skip, room, mine + HALF, ITEMS, HALF, HAS_IDS, HAS_ALLOW,
+        )  # fmt: skip
+    else:
+        lane = tl.arange(0, QUERIES)
+        score = tl.load(threshold_score + mine + lane)
+        hit = (scores >= score[None, :]) & live[:, None]
+        if tl.max(hit.to(tl.int32)) > 0:
+            if HAS_ALLOW:
+                hit &= _allowed(allow, allow_row, allow_column, query + lane, position, hit)
+            ties = tl.load(ids + position, mask=live, other=0) if HAS_IDS else position
+            tie = tl.load(threshold_tie + mine + lane)
+            hit &= reaches(scores, ties[:, None], score[None, :], tie[None, :])
+            counters, _ = tl.broadcast((count + mine + lane)[None, :], hit)
+            slot = tl.atomic_add(counters, 1, mask=hit, sem="relaxed")
+            hit &= slot.to(tl.uint32) < room  # a count of up to 2^32 - 1 hits is unsigned
+            to = (mine + lane).to(tl.int64) * list_size + skip
+            unsigned = tl.where(scores == 0, 0.0, scores)  # one zero, as the contract has it
+            tl.store((to_scores + to)[None, :] + slot, unsigned, mask=hit)
+            tl.store((to_positions + to)[None, :] + slot, position.to(tl.int32)[:, None], mask=hit)
+
+
+@triton.jit
+def _scan_tiles(
+    begin, end, step, first, queries, q_row, q_column, query, B, query_scale, items, item_stride, row_scale, N, base,
+    ids, allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions,
+    list_size, skip, room, mine,
+    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
-    """Appends the hits that are rows (`live`), allowed and reach (score, tie) to the candidates of their queries.
-
-    `count` and `to` point to the counter and the candidates of each query. Counting goes on where there is no room, so
-    that `select` sees what was lost.
-    """
-    hit &= live[:, None]
-    if HAS_ALLOW:
-        hit &= _allowed(allow, allow_row, allow_column, query, position, hit)
-    ties = tl.load(ids + position, mask=live, other=0) if HAS_IDS else position
-    hit &= reaches(scores, ties[:, None], score[None, :], tie[None, :])
-    counters = count[None, :] + tl.zeros((ITEMS, QUERIES), tl.int32)
-    slot = tl.atomic_add(counters, tl.full((ITEMS, QUERIES), 1, tl.int32), mask=hit, sem="relaxed")
-    hit &= slot.to(tl.uint32) < room  # the count of up to 2^32 - 1 hits is unsigned
-    unsigned = tl.where(scores == 0, 0.0, scores)  # one zero, as the contract has it
-    tl.store(to_scores + to[None, :] + slot, unsigned, mask=hit)
-    places = position.to(tl.int32)[:, None] + tl.zeros((ITEMS, QUERIES), tl.int32)
-    tl.store(to_positions + to[None, :] + slot, places, mask=hit)
+    """Emits what reaches the thresholds, from the tiles begin, begin + step, ... below end."""
+    lane = tl.arange(0, ITEMS)
+    score = tl.load(threshold_score + mine + tl.arange(0, QUERIES))
+    no_gate = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf minus -inf is no number
+    offset = lane.to(tl.int64) * item_stride
+    for tile in range(begin, end, step):
+        start = tl.cast(tile, tl.int64) * ITEMS
+        live = lane < tl.minimum(N - start, ITEMS).to(tl.int32)
+        scores = _scores(
+            first, queries, q_row, q_column, query, B, query_scale, items + start * item_stride + offset, live,
+            row_scale + start + lane if COMPUTE == tl.int8 else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+        )  # fmt: skip
+        # One subtraction and one maximum a score; a comparison would also make an integer of it, for the reduction.
+        if (tl.max(scores - score[None, :]) >= 0) | no_gate:
+            # Zero, which the compiler cannot know: it would compute the addresses of this branch before the loop, and spill.
+            zero = tl.minimum(N - start, 0).to(tl.int32)
+            _emit(
+                scores, tl.program_id(0) * QUERIES + zero, base + start + lane, live, ids, allow, allow_row, allow_column,
+                threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine + zero,
+                ITEMS, QUERIES, HAS_IDS, HAS_ALLOW,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -119,29 +179,35 @@ def sample(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     group = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale = tl.load(query_scale + query, mask=query < B, other=0.0) if COMPUTE == tl.int8 else 0.0
+    q_scale = _load_scales(query_scale, query, B, COMPUTE)
     best = tl.full((ITEMS, QUERIES), float("nan"), tl.float32)
-    place = tl.zeros((ITEMS, QUERIES), tl.int32)
+    winner = tl.zeros((ITEMS, QUERIES), tl.int32)
     for begin in range(0, size, groups):
-        i = (begin + group).to(tl.int64)
-        live = i < size
-        stratum = i * N // size
-        width = (i + 1) * N // size - stratum
-        mixed = (i.to(tl.uint32) + 1) * 0x9E3779B1
-        row = tl.minimum(stratum + ((mixed.to(tl.int64) * width) >> 32), N - 1)
-        scores = _products(
-            first, queries, q_row, q_column, query, B, items, item_stride, row, row_scale, q_scale,
-            D, DEPTH, ITEMS, QUERIES, COMPUTE,
+        live = begin + group < size
+        row = _sampled_row(begin + group, size, N)
+        scores = _scores(
+            first, queries, q_row, q_column, query, B, q_scale, items + row * item_stride, live,
+            row_scale + row if COMPUTE == tl.int8 else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
         better = live[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
         if HAS_ALLOW:
             better &= _allowed(allow, allow_row, allow_column, query, row, better & (query < B)[None, :])
         best = tl.where(better, scores, best)
-        place = tl.where(better, row.to(tl.int32)[:, None], place)
+        winner = tl.where(better, row.to(tl.int32)[:, None], winner)
     to = query.to(tl.int64)[None, :] * groups + group[:, None]
     inside = (query < B)[None, :] & (group < groups)[:, None]
     tl.store(to_scores + to, tl.where(best == 0, 0.0, best), mask=inside)
-    tl.store(to_positions + to, place, mask=inside)
+    tl.store(to_positions + to, winner, mask=inside)
+
+
+@triton.jit
+def _sampled_row(i, size, N):
+    """The row of sample i: in the i-th of `size` equal parts of the table, at a place that looks random."""
+    i = tl.minimum(i, size - 1)
+    mixed = ((i.to(tl.uint32) + 1) * 0x9E3779B1).to(tl.int64)
+    width, longer = N // size, N % size  # the first parts are longer by one
+    place = (mixed * (width + (i < longer).to(tl.int64))) >> 32
+    return i.to(tl.int64) * width + tl.minimum(i, longer) + place
 
 
 @triton.jit
@@ -151,108 +217,116 @@ def scan(
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
-    """Every row against every query: what reaches the query's threshold is emitted into its row of candidates.
+    """Every row against every query: what reaches the query's threshold is emitted behind its k kept candidates.
 
-    Programs of one split and all query tiles run side by side, so that rows are read from memory once.
+    Programs of one split and all query tiles run side by side, so that rows are read from memory once. Thresholds and
+    counters are padded to whole tiles.
     """
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale = tl.load(query_scale + query, mask=query < B, other=0.0) if COMPUTE == tl.int8 else 0.0
-    score = tl.load(threshold_score + query, mask=query < B, other=float("inf"))
-    tie = tl.load(threshold_tie + query, mask=query < B, other=-1)
-    to = query.to(tl.int64) * row_size + k
-    for tile in range(tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1)):
-        row = tl.cast(tile, tl.int64) * ITEMS + tl.arange(0, ITEMS)
-        scores = _products(
-            first, queries, q_row, q_column, query, B, items, item_stride, tl.minimum(row, N - 1), row_scale, q_scale,
-            D, DEPTH, ITEMS, QUERIES, COMPUTE,
-        )  # fmt: skip
-        hit = scores >= score[None, :]
-        if tl.max(hit.to(tl.int32)) > 0:
-            _emit(
-                scores, hit, base + row, query, row < N, score, tie, ids, allow, allow_row, allow_column,
-                count + query, to_scores, to_positions, to, row_size - k, ITEMS, QUERIES, HAS_IDS, HAS_ALLOW,
-            )  # fmt: skip
+    q_scale = _load_scales(query_scale, query, B, COMPUTE)
+    _scan_tiles(
+        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column, query, B, q_scale,
+        items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
+        count, to_scores, to_positions, row_size, k, row_size - k, tl.program_id(0) * QUERIES,
+        D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
+    )  # fmt: skip
+
+
+@triton.jit
+def _cut(
+    list_count, list_scores, list_positions, list_size, list_score, list_tie, mine, query, live, ids,
+    exclude_offsets, exclude_ids, E, k, to_scores, to_positions, to,
+    R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """Copies the k best of R lists to `to`, and raises the thresholds of lists that have so many; returns their numbers."""
+    lists = mine.to(tl.int64) * list_size
+    n = tl.load(list_count + mine)
+    if HAS_EXCLUDE:
+        drop_excluded(
+            list_scores, list_positions, ids, lists, n, exclude_offsets, exclude_ids, E, query, live, R, TILE, HAS_IDS
+        )
+    wanted = tl.zeros((R,), tl.int32) + k
+    score, tie, valid = kth_best(list_scores, list_positions, ids, lists, n, wanted, R, TILE, HAS_IDS)
+    kept = compact(
+        list_scores, list_positions, ids, lists, n, score, tie, to_scores, to_positions, to, R, TILE, HAS_IDS
+    )
+    raised = live & (valid >= k)
+    tl.store(list_score + mine, score, mask=raised)
+    tl.store(list_tie + mine, tie, mask=raised)
+    tl.store(list_count + mine, kept)
+    return kept
 
 
 @triton.jit
 def collect(
     queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N, base, ids,
     allow, allow_row, allow_column, exclude_offsets, exclude_ids, E,
-    threshold_score, threshold_tie, pending, list_count, list_scores, list_positions, list_size,
+    threshold_score, threshold_tie, pending, list_count, list_score, list_tie, list_scores, list_positions, list_size,
     to_scores, to_positions, row_size, k,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    TILE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
 ):  # fmt: skip
     """The k best rows of each split for every pending query, whatever the data.
 
-    A program keeps a list of its own for each of its queries, list_size >= k + ITEMS. A list without room for one more
-    tile is cut to its k best, which also raises the threshold. The k best of split s go to k + s k of the query's
-    candidates. Nothing is shared between programs, nothing can overflow.
+    A program keeps a list of its own for each of its queries, list_size >= k + BLOCK ITEMS. It scans blocks of tiles, one
+    at first, then two, ... up to BLOCK; lists of 2 k entries, or without room for the next block, are cut to their k
+    best, which raises their thresholds. The k best of split s go to k + s k of the query's candidates. Nothing is shared
+    between programs, nothing can overflow.
     """
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     live = query < B
     live &= tl.load(pending + query, mask=live, other=0) > 0
     if tl.max(live.to(tl.int32), 0) > 0:
         first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-        q_scale = tl.load(query_scale + query, mask=query < B, other=0.0) if COMPUTE == tl.int8 else 0.0
-        score = tl.load(threshold_score + query, mask=live, other=float("inf"))
-        tie = tl.load(threshold_tie + query, mask=live, other=-1)
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        mine = program.to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-        count = list_count + mine
-        lists = mine * list_size
-        wanted = tl.zeros((QUERIES,), tl.int32) + k
-        tl.store(count, tl.zeros((QUERIES,), tl.int32))
+        q_scale = _load_scales(query_scale, query, B, COMPUTE)
+        mine = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * QUERIES
+        lane = tl.arange(0, QUERIES)
+        tl.store(list_score + mine + lane, tl.load(threshold_score + query, mask=live, other=float("inf")))
+        tl.store(list_tie + mine + lane, tl.load(threshold_tie + query, mask=live, other=-1))
+        tl.store(list_count + mine + lane, tl.zeros((QUERIES,), tl.int32))
         tl.debug_barrier()
         tiles = tl.cdiv(N, ITEMS)
-        for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            row = tl.cast(tile, tl.int64) * ITEMS + tl.arange(0, ITEMS)
-            scores = _products(
-                first, queries, q_row, q_column, query, B, items, item_stride, tl.minimum(row, N - 1), row_scale,
-                q_scale, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+        tile = tl.program_id(1) + 0
+        block = tile * 0 + 1
+        while tile < tiles:
+            stop = tl.minimum(tiles, tile + block * tl.num_programs(1))
+            _scan_tiles(
+                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query, B, q_scale,
+                items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, list_score, list_tie,
+                list_count, list_scores, list_positions, list_size, 0, list_size, mine,
+                D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
             )  # fmt: skip
-            hit = scores >= score[None, :]
-            if tl.max(hit.to(tl.int32)) > 0:
-                _emit(
-                    scores, hit, base + row, query, row < N, score, tie, ids, allow, allow_row, allow_column,
-                    count, list_scores, list_positions, lists, list_size, ITEMS, QUERIES, HAS_IDS, HAS_ALLOW,
-                )  # fmt: skip
-                tl.debug_barrier()
-                n = tl.load(count)
-                if tl.max(n, 0) > list_size - ITEMS:
-                    if HAS_EXCLUDE:
-                        drop_excluded(
-                            list_scores, list_positions, ids, lists, n, exclude_offsets, exclude_ids, E, query, live,
-                            QUERIES, TILE, HAS_IDS,
-                        )  # fmt: skip
-                    border, border_tie, valid = kth_best(
-                        list_scores, list_positions, ids, lists, n, wanted, QUERIES, TILE, HAS_IDS
-                    )
-                    n = compact(
-                        list_scores, list_positions, ids, lists, n, border, border_tie,
-                        list_scores, list_positions, lists, QUERIES, TILE, HAS_IDS,
+            tile += block * tl.num_programs(1)
+            block = tl.minimum(2 * block, BLOCK)
+            tl.debug_barrier()
+            zero = tl.minimum(stop - 1, 0)  # hides addresses from the compiler, as in `_scan_tiles`
+            for some in range(0, QUERIES, R):
+                part = some + zero + tl.arange(0, R)
+                n = tl.max(tl.load(list_count + mine + part), 0)
+                if (n >= 2 * k) | (n > list_size - block * ITEMS):
+                    member = tl.program_id(0) * QUERIES + part
+                    _cut(
+                        list_count, list_scores, list_positions, list_size, list_score, list_tie, mine + part, member,
+                        member < B, ids, exclude_offsets, exclude_ids, E, k, list_scores, list_positions,
+                        (mine + part).to(tl.int64) * list_size, R, TILE, HAS_IDS, HAS_EXCLUDE,
                     )  # fmt: skip
-                    score = tl.where(valid >= k, border, score)
-                    tie = tl.where(valid >= k, border_tie, tie)
-                    tl.store(count, n)
-                    tl.debug_barrier()
-        n = tl.load(count)
-        if HAS_EXCLUDE:
-            drop_excluded(
-                list_scores, list_positions, ids, lists, n, exclude_offsets, exclude_ids, E, query, live,
-                QUERIES, TILE, HAS_IDS,
-            )  # fmt: skip
-        border, border_tie, valid = kth_best(list_scores, list_positions, ids, lists, n, wanted, QUERIES, TILE, HAS_IDS)
-        to = query.to(tl.int64) * row_size + k + tl.program_id(1) * k
-        n = compact(
-            list_scores, list_positions, ids, lists, n, border, border_tie,
-            to_scores, to_positions, to, QUERIES, TILE, HAS_IDS,
-        )  # fmt: skip
+            tl.debug_barrier()
         entry = tl.arange(0, TILE)[None, :]
-        for begin in range(0, k, TILE):
-            rest = live[:, None] & (begin + entry >= n[:, None]) & (begin + entry < k)
-            tl.store(
-                to_scores + to[:, None] + begin + entry, tl.full((QUERIES, TILE), float("nan"), tl.float32), mask=rest
-            )
-            tl.store(to_positions + to[:, None] + begin + entry, tl.zeros((QUERIES, TILE), tl.int32), mask=rest)
+        for some in range(0, QUERIES, R):
+            part = some + tl.arange(0, R)
+            member = tl.program_id(0) * QUERIES + part
+            chosen = member < B
+            chosen &= tl.load(pending + member, mask=chosen, other=0) > 0
+            to = member.to(tl.int64) * row_size + k + tl.program_id(1) * k
+            kept = _cut(
+                list_count, list_scores, list_positions, list_size, list_score, list_tie, mine + part, member,
+                chosen, ids, exclude_offsets, exclude_ids, E, k, to_scores, to_positions, to,
+                R, TILE, HAS_IDS, HAS_EXCLUDE,
+            )  # fmt: skip
+            for begin in range(0, k, TILE):
+                rest = chosen[:, None] & (begin + entry >= kept[:, None]) & (begin + entry < k)
+                nothing = tl.full((R, TILE), float("nan"), tl.float32)
+                tl.store(to_scores + to[:, None] + begin + entry, nothing, mask=rest)
+                tl.store(to_positions + to[:, None] + begin + entry, tl.zeros((R, TILE), tl.int32), mask=rest)

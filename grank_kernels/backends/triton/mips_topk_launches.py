@@ -117,7 +117,8 @@ def launches(
 
     row_size = k + plan.room
     scores, places = candidates(B, row_size)
-    score, tie = empty(B, dtype=torch.float32), empty(B, dtype=torch.int64)
+    padded = -(-B // plan.tile.queries) * plan.tile.queries
+    score, tie = empty(padded, dtype=torch.float32), empty(padded, dtype=torch.int64)
     count, kept, pending = empty(3, B, dtype=torch.int32)
     per_query = {"R": device.rows, "TILE": 1024, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}
     query_programs = (-(-B // device.rows),)
@@ -125,7 +126,7 @@ def launches(
     # ---- threshold ----
     sampled_scores, sampled_places = candidates(B, plan.groups)
     if plan.sampled:
-        tile = plan.tile
+        tile = plan.sample_tile
         yield Launch(
             kernels.sample, (-(-B // tile.queries), plan.groups // tile.items),
             {**scoring, "size": plan.sampled, "to_scores": sampled_scores, "to_positions": sampled_places,
@@ -133,11 +134,11 @@ def launches(
             shape_of(tile), tile.warps, tile.stages,
         )  # fmt: skip
     yield Launch(
-        selection.threshold, query_programs,
+        selection.threshold, (-(-padded // device.rows),),
         {"scores": sampled_scores, "positions": sampled_places, "ids": p.ids, "groups": plan.groups,
          "rate": N / max(1, plan.sampled), "k": k, "exclude_offsets": p.exclude_offsets, "E": excluding["E"], "B": B,
          "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending,
-         "all_pending": int(plan.splits == 0)},
+         "all_pending": int(plan.splits == 0), "padded": padded},
         per_query, 4, 1,
     )  # fmt: skip
 
@@ -169,9 +170,11 @@ def launches(
         yield Launch(
             kernels.collect, (query_tiles, plan.collected),
             {**scoring, "base": 0, "ids": p.ids, **excluding, **limits, "pending": pending,
-             "list_count": empty(rows_of_lists, dtype=torch.int32), "list_scores": list_scores,
+             "list_count": empty(rows_of_lists, dtype=torch.int32),
+             "list_score": empty(rows_of_lists, dtype=torch.float32),
+             "list_tie": empty(rows_of_lists, dtype=torch.int64), "list_scores": list_scores,
              "list_positions": list_places, "list_size": plan.list_size, **row},
-            {**shape_of(tile), "TILE": 128, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
+            {**shape_of(tile), "BLOCK": plan.block, "R": min(8, tile.queries), "TILE": 64, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
         )  # fmt: skip
         yield select(plan.collected * k, True)
 

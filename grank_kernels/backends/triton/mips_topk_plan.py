@@ -22,6 +22,7 @@ class Device:
         shared: bytes of shared memory a program can have.
         small: tables of at most so many rows are emitted whole, without a threshold.
         rows: queries a program of `threshold` and `select`.
+        block: tiles that `collect` scans between two looks at its lists, at most.
     """
 
     name: str
@@ -29,9 +30,10 @@ class Device:
     shared: int
     small: int = 4096
     rows: int = 1
+    block: int = 16
 
 
-INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8)
+INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8, block=2)
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,29 @@ class Tile:
     stages: int
 
 
-def choose_tile(device: Device, d: int, compute: torch.dtype, B: int) -> Tile:
-    """The tile for a width, a precision of products and a batch.
+def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int) -> Tile:
+    """The tile for a width, a precision of products and a batch, of at most so many queries.
 
-    items: 128 rows, two 64-row products of a warp group on sm_90. queries: as few as the batch needs, since each pads the
-    product; up to 128 (64 in float32), where a row read once from L2 serves enough queries. depth: the whole row up to 256
-    bytes, so that the loop over tiles has no inner loop and its loads run ahead of the products; wider rows go by
-    128-byte pieces. It depends on d and the precision alone, as the order of accumulation does.
+    items: 128 rows, two 64-row products of a warp group on sm_90; 64 in float32, which has no tensor cores.
+    queries: as few as the batch needs, since each pads the product; as many as registers hold.
+    depth: the whole row up to 256 bytes, so that the loop over tiles has no inner loop and its loads run ahead of the
+    products; wider rows go in pieces of 256 bytes. It depends on d and the precision alone, as the order of
+    accumulation does.
+    stages: three of a tile's rows in shared memory, or two where they do not fit.
     """
     width = max(16 if compute.itemsize > 1 else 32, _power_of_2(d))
+    needed = max(16, _power_of_2(B))
     if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
         return Tile(256, 16, min(width, 256), 4, 1)
-    if compute == torch.float32:  # no tensor cores: registers hold a column of each operand at a time
-        return Tile(64, min(64, max(16, _power_of_2(B))), 32, 4, 2)
+    if compute == torch.float32:
+        return Tile(64, min(64, most, needed), 32, 4, 2)
     depth = min(width, 256 // compute.itemsize)
-    queries = min(128, max(16, _power_of_2(B)))
-    stages = 3 if device.shared >= 3 * 128 * depth * compute.itemsize + queries * depth * compute.itemsize else 2
-    return Tile(128, queries, depth, 8 if queries == 128 else 4, stages)
+    if d > depth or (compute == torch.int8 and device.name != "sm_80"):
+        most = min(most, 64)  # pieces of the queries, or their scales, take the registers of the other half
+    queries = min(most, needed)
+    bytes_of_column = depth * compute.itemsize
+    stages = 3 if (3 * 128 + queries) * bytes_of_column <= device.shared else 2
+    return Tile(128, queries, depth, 8 if queries >= 64 else 4, stages)
 
 
 @dataclass(frozen=True)
@@ -69,48 +77,55 @@ class Plan:
     """One step of a search: B queries, N rows.
 
     Attributes:
-        tile: of scan and sample; `collect` has its own.
+        tile: of `scan`; its width in queries is the largest.
+        sample_tile: of `sample`.
+        collect_tile: of `collect`.
         sampled: rows in the sample, 0 for a search without a threshold.
         groups: maxima of the sample a query.
         splits: programs along the rows in `scan`; 0 where `collect` does all.
         collected: programs along the rows in `collect`; 0 where nothing can fail.
-        list_size: entries of a list of `collect`.
+        block: tiles that `collect` scans between two looks at its lists, at most.
+        list_size: entries of a list of `collect`, k + block * items.
         room: candidates a query beside the k best of earlier chunks.
     """
 
     tile: Tile
+    sample_tile: Tile
     collect_tile: Tile
     sampled: int
     groups: int
     splits: int
     collected: int
+    block: int
     list_size: int
     room: int
 
 
 def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> Plan:
     """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows."""
-    tile = choose_tile(device, d, compute, B)
-    lists = choose_tile(device, d, compute, min(B, 32))
+    tile = choose_tile(device, d, compute, B, 128)
+    samples = choose_tile(device, d, compute, B, 64)  # which has two more numbers a score
+    lists = choose_tile(device, d, compute, B, 32)
     tiles = -(-N // tile.items)
-    list_size = _multiple(2 * k + 2 * lists.items, 64)
+    block = min(tiles, device.block)
+    list_size = _multiple(k + block * lists.items, 64)
     waves = 4
     if k <= 32 or (k <= 64 and B <= 16):
         query_tiles = -(-B // lists.queries)
         splits = max(1, min(tiles, waves * device.processors // query_tiles))
-        return Plan(tile, lists, 0, 0, 0, splits, list_size, splits * k)
+        return Plan(tile, samples, lists, 0, 0, 0, splits, block, list_size, splits * k)
     splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
     if N <= max(device.small, 2 * k):
-        return Plan(tile, lists, 0, 0, splits, 0, 0, N)
+        return Plan(tile, samples, lists, 0, 0, splits, 0, 0, 0, N)
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N
     r = share + 5 * math.sqrt(share) + 7
-    groups = _multiple(min(sampled, max(8192, 4 * int(r))), tile.items)
+    groups = _multiple(min(sampled, max(8192, 4 * int(r))), samples.items)
     room = _power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
     query_tiles = -(-B // lists.queries)
     affordable = _RESCUE // (8 * query_tiles * lists.queries * (list_size + k))
     collected = max(1, min(tiles, 2 * device.processors // query_tiles, affordable))
-    return Plan(tile, lists, sampled, groups, splits, collected, list_size, max(room, collected * k))
+    return Plan(tile, samples, lists, sampled, groups, splits, collected, block, list_size, max(room, collected * k))
 
 
 def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:

@@ -141,35 +141,33 @@ def drop_excluded(
     R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """Makes NaN of the entries of R rows that their queries exclude: every entry is compared with every excluded id."""
-    TOGETHER: tl.constexpr = 16
     entry = tl.arange(0, TILE)[None, :]
     first, last = excluded_range(exclude_offsets, E, query, live)
-    lane = first[:, None] + tl.arange(0, TOGETHER)[None, :]
+    nothing = tl.full((R, TILE), float("nan"), tl.float32)
     for begin in range(0, tl.max(n, 0), TILE):
         here = begin + entry < n[:, None]
         place = tl.load(positions + row[:, None] + begin + entry, mask=here, other=0)
         ties = _ties(place, ids, here, HAS_IDS)
-        drop = tl.zeros((R, TILE), tl.int32)
-        for skip in range(0, tl.max(last - first, 0), TOGETHER):
-            listed = tl.load(exclude_ids + lane + skip, mask=lane + skip < last[:, None], other=-1)
-            drop |= tl.max((ties[:, :, None] == listed[:, None, :]).to(tl.int32), 2)
-        tl.store(
-            scores + row[:, None] + begin + entry, tl.full((R, TILE), float("nan"), tl.float32), mask=here & (drop > 0)
-        )
+        drop = tl.zeros((R, TILE), tl.int1)
+        for skip in range(0, tl.max(last - first, 0), 4):
+            for one in tl.static_range(4):  # four loads on their way at a time
+                listed = tl.load(exclude_ids + first + skip + one, mask=first + skip + one < last, other=-1)
+                drop |= ties == listed[:, None]
+        tl.store(scores + row[:, None] + begin + entry, nothing, mask=here & drop)
     tl.debug_barrier()
 
 
 @triton.jit
 def threshold(
     scores, positions, ids, groups, rate, k, exclude_offsets, E, B,
-    to_score, to_tie, count, kept, pending, all_pending,
+    to_score, to_tie, count, kept, pending, all_pending, padded,
     R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
 ):  # fmt: skip
     """Begins a search: the threshold of each query, no candidates yet.
 
     Of a sample of one row in `rate`, m = k + excluded rows among the best of the table have about m / rate; the
     r-th best of the sample, r = m / rate + 5 sqrt(m / rate) + 6, is below the m-th best with a probability of
-    1 - 1e-6. Without a sample (groups = 0) every score passes.
+    1 - 1e-6. Without a sample (groups = 0) every score passes. What pads the queries to `padded` lets nothing pass.
     """
     query = tl.program_id(0) * R + tl.arange(0, R)
     live = query < B
@@ -181,8 +179,8 @@ def threshold(
     r = (share + 5 * tl.sqrt(share) + 7).to(tl.int32)
     row = query.to(tl.int64) * groups
     score, tie, _ = kth_best(scores, positions, ids, row, tl.where(live, groups, 0), r, R, TILE, HAS_IDS)
-    tl.store(to_score + query, score, mask=live)
-    tl.store(to_tie + query, tie, mask=live)
+    tl.store(to_score + query, tl.where(live, score, float("inf")), mask=query < padded)
+    tl.store(to_tie + query, tl.where(live, tie, -1), mask=query < padded)
     tl.store(count + query, tl.zeros((R,), tl.int32), mask=live)
     tl.store(kept + query, tl.zeros((R,), tl.int32), mask=live)
     tl.store(pending + query, tl.zeros((R,), tl.int32) + all_pending, mask=live)
