@@ -131,13 +131,13 @@ def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int) -
     if not loops:
         raise ValueError(f"{function.name}: no loop with {', '.join(kinds)} in it")
     hot = loops[0]
-    outer = next((loop for loop in loops if loop.blocks > hot.blocks), hot)
-    path = tile_path(function.name, hot, outer, kinds, tile, d)
+    path, outer = tile_path(function.name, hot, loops, kinds, tile, d)
     products = sum(i.kind in kinds for i in path)
     loads = [i.bytes for i in hot.path if i.kind in ("global load", "async copy")]
     scores_a_lane = tile.items * tile.queries / (tile.warps * tile.lanes)
     return {
         "loop_instructions": len(hot.path),
+        "loop_spills": hot.count("spill"),
         "loop_async_copies": hot.count("async copy"),
         "loop_copies_in_flight": copies_in_flight(hot),
         "loop_bytes_by_16": sum(b for b in loads if b >= 16) * tile.warps * tile.lanes,
@@ -147,20 +147,27 @@ def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int) -
     }
 
 
-def tile_path(name: str, hot: Loop, outer: Loop, kinds: tuple[str, ...], tile: Tile, d: int) -> list[Instruction]:
-    """Instructions of one whole tile: an iteration of the outer loop, the inner one as often as the products need.
+def tile_path(
+    name: str, hot: Loop, loops: list[Loop], kinds: tuple[str, ...], tile: Tile, d: int
+) -> tuple[list[Instruction], Loop]:
+    """Instructions of one whole tile, and the loop over tiles.
 
-    Where a tile is too small for its warps some of them make the same products, twice as many or four times as many.
+    That is the innermost loop if it makes all products of a tile; else the one around it, in whose iteration the inner
+    one is repeated as often as the products need. Where a tile is too small for its warps some of them make the same
+    products, twice as many or four times as many.
 
     Raises:
         ValueError: the matrix instructions that were found do not make the products of a tile, so that something of the
             code was not understood.
     """
     products = tile.items * tile.queries * tile.depth * -(-d // tile.depth)
-    inside, made = (sum(tile.multiply_adds(i) for i in loop.path if i.kind in kinds) for loop in (hot, outer))
+    over_tiles, inside = hot, sum(tile.multiply_adds(i) for i in hot.path if i.kind in kinds)
+    if inside < products:
+        over_tiles = next((loop for loop in loops if loop.blocks > hot.blocks), hot)
+    made = sum(tile.multiply_adds(i) for i in over_tiles.path if i.kind in kinds)
     for needed in (products, 2 * products, 4 * products):
         if made <= needed and (needed - made) % inside == 0:
-            return outer.path + hot.path * ((needed - made) // inside)
+            return over_tiles.path + hot.path * ((needed - made) // inside), over_tiles
     raise ValueError(f"{name}: loops of {made} and {inside} products for a tile of {products}")
 
 
