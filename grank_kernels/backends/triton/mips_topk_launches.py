@@ -174,7 +174,7 @@ def launches(
              "list_score": empty(rows_of_lists, dtype=torch.float32),
              "list_tie": empty(rows_of_lists, dtype=torch.int64), "list_scores": list_scores,
              "list_positions": list_places, "list_size": plan.list_size, **row},
-            {**shape_of(tile), "BLOCK": plan.block, "R": min(8, tile.queries), "TILE": 64, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
+            {**shape_of(tile), "BLOCK": plan.block, "R": device.cut[0], "TILE": device.cut[1], "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
         )  # fmt: skip
         yield select(plan.collected * k, True)
 

@@ -23,6 +23,7 @@ class Device:
         small: tables of at most so many rows are emitted whole, without a threshold.
         rows: queries a program of `threshold` and `select`.
         block: tiles that `collect` scans between two looks at its lists, at most.
+        cut: lists that it cuts together, and entries of each that it looks at together.
     """
 
     name: str
@@ -31,9 +32,10 @@ class Device:
     small: int = 4096
     rows: int = 1
     block: int = 16
+    cut: tuple[int, int] = (8, 64)
 
 
-INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8, block=2)
+INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8, block=2, cut=(16, 1024))
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Tile:
     stages: int
 
 
-def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int) -> Tile:
+def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int, warps: int = 4) -> Tile:
     """The tile for a width, a precision of products and a batch, of at most so many queries.
 
     items: 128 rows, two 64-row products of a warp group on sm_90; 64 in float32, which has no tensor cores.
@@ -62,14 +64,14 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int)
     if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
-        return Tile(64, min(64, most, needed), 32, 4, 2)
+        return Tile(64, min(64, most, needed), 32, warps, 2)
     depth = min(width, 256 // compute.itemsize)
     if d > depth or (compute == torch.int8 and device.name != "sm_80"):
         most = min(most, 64)  # pieces of the queries, or their scales, take the registers of the other half
     queries = min(most, needed)
     bytes_of_column = depth * compute.itemsize
     stages = 3 if (3 * 128 + queries) * bytes_of_column <= device.shared else 2
-    return Tile(128, queries, depth, 8 if queries >= 64 else 4, stages)
+    return Tile(128, queries, depth, 8 if queries >= 64 else warps, stages)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows."""
     tile = choose_tile(device, d, compute, B, 128)
     samples = choose_tile(device, d, compute, B, 64)  # which has two more numbers a score
-    lists = choose_tile(device, d, compute, B, 32)
+    lists = choose_tile(device, d, compute, B, 32, warps=8)
     tiles = -(-N // tile.items)
     block = min(tiles, device.block)
     list_size = _multiple(k + block * lists.items, 64)
