@@ -17,10 +17,11 @@ d itemsize / (queries * bytes a clock), and the slots are those of the longer of
 instructions themselves take of the slots is left out of the budget of the others.
 
 A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
-is asked to leave at least `REACHED` of it, the most that its other limits (a loop over d of one or two steps, the
-barriers of every tile, the last wave) let one expect: slots / REACHED instructions. `faults` says of a row what is
-wrong with it, by this and by what every kernel is asked: nothing spilled, products on tensor cores, the rows of a tile
-read by loads of 16 bytes, copies in flight while a tile is multiplied.
+is asked to leave at least the share that it is designed to reach, since a loop over d of one or two steps, the barriers
+of every tile and the last wave take the rest: `REACHED`, times 0.85 for int8, whose slots are half as many. So it may
+take slots / REACHED instructions. `faults` says of a row what is wrong with it, by this and by what every kernel is
+asked: nothing spilled, products on tensor cores, the rows of a tile read by loads of 16 bytes, copies in flight while a
+tile is multiplied.
 """
 
 import argparse
@@ -43,7 +44,8 @@ from benchmarks.machine_code import MATRIX, Function, Instruction, Loop, read_am
 Facts = dict[str, Any]
 
 # Share of the roofline that the kernels are designed for.
-REACHED = {"sm_80": 0.65, "sm_90": 0.5, "sm_100": 0.4, "gfx942": 0.4}
+REACHED = {"sm_80": 0.65, "sm_90": 0.45, "sm_100": 0.35, "gfx942": 0.4}
+REACHED_BY_INT8 = 0.85  # of that
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
@@ -238,7 +240,7 @@ def faults(row: Facts) -> list[str]:
 
     Excepted: float32 products are exact, so they run on the FMA units, and their own instructions fill the slots. AMD's
     gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
-    sm_100 to mma, not tcgen05. `sample` scores one row in 64 and may take 16 times the slots, a quarter of a scan.
+    sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample` scores one row in 64 and may take 16 times the slots, a quarter of a scan.
     `collect` on several query tiles runs for the few queries whose threshold failed, and may take what it takes.
     """
     found = []
@@ -256,12 +258,13 @@ def faults(row: Facts) -> list[str]:
         found.append(f"{row['loop_bytes_by_16']} of {row['tile_bytes']} bytes of rows by loads of 16 bytes")
     if target != "gfx942" and row["loop_copies_in_flight"] == 0:
         found.append("no copies in flight while a tile is multiplied")
-    allowed = {"scan": 1, "sample": 16, "collect": 1 if row["one_tile"] else 0}[row["kernel"]]
-    if not exact and allowed and row["issue_share"] * allowed < REACHED[target]:
-        found.append(
-            f"{row['matrix_per_score']:.2f} + {row['other_per_score']:.2f} instructions a score, "
-            f"{row['slots_per_score'] * allowed / REACHED[target]:.2f} allowed"
-        )
+    slot_share = {"scan": 1, "sample": 16, "collect": 1 if row["one_tile"] else 0}[row["kernel"]]
+    allowed = (
+        row["slots_per_score"] * slot_share / (REACHED[target] * (REACHED_BY_INT8 if row["dtype"] == "int8" else 1))
+    )
+    instructions = row["matrix_per_score"] + row["other_per_score"]
+    if not exact and (target, row["dtype"]) != ("sm_100", "int8") and 0 < allowed < instructions:
+        found.append(f"{instructions:.2f} instructions a score, {allowed:.2f} allowed")
     return found
 
 

@@ -1,35 +1,31 @@
-"""What the compilers made of the GPU kernels, without a GPU: nothing spills, products run on tensor cores, copies run ahead.
+"""What the compilers made of the GPU kernels: no spills, tensor cores, wide loads, copies that run ahead.
 
-Compiled in processes of their own: in one that runs kernels in Triton's interpreter nothing can be compiled.
+Kernels are compiled in processes of their own: where the interpreter runs them nothing can be compiled.
 """
 
 import json
-import re
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from oracle import run_python
 
-from benchmarks.gpu_codegen import REACHED, copies_in_flight, faults, slots
-from benchmarks.gpus import ARCHITECTURES, CARDS
-from benchmarks.machine_code import Instruction, Loop
+from benchmarks.gpu_codegen import REACHED, Tile, copies_in_flight, faults, slots, tile_path
+from benchmarks.gpus import ARCHITECTURES
+from benchmarks.machine_code import MATRIX, Instruction, Loop
 
-with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton")
-FAST = "^(scan|sample) (float16 d=128 B=(16|256)|int8 d=128 B=256)"
-FAST_TARGETS = ("sm_80", "sm_90")
-MATCH = {"sm_100": "^scan float16 d=128 B=256", "gfx942": "^scan float16 d=128 B=256"}
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton")
 
 ROWS = """
 import json
-from benchmarks.gpu_codegen import faults, triton_rows
+from benchmarks.gpu_codegen import faults, triton_row, triton_rows
 for row in triton_rows({targets}, {match!r}):
     print(json.dumps(row | {{"faults": faults(row)}}))
 """
 
 
-def compiled(match: str, *targets: str) -> list[dict[str, Any]]:
-    done = run_python(ROWS.format(targets=targets, match=match), TRITON_INTERPRET="0")
+def compiled(match: str, *targets: str, code: str = ROWS) -> list[dict[str, Any]]:
+    done = run_python(code.format(targets=targets, match=match), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows, f"no row of {targets} is called {match}"
@@ -41,23 +37,22 @@ def check(rows: list[dict[str, Any]]) -> None:
     assert not wrong, "\n".join(f"{name}: {', '.join(found)}" for name, found in wrong.items())
 
 
-@with_triton
+@needs_triton
 @pytest.mark.parametrize(
-    ("target", "match"),
+    ("target", "match", "kernels"),
     [
-        ("sm_80", "^(scan|sample) (float16 d=128 B=(16|256)|int8 d=128 B=256)"),
-        ("sm_90", "^(scan|sample) (float16 d=128 B=(16|256)|int8 d=128 B=256)"),
-        ("sm_100", "^scan float16 d=128 B=256"),
-        ("gfx942", "^scan float16 d=128 B=256"),
+        ("sm_80", "^scan (float16|int8) d=128 B=256", 2),
+        ("sm_90", "^scan (float16|int8) d=128 B=256", 2),
+        ("gfx942", "^scan float16 d=128 B=256", 1),
     ],
 )
-def test_kernels_that_score(target: str, match: str) -> None:
+def test_kernels_that_score(target: str, match: str, kernels: int) -> None:
     rows = compiled(match, target)
+    assert len(rows) == kernels
     check(rows)
-    assert all(multiplied(row) in (None, 1.0) for row in rows)
 
 
-@with_triton
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_every_kernel(target: str) -> None:
@@ -66,6 +61,146 @@ def test_every_kernel(target: str) -> None:
     check(rows)
 
 
-def multiplied(row: dict[str, Any]) -> float | None:
-    """Products that the loop's matrix instructions make, in those that the tile needs; None where the code hides it."""
-    return None
+PLANTED = """
+import json
+from dataclasses import replace
+from benchmarks.gpu_codegen import faults, triton_row
+from grank_kernels.backends.triton import compile_plan as plan
+
+(row,) = (r for r in plan.compile_plan({targets}) if r.kernel.__name__ == "scan" and r.label.startswith({match!r}))
+options = plan.OPTIONS
+for name, planted, more in [
+    ("as it is", row, {{}}),
+    ("one stage", replace(row, launch=replace(row.launch, stages=1)), {{}}),
+    ("few registers", row, {{"maxnreg": 64}}),
+    ("addresses of unknown alignment", replace(row, attributes={{}}), {{}}),
+]:
+    plan.OPTIONS = options | more
+    facts = triton_row(planted, plan.compile_row(planted))
+    print(json.dumps(facts | {{"planted": name, "faults": faults(facts)}}))
+"""
+
+
+@needs_triton
+def test_planted_faults_are_found() -> None:
+    """The kernel itself, compiled so that it must have them."""
+    as_it_is, one_stage, few_registers, unaligned = compiled("float16 d=128 B=16", "sm_80", code=PLANTED)
+    assert as_it_is["faults"] == []
+    assert one_stage["faults"][-1] == "no copies in flight while a tile is multiplied"
+    assert few_registers["registers"] <= 64
+    assert "bytes spilled" in few_registers["faults"][0]
+    assert any(fault.startswith("0 of 32768 bytes of rows by loads of 16 bytes") for fault in unaligned["faults"])
+
+
+GOOD = {
+    "kernel": "scan",
+    "target": "sm_90",
+    "dtype": "float16",
+    "matrix": "wgmma",
+    "spilled_bytes": 0,
+    "blocks_per_sm": 1,
+    "loop_bytes_by_16": 32768,
+    "tile_bytes": 32768,
+    "loop_copies_in_flight": 2,
+    "matrix_per_score": 0.125,
+    "other_per_score": 4.0,
+    "slots_per_score": 8.0,
+    "issue_share": 1.0,
+    "one_tile": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({}, None),
+        ({"spilled_bytes": 8}, "8 bytes spilled"),
+        ({"blocks_per_sm": 0}, "not one block fits"),
+        ({"matrix": "mma"}, "matrix instructions: mma, not wgmma"),
+        ({"matrix": "none"}, "matrix instructions: none, not wgmma"),
+        ({"matrix": "none", "dtype": "float32"}, None),
+        ({"loop_bytes_by_16": 16384}, "16384 of 32768 bytes of rows by loads of 16 bytes"),
+        ({"loop_copies_in_flight": 0}, "no copies in flight while a tile is multiplied"),
+        ({"other_per_score": 17.6}, None),  # 8 / 0.45 = 17.78
+        ({"other_per_score": 17.7}, "17.82 instructions a score, 17.78 allowed"),
+        ({"other_per_score": 17.7, "dtype": "int8"}, None),
+        ({"other_per_score": 21.0, "dtype": "int8"}, "20.92 allowed"),
+        ({"other_per_score": 284.0, "kernel": "sample"}, None),
+        ({"other_per_score": 285.0, "kernel": "sample"}, "284.44 allowed"),
+        ({"other_per_score": 999.0, "kernel": "collect"}, None),
+        ({"other_per_score": 18.0, "kernel": "collect", "one_tile": True}, "17.78 allowed"),
+        ({"target": "sm_100", "dtype": "int8", "matrix": "mma", "other_per_score": 99.0}, None),
+        ({"target": "gfx942", "matrix": "mfma", "loop_copies_in_flight": 0}, None),
+    ],
+    ids=str,
+)
+def test_faults(changed: dict[str, Any], fault: str | None) -> None:
+    found = faults(GOOD | changed)
+    assert len(found) == (fault is not None)
+    assert fault is None or fault in found[0]
+
+
+def test_slots() -> None:
+    """128 lanes a clock over 1024, 2048 and 4096 products a clock; more where rows come from memory for few queries."""
+    assert [slots(target, "float16", 128, 128, False) for target in ("sm_80", "sm_90", "sm_100")] == [16, 8, 4]
+    assert slots("sm_90", "int8", 128, 128, False) == slots("sm_90", "bfloat16", 64, 128, False) == 4
+    assert slots("sm_80", "float32", 128, 64, False) == 256
+    # H200, the fastest memory of its kind: 4.8e12 / 132 / 1.83e9 = 19.9 bytes a clock; 256 bytes a row for 16 queries
+    assert slots("sm_90", "float16", 128, 16, True) == pytest.approx(128 * 256 / 16 / 19.9, rel=0.01)
+    assert slots("sm_90", "float16", 128, 1024, True) == 8
+    assert set(REACHED) == set(ARCHITECTURES)
+
+
+def loop(*opcodes: str) -> Loop:
+    path = [Instruction(*opcode.split(" ", 1)) for opcode in opcodes]
+    return Loop(frozenset(range(len(path))), path, path)
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "in_flight"),
+    [
+        (("DEPBAR.LE SB0, 0x1", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128"), 2),
+        (("LDGSTS.E.BYPASS.128", "DEPBAR.LE SB0, 0x2", "HMMA.16816.F32"), 2),
+        (("LDGSTS.E.BYPASS.128", "DEPBAR.LE SB0, 0x0", "HMMA.16816.F32"), 0),
+        (("DEPBAR.LE SB0, 0x0", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128"), 1),
+        (("LDG.E.128", "HMMA.16816.F32"), 0),
+        (("DEPBAR.LE SB1, 0x36", "LDGSTS.E.BYPASS.128"), 0),
+    ],
+)
+def test_copies_in_flight(opcodes: tuple[str, ...], in_flight: int) -> None:
+    assert copies_in_flight(loop(*opcodes)) == in_flight
+
+
+@pytest.mark.parametrize(
+    ("opcode", "dtype", "lanes", "products"),
+    [
+        ("HMMA.16816.F32", "float16", 32, 4 * 16 * 8 * 16),
+        ("HMMA.1688.F32", "float16", 32, 4 * 16 * 8 * 8),
+        ("IMMA.16832.S8.S8", "int8", 32, 4 * 16 * 8 * 32),
+        ("HGMMA.64x128x16.F32", "float16", 32, 64 * 128 * 16),
+        ("UTCHMMA", "float16", 32, 128 * 64 * 16),
+        ("v_mfma_f32_32x32x8_f16", "float16", 64, 4 * 32 * 32 * 8),
+        ("FFMA", "float32", 32, 4 * 32),
+        ("FFMA2", "float32", 32, 4 * 64),
+    ],
+)
+def test_products_of_an_instruction(opcode: str, dtype: str, lanes: int, products: int) -> None:
+    assert Tile(128, 64, 128, dtype, 4, lanes).multiply_adds(Instruction(opcode)) == products
+
+
+def test_path_of_a_tile() -> None:
+    """An inner loop is repeated as often as the products need; products that do not add up are refused."""
+    tile = Tile(items=64, queries=32, depth=16, dtype="float16", warps=4, lanes=32)  # 4 HMMA a warp for 16 columns
+    inner = loop("LDSM.16.M88.4", *["HMMA.16816.F32"] * 4)
+    outer = Loop(inner.blocks | {99}, [*inner.path, Instruction("FSETP.GE.AND")], [])
+    path, over_tiles = tile_path("scan", inner, [inner, outer], MATRIX, tile, d=48)
+    assert over_tiles is outer
+    assert [sum(i.opcode.startswith(name) for i in path) for name in ("HMMA", "LDSM", "FSETP")] == [12, 3, 1]
+    path, over_tiles = tile_path("scan", inner, [inner, outer], MATRIX, tile, d=16)
+    assert over_tiles is inner
+    assert len(path) == 5
+    few = loop(*["HMMA.16816.F32"] * 3)
+    with pytest.raises(ValueError, match="scan: loops of 24576 and 24576 products for a tile of 32768"):
+        tile_path("scan", few, [few], MATRIX, tile, d=16)
+    with pytest.raises(ValueError, match="matrix instruction of unknown shape"):
+        tile.multiply_adds(Instruction("HMMA.F32"))
