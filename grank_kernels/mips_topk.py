@@ -45,14 +45,16 @@ def mips_topk(
     Args:
         queries: (B, d), or (d,) for one query; float32, float16 or bfloat16.
         items: (N, d) float32, float16 or bfloat16, rows at any stride (a last dimension that is not contiguous is
-            copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`.
+            copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`. With
+            queries on a GPU the items may also be in pinned host memory (`items.pin_memory()`): they are then copied
+            chunk by chunk, while the chunk before is searched.
         k: 1 or more, no upper limit; where fewer items are eligible the rest is -inf and -1.
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
             int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
             with ids of its own does not hold are ignored.
         allow: bool (N,), or (B, N): only these rows are eligible.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
-        backend: None for the first that can run, or "cpu" or "reference": a named backend runs or raises.
+        backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
 
     Returns:
         `TopK(values, indices)`, each (B, k), or (k,) for one query.
@@ -74,8 +76,11 @@ def mips_topk(
             f"queries and items differ in width: queries are {_shape(queries)}, items {_shape(rows)}; "
             f"both take d = {width} as the last dimension"
         )
-    if rows.device != queries.device:
-        raise ValueError(f"queries are on {queries.device} and items on {rows.device}; both must be on one device")
+    if rows.device != queries.device and not _streams(queries, rows):
+        raise ValueError(
+            f"queries are on {queries.device} and items on {rows.device}; both must be on one device, "
+            "or the queries on a GPU and the items in pinned host memory"
+        )
     if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
     if k < 1:
@@ -85,6 +90,8 @@ def mips_topk(
         offsets, excluded = _exclusions(exclude, B, one, queries.device)
     if allow is not None:
         _check_allow(allow, B, N, queries.device)
+    if ids is not None and ids.device != queries.device:
+        ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
     operands = (queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
     if is_plain(queries_2d, rows):
@@ -95,6 +102,11 @@ def mips_topk(
     if one:
         values, indices = values[0], indices[0]
     return TopK(values, indices) if out is None else _write(out, values, indices)
+
+
+def _streams(queries: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether rows in host memory can be copied to the queries' GPU as they are searched."""
+    return queries.is_cuda and rows.is_cpu and rows.is_pinned()
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -237,11 +249,14 @@ def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor
         if N == 0:
             grad_queries = torch.zeros_like(queries)
         else:
-            picked = items[rows].float() if row_scale is None else items[rows] * row_scale[rows][..., None]
+            there = rows.to(items.device)  # which may be the host
+            picked = items[there].float() if row_scale is None else items[there] * row_scale[there][..., None]
+            picked = picked.to(queries.device)
             grad_queries = (weights * picked).masked_fill(~found, 0).sum(1).to(queries.dtype)
     if ctx.needs_input_grad[1]:
         by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).reshape(B * k, d)
-        grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False).to(items.dtype)
+        grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False)
+        grad_items = grad_items.to(items.device, items.dtype)
     return grad_queries, grad_items, None, None, None, None, None, None, None
 
 

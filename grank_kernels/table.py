@@ -99,6 +99,10 @@ class ItemTable:
             return self
         return ItemTable(*(None if x is None else x.to(device) for x in self.operands()))  # type: ignore[arg-type]
 
+    def pin_memory(self) -> "ItemTable":
+        """The table in page-locked host memory, from where queries on a GPU search it chunk by chunk; needs a GPU."""
+        return ItemTable(*(None if x is None else x.pin_memory() for x in self.operands()))  # type: ignore[arg-type]
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of some ids, as they are searched.
 

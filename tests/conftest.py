@@ -1,5 +1,9 @@
-"""What every test has: memory that shows when it is read before it was written, and one seed."""
+"""What every test has: memory that shows when it is read before it was written, and one seed.
 
+Without a GPU the triton backend runs in Triton's interpreter, which must be asked for before the package is imported.
+"""
+
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -7,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from grank_kernels.backends import cpu
 

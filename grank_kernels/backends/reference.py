@@ -16,6 +16,8 @@ def unavailable() -> str | None:
 
 def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
     """Why `mips_topk` cannot run for these tensors."""
+    if items.device != queries.device:
+        return f"queries are on {queries.device} and items on {items.device}"
     return None
 
 

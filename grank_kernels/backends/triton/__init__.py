@@ -14,6 +14,7 @@ from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device
 
 _INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MULTIPLIES_BFLOAT16 = not INTERPRETED  # the interpreter multiplies the bit patterns
 _MAX_ROWS = (1 << 32) - 1
 _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
@@ -39,6 +40,8 @@ def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | N
         reason = _device_unsupported(queries.device)
         if reason is not None:
             return reason
+        if items.device != queries.device and items.stride(1) != 1:
+            return f"items in host memory have strides {items.stride()}; to be streamed their rows must be contiguous"
     if items.shape[0] > _MAX_ROWS:
         return f"items have {items.shape[0]} rows; one search takes at most {_MAX_ROWS}, split the table"
     if items.dtype == torch.int8 and items.shape[1] > _MAX_INT8_WIDTH:
@@ -55,14 +58,19 @@ def _device_unsupported(device: torch.device) -> str | None:
     return None if capability >= (8, 0) else f"{device} is sm_{capability[0]}{capability[1]}; it takes sm_80 or later"
 
 
+_SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+"""Bytes of shared memory a program can have, by compute capability; the others have 101376 (8.6, 8.9, 12.0) or more."""
+
+
 def _device(device: torch.device) -> Device:
     if INTERPRETED:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Device("gfx942", properties.multi_processor_count, 1 << 16)
-    name = "sm_80" if properties.major == 8 else "sm_90" if properties.major == 9 else "sm_100"
-    return Device(name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")  # which products: wgmma, tcgen05, mma.sync
+    shared = _SHARED.get((properties.major, properties.minor), 101376)
+    return Device(name, properties.multi_processor_count, shared)
 
 
 def mips_topk(
@@ -102,6 +110,6 @@ def _compute_dtype(queries: torch.Tensor, items: torch.Tensor) -> torch.dtype:
     """The precision products are computed in, exactly: the tensors' own, or float32 where they differ."""
     if items.dtype == torch.int8:
         return torch.int8
-    if queries.dtype != items.dtype or (INTERPRETED and items.dtype == torch.bfloat16):
-        return torch.float32  # Triton's interpreter multiplies the bit patterns of bfloat16
+    if queries.dtype != items.dtype or (items.dtype == torch.bfloat16 and not _MULTIPLIES_BFLOAT16):
+        return torch.float32
     return items.dtype

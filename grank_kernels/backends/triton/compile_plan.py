@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grank_kernels.backends.triton.mips_topk_launches import OPTIONS, Launch, Problem, launches
+from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, launches, options
 from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
+from grank_kernels.backends.triton.streaming import Chunk
 
 DEVICES = {
     "sm_80": Device("sm_80", 108, 166912),
@@ -93,8 +94,8 @@ def compile_row(row: Row) -> Any:
     )
     amd = row.target.startswith("gfx")
     target = GPUTarget("hip", row.target, 64) if amd else GPUTarget("cuda", int(row.target[3:]), 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
-    return triton.compile(source, target=target, options=options)
+    chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **options(amd)}
+    return triton.compile(source, target=target, options=chosen)
 
 
 def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype, filters: bool) -> Iterator[Launch]:
@@ -115,11 +116,14 @@ def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype
     )
     plan = make_plan(device, B, N, d, k, compute, 100 if filters else 0)
     values, positions = meta(B, k, dtype=torch.float32), meta(B, k, dtype=torch.int64)
-    return launches(problem, plan, device, values, positions)
+    table = [Chunk(0, problem.items, problem.row_scale)]
+    return launches(problem, table, plan, device, values, positions)
 
 
 def _row(target: str, label: str, launch: Launch) -> Row:
-    names, signature, attributes = launch.kernel.arg_names, {}, {}
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for name in names:
         value = launch.constants[name] if name in launch.constants else launch.arguments[name]
         if name in launch.constants or value is None:

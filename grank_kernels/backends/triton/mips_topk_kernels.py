@@ -13,7 +13,7 @@ without a candidate does not pass.
 import triton
 import triton.language as tl
 
-from grank_kernels.backends.triton.selection import LAST_TIE, compact, drop_excluded, kth_best, reaches
+from grank_kernels.backends.triton.selection import compact, drop_excluded, kth_best, reaches
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _load_queries(queries, row_stride, column_stride, query, column, B, D: tl.co
 
 @triton.jit
 def _load_scales(query_scale, query, B, COMPUTE: tl.constexpr):
-    if COMPUTE == tl.int8:
+    if COMPUTE.is_int8():
         return tl.load(query_scale + query, mask=query < B, other=0.0)
     else:
         return query
@@ -60,7 +60,7 @@ def _scores(
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """(ITEMS, QUERIES) of the rows that begin at `x` where `live`, 0 elsewhere. `first` are the queries' first columns."""
-    ACCUMULATOR: tl.constexpr = tl.int32 if COMPUTE == tl.int8 else tl.float32
+    ACCUMULATOR: tl.constexpr = tl.int32 if COMPUTE.is_int8() else tl.float32
     column = tl.arange(0, DEPTH)
     x = x[:, None] + column[None, :]
     if D <= DEPTH:
@@ -74,7 +74,7 @@ def _scores(
             tile = tl.load(x + begin, mask=inside, other=0)
             q = _load_queries(queries, q_row, q_column, query, begin + column, B, D, COMPUTE)
             total = tl.dot(tile.to(COMPUTE), q, total, out_dtype=ACCUMULATOR, input_precision="ieee")
-    if COMPUTE == tl.int8:
+    if COMPUTE.is_int8():
         scale = query_scale[None, :] * tl.load(row_scale, mask=live, other=0.0)[:, None]
         if D <= 260:  # |total| < 2^22: added to the bits of 1.5 * 2^23 it is the fraction, and needs no conversion
             return ((total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0) * scale
@@ -150,7 +150,7 @@ def _scan_tiles(
         live = lane < tl.minimum(N - start, ITEMS).to(tl.int32)
         scores = _scores(
             first, queries, q_row, q_column, query, B, query_scale, items + start * item_stride + offset, live,
-            row_scale + start + lane if COMPUTE == tl.int8 else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+            row_scale + start + lane if COMPUTE.is_int8() else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
         # One subtraction and one maximum a score; a comparison would also make an integer of it, for the reduction.
         if (tl.max(scores - score[None, :]) >= 0) | no_gate:
@@ -187,7 +187,7 @@ def sample(
         row = _sampled_row(begin + group, size, N)
         scores = _scores(
             first, queries, q_row, q_column, query, B, q_scale, items + row * item_stride, live,
-            row_scale + row if COMPUTE == tl.int8 else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+            row_scale + row if COMPUTE.is_int8() else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
         better = live[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
         if HAS_ALLOW:

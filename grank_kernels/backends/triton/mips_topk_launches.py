@@ -1,22 +1,27 @@
 """A search as a list of launches. Imports Triton; imported when the first search needs it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from grank_kernels.backends.triton import mips_topk_kernels as kernels
 from grank_kernels.backends.triton import selection
 from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, make_plan, step_of_queries
+from grank_kernels.backends.triton.streaming import Chunk, chunk_rows, chunks
 
-OPTIONS = {"enable_fp_fusion": True}  # float32 products are fused multiply-adds; stated, as the default changes
-_TYPES = {
-    torch.float32: kernels.tl.float32,
-    torch.float16: kernels.tl.float16,
-    torch.bfloat16: kernels.tl.bfloat16,
-    torch.int8: kernels.tl.int8,
-}
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+
+
+def options(amd: bool) -> dict[str, Any]:
+    """Options of the compiler, beside warps and stages.
+
+    float32 products are fused multiply-adds, which is stated here since the default is about to change. ptxas, left to
+    itself, spills 40 registers of `collect` to keep to 128; told that it may use all, it takes 194 and spills none.
+    """
+    return {"enable_fp_fusion": True} if amd else {"enable_fp_fusion": True, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Launch:
     def run(self) -> None:
         """Enqueues it on the current stream."""
         self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS
-        )
+            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages,
+            **options(torch.version.hip is not None),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,16 @@ class Problem:
 
 
 def launches(
-    problem: Problem, plan: Plan, device: Device, values: torch.Tensor, positions: torch.Tensor
+    problem: Problem, table: Iterable[Chunk], plan: Plan, device: Device, values: torch.Tensor, positions: torch.Tensor
 ) -> Iterator[Launch]:
     """The launches of one search, in order; buffers are allocated on the way.
 
     threshold (from a sample, or none) -> scan and emit -> select -> collect what failed -> select that -> rank; or, for
-    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. At most 8.
+    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. At most 8, for a table in
+    one chunk. Later chunks go on from the k best so far and their threshold: scan or collect, and select, 2 to 4 each.
     """
     p, k = problem, problem.k
-    (B, d), N = p.queries.shape, len(p.items)
+    B, d = p.queries.shape
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=p.queries.device)
@@ -100,8 +107,7 @@ def launches(
     allow = p.allow if p.allow is None else p.allow.view(torch.uint8)
     scoring = {
         "queries": queries, "q_row": queries.stride(0), "q_column": queries.stride(1), "query_scale": query_scale,
-        "B": B, "items": p.items, "item_stride": p.items.stride(0), "row_scale": p.row_scale, "N": N,
-        "allow": allow, "allow_row": 0 if allow is None or allow.dim() == 1 else allow.stride(0),
+        "B": B, "allow": allow, "allow_row": 0 if allow is None or allow.dim() == 1 else allow.stride(0),
         "allow_column": 0 if allow is None else allow.stride(-1),
     }  # fmt: skip
     excluding = {
@@ -123,28 +129,15 @@ def launches(
     per_query = {"R": device.rows, "TILE": 1024, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}
     query_programs = (-(-B // device.rows),)
 
-    # ---- threshold ----
-    sampled_scores, sampled_places = candidates(B, plan.groups)
-    if plan.sampled:
-        tile = plan.sample_tile
-        yield Launch(
-            kernels.sample, (-(-B // tile.queries), plan.groups // tile.items),
-            {**scoring, "size": plan.sampled, "to_scores": sampled_scores, "to_positions": sampled_places,
-             "groups": plan.groups},
-            shape_of(tile), tile.warps, tile.stages,
+    def threshold(N: int) -> Launch:
+        return Launch(
+            selection.threshold, (-(-padded // device.rows),),
+            {"scores": sampled_scores, "positions": sampled_places, "ids": p.ids, "groups": plan.groups,
+             "rate": N / max(1, plan.sampled), "k": k, "exclude_offsets": p.exclude_offsets, "E": excluding["E"],
+             "B": B, "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending,
+             "all_pending": int(plan.splits == 0), "padded": padded},
+            per_query, 4, 1,
         )  # fmt: skip
-    yield Launch(
-        selection.threshold, (-(-padded // device.rows),),
-        {"scores": sampled_scores, "positions": sampled_places, "ids": p.ids, "groups": plan.groups,
-         "rate": N / max(1, plan.sampled), "k": k, "exclude_offsets": p.exclude_offsets, "E": excluding["E"], "B": B,
-         "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending,
-         "all_pending": int(plan.splits == 0), "padded": padded},
-        per_query, 4, 1,
-    )  # fmt: skip
-
-    # ---- candidates ----
-    limits = {"threshold_score": score, "threshold_tie": tie}
-    row = {"to_scores": scores, "to_positions": places, "row_size": row_size, "k": k}
 
     def select(room: int, collected: bool) -> Launch:
         return Launch(
@@ -154,49 +147,69 @@ def launches(
             {**per_query, "COLLECTED": collected}, 4, 1,
         )  # fmt: skip
 
-    if plan.splits:
-        tile = plan.tile
-        yield Launch(
-            kernels.scan, (-(-B // tile.queries), plan.splits),
-            {**scoring, "base": 0, "ids": p.ids, **limits, "count": count, **row},
-            {**shape_of(tile), "HAS_IDS": has_ids}, tile.warps, tile.stages,
-        )  # fmt: skip
-        yield select(plan.room, False)
-    if plan.collected:
-        tile = plan.collect_tile
-        query_tiles = -(-B // tile.queries)
-        rows_of_lists = plan.collected * query_tiles * tile.queries
-        list_scores, list_places = candidates(rows_of_lists, plan.list_size)
-        yield Launch(
-            kernels.collect, (query_tiles, plan.collected),
-            {**scoring, "base": 0, "ids": p.ids, **excluding, **limits, "pending": pending,
-             "list_count": empty(rows_of_lists, dtype=torch.int32),
-             "list_score": empty(rows_of_lists, dtype=torch.float32),
-             "list_tie": empty(rows_of_lists, dtype=torch.int64), "list_scores": list_scores,
-             "list_positions": list_places, "list_size": plan.list_size, **row},
-            {**shape_of(tile), "BLOCK": plan.block, "R": device.cut[0], "TILE": device.cut[1], "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}, tile.warps, tile.stages,
-        )  # fmt: skip
-        yield select(plan.collected * k, True)
+    sampled_scores, sampled_places = candidates(B, plan.groups)
+    lists = plan.collected * -(-B // plan.collect_tile.queries) * plan.collect_tile.queries
+    list_scores, list_places = candidates(lists, plan.list_size)
+    listing = {
+        "list_count": empty(lists, dtype=torch.int32), "list_score": empty(lists, dtype=torch.float32),
+        "list_tie": empty(lists, dtype=torch.int64), "list_scores": list_scores, "list_positions": list_places,
+        "list_size": plan.list_size,
+    }  # fmt: skip
+    limits = {"threshold_score": score, "threshold_tie": tie}
+    row = {"to_scores": scores, "to_positions": places, "row_size": row_size, "k": k}
+    for base, rows, row_scale in table:
+        N = len(rows)
+        part = {"items": rows, "item_stride": rows.stride(0), "row_scale": row_scale, "N": N}
+        if base == 0:
+            tile = plan.sample_tile
+            if plan.sampled:
+                yield Launch(
+                    kernels.sample, (-(-B // tile.queries), plan.groups // tile.items),
+                    {**scoring, **part, "size": plan.sampled, "to_scores": sampled_scores,
+                     "to_positions": sampled_places, "groups": plan.groups},
+                    shape_of(tile), tile.warps, tile.stages,
+                )  # fmt: skip
+            yield threshold(N)
+        if plan.splits:
+            tile = plan.tile
+            yield Launch(
+                kernels.scan, (-(-B // tile.queries), plan.splits),
+                {**scoring, **part, "base": base, "ids": p.ids, **limits, "count": count, **row},
+                {**shape_of(tile), "HAS_IDS": has_ids}, tile.warps, tile.stages,
+            )  # fmt: skip
+            yield select(plan.room, False)
+        if plan.collected:
+            tile = plan.collect_tile
+            yield Launch(
+                kernels.collect, (-(-B // tile.queries), plan.collected),
+                {**scoring, **part, "base": base, "ids": p.ids, **excluding, **limits, "pending": pending, **listing,
+                 **row},
+                {**shape_of(tile), "BLOCK": plan.block, "R": device.cut[0], "TILE": device.cut[1],
+                 "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude},
+                tile.warps, tile.stages,
+            )  # fmt: skip
+            yield select(plan.collected * k, True)
 
     # ---- order ----
     yield Launch(
-        selection.rank, (B, -(-k // 128)),
+        selection.rank, (B, -(-k // device.rank[0])),
         {"scores": scores, "positions": places, "ids": p.ids, "row_size": row_size, "kept": kept, "k": k,
          "values": values, "indices": positions},
-        {"TILE": 128, "OTHERS": 32, "HAS_IDS": has_ids}, 4, 1,
+        {"TILE": device.rank[0], "OTHERS": device.rank[1], "HAS_IDS": has_ids}, 4, 1,
     )  # fmt: skip
 
 
 def search(problem: Problem, device: Device, values: torch.Tensor, positions: torch.Tensor) -> None:
     """Runs a search, in as many steps as the workspace asks for."""
-    B = len(problem.queries)
-    excluded = 0 if problem.exclude_ids is None else -(-len(problem.exclude_ids) // B)
-    shape = (B, *problem.items.shape)
-    step = step_of_queries(device, *shape, problem.k, problem.compute, excluded)
+    p = problem
+    B, d = p.queries.shape
+    excluded = 0 if p.exclude_ids is None else -(-len(p.exclude_ids) // B)
+    N = len(p.items) if p.items.device == p.queries.device else chunk_rows(p.items)
+    step = step_of_queries(device, B, N, d, p.k, p.compute, excluded)
     for begin in range(0, B, step):
         part = slice(begin, min(B, begin + step))
-        some = problem.of_queries(part)
-        shape = (len(some.queries), *problem.items.shape)
-        plan = make_plan(device, *shape, problem.k, problem.compute, excluded)
-        for launch in launches(some, plan, device, values[part], positions[part]):
+        some = p.of_queries(part)
+        plan = make_plan(device, len(some.queries), N, d, p.k, p.compute, excluded)
+        table = chunks(p.items, p.row_scale, p.queries.device)
+        for launch in launches(some, table, plan, device, values[part], positions[part]):
             launch.run()

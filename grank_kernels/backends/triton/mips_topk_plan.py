@@ -24,6 +24,7 @@ class Device:
         rows: queries a program of `threshold` and `select`.
         block: tiles that `collect` scans between two looks at its lists, at most.
         cut: lists that it cuts together, and entries of each that it looks at together.
+        rank: entries that a program of `rank` places, and those that it compares them with at a time.
     """
 
     name: str
@@ -33,9 +34,12 @@ class Device:
     rows: int = 1
     block: int = 16
     cut: tuple[int, int] = (8, 64)
+    rank: tuple[int, int] = (128, 32)
 
 
-INTERPRETER = Device("interpreter", processors=2, shared=1 << 30, small=256, rows=8, block=2, cut=(16, 1024))
+INTERPRETER = Device(
+    "interpreter", processors=1, shared=1 << 30, small=256, rows=8, block=2, cut=(16, 1024), rank=(512, 512)
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
-        return Tile(64, min(64, most, needed), 32, warps, 2)
+        return Tile(64, min(64, most, needed), 32, 4, 2)
     depth = min(width, 256 // compute.itemsize)
     if d > depth or (compute == torch.int8 and device.name != "sm_80"):
         most = min(most, 64)  # pieces of the queries, or their scales, take the registers of the other half
@@ -117,7 +121,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
         splits = max(1, min(tiles, waves * device.processors // query_tiles))
         return Plan(tile, samples, lists, 0, 0, 0, splits, block, list_size, splits * k)
     splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
-    if N <= max(device.small, 2 * k):
+    if max(device.small, 2 * k) >= N:
         return Plan(tile, samples, lists, 0, 0, splits, 0, 0, 0, N)
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N

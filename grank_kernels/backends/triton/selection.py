@@ -17,10 +17,10 @@ LAST_TIE = tl.constexpr((1 << 63) - 1)  # (-inf, LAST_TIE) is the threshold that
 
 
 @triton.jit
-def _ordered(scores):
-    """int32 in the order of the scores, NaN below all. A zero has no sign here, see `emit`."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+def _ordered(score):
+    """int32 in the order of the scores."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -38,60 +38,61 @@ def _ties(positions, ids, mask, HAS_IDS: tl.constexpr):
 
 
 @triton.jit
+def _load_row(scores, row, begin, n, TILE: tl.constexpr):
+    """(R, TILE) scores of rows from their entry `begin` on, NaN beyond their ends."""
+    entry = begin + tl.arange(0, TILE)[None, :]
+    return tl.load(scores + row[:, None] + entry, mask=entry < n[:, None], other=float("nan"))
+
+
+@triton.jit
 def kth_best(scores, positions, ids, row, n, r, R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr):
     """Score and tie of the r-th best of n entries, and the number of valid ones, for each of R rows that begin at `row`.
 
     A row with fewer than r valid entries has the threshold that all reach.
     """
-    entry = tl.arange(0, TILE)[None, :]
     longest = tl.max(n, 0)
     valid = tl.zeros((R,), tl.int32)
-    low = tl.full((R,), 0x7FFFFFFF, tl.int32)
-    high = tl.full((R,), -0x80000000, tl.int32)
+    least = tl.full((R,), float("inf"), tl.float32)
+    most = tl.full((R,), -float("inf"), tl.float32)
     for begin in range(0, longest, TILE):
-        here = begin + entry < n[:, None]
-        found = tl.load(scores + row[:, None] + begin + entry, mask=here, other=float("nan"))
-        keys = _ordered(found)
-        valid += tl.sum((found == found).to(tl.int32), 1)
-        low = tl.minimum(low, tl.min(tl.where(found == found, keys, 0x7FFFFFFF), 1))
-        high = tl.maximum(high, tl.max(keys, 1))
-    low = tl.where(valid >= r, low, 0).to(tl.int64)
-    high = tl.where(valid >= r, high, 0).to(tl.int64)
-    while tl.max(high - low, 0) > 0:  # at least r entries reach low, fewer reach anything above high
+        found = _load_row(scores, row, begin, n, TILE)
+        number = found == found
+        valid += tl.sum(number.to(tl.int32), 1)
+        least = tl.minimum(least, tl.min(tl.where(number, found, float("inf")), 1))
+        most = tl.maximum(most, tl.max(tl.where(number, found, -float("inf")), 1))
+    enough = valid >= r
+    low = tl.where(enough, _ordered(least), 0).to(tl.int64)
+    high = tl.where(enough, _ordered(most), 0).to(tl.int64)
+    reach_low = valid  # entries that reach low: at least r
+    above_high = tl.zeros((R,), tl.int32)  # entries above high: fewer than r
+    while tl.max(high - low, 0) > 0:
         middle = low + ((high - low + 1) >> 1)
+        score = _score_of(middle.to(tl.int32))
         count = tl.zeros((R,), tl.int32)
         for begin in range(0, longest, TILE):
-            here = begin + entry < n[:, None]
-            found = tl.load(scores + row[:, None] + begin + entry, mask=here, other=float("nan"))
-            count += tl.sum((_ordered(found) >= middle.to(tl.int32)[:, None]).to(tl.int32), 1)
-        low = tl.where(count >= r, middle, low)
-        high = tl.where(count >= r, high, middle - 1)
-    border = low.to(tl.int32)
-    above = tl.zeros((R,), tl.int32)
-    equal = tl.zeros((R,), tl.int32)
-    for begin in range(0, longest, TILE):
-        here = begin + entry < n[:, None]
-        found = tl.load(scores + row[:, None] + begin + entry, mask=here, other=float("nan"))
-        above += tl.sum((_ordered(found) > border[:, None]).to(tl.int32), 1)
-        equal += tl.sum((_ordered(found) == border[:, None]).to(tl.int32), 1)
-    need = r - above
-    split = (equal > need) & (valid >= r)
+            count += tl.sum((_load_row(scores, row, begin, n, TILE) >= score[:, None]).to(tl.int32), 1)
+        up = (count >= r) & (high > low)
+        down = (count < r) & (high > low)
+        low = tl.where(up, middle, low)
+        reach_low = tl.where(up, count, reach_low)
+        high = tl.where(down, middle - 1, high)
+        above_high = tl.where(down, count, above_high)
+    border = _score_of(low.to(tl.int32))
+    need = r - above_high  # of those that equal the border
+    divided = enough & (reach_low > r)
     first = tl.zeros((R,), tl.int64)
-    last = tl.where(split, LAST_TIE if HAS_IDS else 0xFFFFFFFF, 0).to(tl.int64)
+    last = tl.where(divided, LAST_TIE if HAS_IDS else 0xFFFFFFFF, 0).to(tl.int64)
     while tl.max(last - first, 0) > 0:
         middle = first + ((last - first) >> 1)
         count = tl.zeros((R,), tl.int32)
         for begin in range(0, longest, TILE):
-            here = begin + entry < n[:, None]
-            found = tl.load(scores + row[:, None] + begin + entry, mask=here, other=float("nan"))
-            same = here & (_ordered(found) == border[:, None])
-            place = tl.load(positions + row[:, None] + begin + entry, mask=same, other=0)
-            same &= _ties(place, ids, same, HAS_IDS) <= middle[:, None]
-            count += tl.sum(same.to(tl.int32), 1)
-        last = tl.where(split & (count >= need), middle, last)
-        first = tl.where(split & (count < need), middle + 1, first)
-    score = tl.where(valid >= r, _score_of(border), -float("inf"))
-    tie = tl.where(split, last, LAST_TIE)
+            same = _load_row(scores, row, begin, n, TILE) == border[:, None]
+            place = tl.load(positions + row[:, None] + begin + tl.arange(0, TILE)[None, :], mask=same, other=0)
+            count += tl.sum((same & (_ties(place, ids, same, HAS_IDS) <= middle[:, None])).to(tl.int32), 1)
+        last = tl.where(divided & (count >= need), middle, last)
+        first = tl.where(divided & (count < need), middle + 1, first)
+    score = tl.where(enough, border, -float("inf"))
+    tie = tl.where(divided, last, LAST_TIE)
     return score, tie, valid
 
 
@@ -114,7 +115,7 @@ def compact(
     moved = tl.zeros((R,), tl.int32)
     for begin in range(0, tl.max(n, 0), TILE):
         here = begin + entry < n[:, None]
-        found = tl.load(scores + row[:, None] + begin + entry, mask=here, other=float("nan"))
+        found = _load_row(scores, row, begin, n, TILE)
         place = tl.load(positions + row[:, None] + begin + entry, mask=here, other=0)
         keep = reaches(found, _ties(place, ids, here, HAS_IDS), score[:, None], tie[:, None])
         slot = moved[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1

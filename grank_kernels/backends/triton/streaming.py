@@ -1,0 +1,62 @@
+"""Rows to the device, chunk by chunk, for tables that stay in host memory."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+CHUNK_BYTES = 1 << 28  # two buffers of it: 5 ms of a PCIe 5 link each, beside which a launch is nothing
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of a table, on the device of the queries.
+
+    Attributes:
+        base: position of the first.
+        rows: (n, d).
+        row_scale: (n,), int8 rows only.
+    """
+
+    base: int
+    rows: torch.Tensor
+    row_scale: torch.Tensor | None
+
+
+def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[Chunk]:
+    """The table whole, if it is on the device; or its chunks, copied while the one before is searched.
+
+    The copies run on a stream of their own, into two buffers in turn. A copy waits until its buffer has been searched;
+    the current stream waits for the copy. Nothing waits on the host.
+    """
+    if items.device == device:
+        yield Chunk(0, items, row_scale)
+        return
+    N, d = items.shape
+    size = chunk_rows(items)
+    current, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    buffers = [
+        (
+            torch.empty(size, d, dtype=items.dtype, device=device),
+            None if row_scale is None else torch.empty(size, dtype=torch.float32, device=device),
+        )
+        for _ in range(2)
+    ]
+    searched = [current.record_event(), current.record_event()]
+    for turn, base in enumerate(range(0, N, size)):
+        part = slice(base, min(N, base + size))
+        n = part.stop - base
+        rows, scale = buffers[turn % 2]
+        with torch.cuda.stream(copies):
+            copies.wait_event(searched[turn % 2])
+            rows[:n].copy_(items[part], non_blocking=True)
+            if scale is not None and row_scale is not None:
+                scale[:n].copy_(row_scale[part], non_blocking=True)
+            copied = copies.record_event()
+        current.wait_event(copied)
+        yield Chunk(base, rows[:n], None if scale is None else scale[:n])
+        searched[turn % 2] = current.record_event()
+
+
+def chunk_rows(items: torch.Tensor) -> int:
+    """Rows a chunk of a table in host memory."""
+    return min(len(items), max(128, CHUNK_BYTES // max(1, items.shape[1] * items.itemsize) // 128 * 128))

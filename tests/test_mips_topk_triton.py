@@ -1,0 +1,484 @@
+"""The triton backend: in Triton's interpreter, made strict, on CPU tensors; and the same cases on a GPU where there is one.
+
+The strict interpreter adds products in the order of the `reference` backend (up to 128 columns), so every result is
+compared bit by bit with the oracle of that backend.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PoisonedTorch
+from hypothesis import given, settings
+from oracle import KINDS, assert_same, expected, integers, run_python, search
+from test_mips_topk_cpu import reserved
+from test_mips_topk_properties import Problem, problems
+
+import grank_kernels as gk
+from grank_kernels.backends import triton as backend
+
+pytest.importorskip("triton")
+if backend.unavailable() is not None:
+    pytest.skip(str(backend.unavailable()), allow_module_level=True)
+
+from emulation.triton_interpreter import strict
+
+from grank_kernels.backends.triton import mips_topk_launches as launches
+
+FLOATS = KINDS[:3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _strict() -> Iterator[None]:
+    """Poisoned buffers; the interpreter, if kernels run in it, made strict, with products of bfloat16 as on a GPU."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(backend, "torch", PoisonedTorch("torch"))
+        patch.setattr(launches, "torch", PoisonedTorch("torch"))
+        if backend.INTERPRETED:
+            patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
+            stack.enter_context(strict())
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _where(request: pytest.FixtureRequest) -> None:
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu and backend.INTERPRETED:
+        pytest.skip("kernels run in the interpreter: there is no GPU, or TRITON_INTERPRET is set")
+    if not on_gpu and not backend.INTERPRETED:
+        pytest.skip("kernels run on the GPU; TRITON_INTERPRET=1 runs this test")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Record:
+    """The launches of the searches while it is in use, and which queries were pending after `scan` and `select`."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.pending: list[list[bool]] = []
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    seen = Record()
+    run = launches.Launch.run
+
+    def recorded(self: Any) -> None:
+        run(self)
+        seen.names.append(self.kernel.__name__)
+        if seen.names[-1] == "select" and not self.constants["COLLECTED"]:
+            seen.pending.append((self.arguments["pending"] > 0).tolist())
+
+    monkeypatch.setattr(launches.Launch, "run", recorded)
+    return seen
+
+
+@pytest.fixture
+def change_plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls make_plan as it is, but for the fields given here."""
+    make_plan = launches.make_plan
+
+    def change(**fields: Any) -> None:
+        monkeypatch.setattr(launches, "make_plan", lambda *shape: dataclasses.replace(make_plan(*shape), **fields))
+
+    return change
+
+
+def check(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, **more: Any) -> gk.TopK:
+    got = search(queries, rows, k, kind=kind, backend="triton", **more)
+    assert_same(got, expected(queries, rows, k, kind=kind, backend="reference", **more))
+    return got
+
+
+# ---- every way of searching, with every feature ----
+
+SEARCHES = {  # B, N, d, k; the launches
+    "whole table emitted": ((3, 230, 20, 90), ["threshold", "scan", "select", "rank"]),
+    "small k": ((5, 900, 24, 7), ["threshold", "collect", "select", "rank"]),
+    "small k, many queries": ((19, 600, 5, 31), ["threshold", "collect", "select", "rank"]),
+    "sampled": (
+        (4, 3000, 30, 70),
+        ["sample", "threshold", "scan", "select", "collect", "select", "rank"],
+    ),
+    "wide rows": ((2, 300, 300, 70), ["sample", "threshold", "scan", "select", "collect", "select", "rank"]),
+}
+
+
+@pytest.mark.parametrize("which", SEARCHES)
+@pytest.mark.parametrize("filters", [False, True])
+def test_exact_numbers(which: str, filters: bool, kind: str, record: Record) -> None:
+    (B, N, d, k), names = SEARCHES[which]
+    queries, rows = integers(B, d, most=127 if kind == "int8" else 4), integers(N, d, most=127 if kind == "int8" else 4)
+    more: dict[str, Any] = {}
+    if filters:
+        ids = torch.randperm(N) + 2**40
+        best = search(queries, rows, 20, kind=kind, backend="reference", ids=ids).indices
+        exclude = torch.cat([best[:, ::2], torch.full((B, 1), -1)], 1)
+        more = {"ids": ids, "exclude": exclude, "allow": torch.rand((B, N) if B % 2 else (N,)) < 0.7}
+        if B == 4:
+            more["exclude"] = (torch.tensor([0, 3, 3, 10, 24]), exclude.reshape(-1)[:24])
+    check(queries, rows, k, kind, **more)
+    assert record.names == ["quantise"] * (kind == "int8") + names
+    assert len(record.names) <= 8
+
+
+@pytest.mark.parametrize("query_dtype", FLOATS)
+def test_query_dtypes(query_dtype: str, kind: str) -> None:
+    check(torch.randn(3, 40).to(getattr(torch, query_dtype)), torch.randn(300, 40), 60, kind)
+
+
+@settings(max_examples=25)
+@given(problem=problems())
+def test_every_bit(problem: Problem) -> None:
+    p = problem
+    if p.queries.shape[1] > 128:  # summed in another order than the reference's
+        p.queries, p.rows = p.queries[:, :128], p.rows[:, :128]
+    got = search(p.queries, p.rows, p.k, kind=p.kind, backend="triton", **p.filters)
+    assert_same(got, expected(p.queries, p.rows, p.k, kind=p.kind, backend="reference", **p.filters))
+
+
+@pytest.mark.parametrize(("B", "N", "d", "k"), [(0, 20, 8, 3), (2, 0, 8, 3), (2, 1, 8, 5), (2, 20, 0, 5), (1, 9, 1, 1)])
+def test_degenerate(B: int, N: int, d: int, k: int, kind: str) -> None:
+    check(torch.randn(B, d), torch.randn(N, d), k, kind)
+    check(torch.randn(B, d), torch.randn(N, d), k, kind, allow=torch.zeros(N, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_meaning_of_wide_rows(kind: str) -> None:
+    """Against float64, since the order of the sum is this backend's own beyond 128 columns."""
+    dtype = getattr(torch, kind)
+    queries, rows = torch.randn(3, 700).to(dtype), torch.randn(400, 700).to(dtype)
+    products = queries.double() @ rows.double().T
+    lost = float((queries.float() @ rows.float().T - products).abs().max())
+    rounding = 2**-24 * float((queries.double().abs() @ rows.double().abs().T).max())
+    got = gk.mips_topk(queries, rows, 50, backend="triton")
+    want = products.sort(dim=1, descending=True).values[:, :50]
+    # The interpreter adds one product at a time: as torch, but for a rounding each.
+    bound = 2 * lost + 700 * rounding / 8
+    assert (got.values.double() - products.gather(1, got.indices)).abs().max() <= bound
+    assert (got.values.double() - want).abs().max() <= bound
+
+
+# ---- a score depends on its query and its row alone ----
+
+
+@pytest.mark.parametrize("d", [50, 300])
+def test_batch_and_place_do_not_matter(d: int, kind: str) -> None:
+    queries, rows = torch.randn(20, d), torch.randn(900, d)
+    whole = search(queries, rows, 40, kind=kind, backend="triton")
+    for b in (0, 19):
+        alone = search(queries[b], rows, 40, kind=kind, backend="triton")
+        assert_same(alone, gk.TopK(whole.values[b], whole.indices[b]))
+        few = search(queries[b], rows, 5, kind=kind, backend="triton")  # another kernel
+        assert_same(few, gk.TopK(whole.values[b, :5], whole.indices[b, :5]))
+    shifted = search(queries, torch.cat([torch.zeros(77, d), rows]), 40, kind=kind, backend="triton")
+    assert torch.equal(shifted.values.view(torch.int32), whole.values.view(torch.int32))
+    assert torch.equal(shifted.indices, whole.indices + 77)
+
+
+# ---- hard tables, thresholds that fail ----
+
+
+def table(which: str, N: int) -> torch.Tensor:
+    ascending = torch.arange(N)[:, None] * torch.tensor([1e-3, 0.0])
+    return {
+        "constant": torch.ones(N, 2),
+        "two values": (torch.rand(N, 1) < 0.01) * torch.ones(2),
+        "ascending": ascending,
+        "descending": ascending.flip(0),
+        "nan": torch.where(torch.rand(N, 1) < 0.95, torch.nan, torch.randn(N, 2)),
+        "-inf": torch.where(torch.rand(N, 1) < 0.95, -torch.inf, torch.randn(N, 2)),
+        "best last": torch.cat([torch.rand(N - 100, 2), 10 + torch.rand(100, 2)]),
+    }[which]
+
+
+@pytest.mark.parametrize("k", [9, 120])
+@pytest.mark.parametrize("which", ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"])
+def test_hard_tables(which: str, k: int) -> None:
+    N = 2100
+    queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
+    check(queries, rows, k, "float32")
+    check(queries, rows, k, "float32", ids=torch.randperm(N))  # ties fall where the thresholds cannot tell them apart
+
+
+@pytest.mark.parametrize("which", ["constant", "ascending", "descending", "best last"])
+@pytest.mark.parametrize("external", [False, True])
+def test_overflow(which: str, external: bool, change_plan: Any, record: Record) -> None:
+    """Room for two lists of k: what does not fit is collected, whatever it is."""
+    N, k, B = 2100, 70, 4
+    change_plan(room=2 * k, collected=2)
+    queries, rows = torch.rand(B, 2) + 0.1, table(which, N)
+    ids = torch.randperm(N) if external else None
+    exclude = search(queries, rows, 30, kind="float32", backend="reference", ids=ids).indices
+    check(queries, rows, k, "float32", ids=ids, exclude=exclude)
+    assert any(record.pending[0])
+
+
+def sampled_rows(N: int, size: int) -> np.ndarray:
+    """The sample of mips_topk_kernels.py."""
+    i = np.arange(size, dtype=np.uint64)
+    mixed = (i + np.uint64(1)) * np.uint64(0x9E3779B1) & np.uint64(0xFFFFFFFF)
+    width, longer = np.uint64(N // size), np.uint64(N % size)
+    return (i * width + np.minimum(i, longer) + (mixed * (width + (i < longer)) >> np.uint64(32))).astype(np.int64)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> None:
+    """The sample holds the k - 1 best rows, so its threshold is above the k-th best, but for the query that sees them last."""
+    B, N, k = 3, 2500, 100
+    plan = launches.make_plan(backend.INTERPRETER, B, N, 2, k, getattr(torch, kind), 0)
+    best = torch.from_numpy(sampled_rows(N, plan.sampled)[: k - 1])
+    rows = torch.rand(N, 2)
+    rows[best] += 10
+    queries = torch.rand(B, 2) + 0.1
+    queries[1] *= -1
+    check(queries, rows, k, kind, ids=torch.randperm(N) if external else None)
+    assert record.pending == [[True, False, True]]
+
+
+def test_queries_that_differ() -> None:
+    """Some queries have most rows, some a few, some none, one all but its best."""
+    B, N, k = 5, 2600, 80
+    queries, rows = torch.randn(B, 3), torch.randn(N, 3)
+    allow = torch.ones(B, N, dtype=torch.bool)
+    allow[0] = torch.rand(N) < 0.02
+    allow[1] = False
+    exclude = torch.full((B, 900), -1)
+    exclude[2] = search(queries, rows, 900, kind="float32", backend="reference").indices[2]
+    exclude[3, :900] = torch.randint(0, N, (900,))
+    check(queries, rows, k, "float32", allow=allow, exclude=exclude)
+    check(queries, rows, 12, "float32", allow=allow, exclude=exclude)
+
+
+def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    from grank_kernels.backends.triton import mips_topk_plan
+
+    monkeypatch.setattr(mips_topk_plan, "_WORKSPACE", 1)
+    queries, rows = torch.randn(35, 6), torch.randn(230, 6)
+    exclude = (torch.arange(36) * 2, torch.randint(0, 230, (70,)))
+    check(queries, rows, 70, "float32", exclude=exclude, allow=torch.rand(35, 230) < 0.8)
+    assert record.names.count("scan") == 3  # 16 + 16 + 3 queries
+
+
+def in_chunks(size: int) -> Any:
+    """As rows in host memory come, but for the copies."""
+
+    def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[launches.Chunk]:
+        for base in range(0, len(items), size):
+            part = slice(base, base + size)
+            yield launches.Chunk(base, items[part], None if row_scale is None else row_scale[part])
+
+    return chunks
+
+
+@pytest.mark.parametrize("which", ["constant", "ascending", "nan", "best last"])
+@pytest.mark.parametrize("k", [9, 110])
+def test_chunks(which: str, k: int, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    """The k best and their threshold are carried from chunk to chunk; one that has every row above it overflows."""
+    monkeypatch.setattr(launches, "chunks", in_chunks(800))
+    make_plan = launches.make_plan
+
+    def plan_of_a_chunk(device: Any, B: int, N: int, *shape: Any) -> Any:
+        plan = make_plan(device, B, 800, *shape)
+        return dataclasses.replace(plan, room=300) if plan.sampled else plan
+
+    monkeypatch.setattr(launches, "make_plan", plan_of_a_chunk)
+    N = 2100
+    queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
+    more = {"exclude": torch.randint(-1, N, (3, 40)), "allow": torch.rand(3, N) < 0.9}
+    check(queries, rows, k, "float32", **more)
+    check(queries, rows, k, "int8" if which not in ("nan", "-inf") else "float16", ids=torch.randperm(N), **more)
+    assert record.names.count("select") >= 6
+    if which == "ascending" and k == 110:
+        assert all(record.pending[1])
+
+
+# ---- addresses ----
+
+
+@pytest.mark.parametrize("k", [20, 60])
+def test_rows_beyond_2_to_the_31_elements(k: int) -> None:
+    stride, rows = 2**25 + 3, torch.randn(130, 20)
+    far = reserved(130 * stride, rows.dtype).as_strided((130, 20), (stride, 1))
+    far.copy_(rows)
+    got = gk.mips_topk(rows[:3], far, k, backend="triton")
+    assert_same(got, expected(rows[:3], rows, k, kind="float32", backend="reference"))
+
+
+def test_allow_beyond_2_to_the_31_elements() -> None:
+    queries, rows, mask = torch.randn(4, 20), torch.randn(70, 20), torch.rand(4, 70) < 0.5
+    far = reserved(3 * (2**30 + 5) + 70, torch.bool).as_strided((4, 70), (2**30 + 5, 1))
+    far.copy_(mask)
+    got = gk.mips_topk(queries, rows, 30, allow=far, backend="triton")
+    assert_same(got, expected(queries, rows, 30, kind="float32", backend="reference", allow=mask))
+
+
+def test_too_many_rows() -> None:
+    rows = torch.zeros(1, 4).expand(2**32, 4)
+    with pytest.raises(ValueError, match="items have 4294967296 rows; one search takes at most 4294967295"):
+        gk.mips_topk(torch.zeros(1, 4), rows, 1, backend="triton")
+
+
+# ---- the op ----
+
+
+def test_opcheck() -> None:
+    queries, rows = torch.randn(3, 10).requires_grad_(), torch.randn(50, 10).requires_grad_()
+    filters = torch.tensor([0, 2, 2, 5]), torch.tensor([1, 4, 9, -1, 49])
+    torch.library.opcheck(
+        torch.ops.grank.mips_topk.default, (queries, rows, None, None, 5, *filters, torch.rand(3, 50) < 0.5, "triton")
+    )
+
+
+def test_compile() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, x: gk.mips_topk(q * 2, x, 4, backend="triton").values.tanh(), fullgraph=True, backend="aot_eager"
+    )
+    queries, rows = torch.randn(3, 8), torch.randn(90, 8)
+    torch.testing.assert_close(compiled(queries, rows), torch.topk(queries * 2 @ rows.T, 4).values.tanh())
+
+
+def test_bad_excluded_ids() -> None:
+    with pytest.raises(ValueError, match=r"exclude: id 50 is out of range; it takes ids in \[-1, 50\)"):
+        gk.mips_topk(torch.zeros(1, 4), torch.zeros(50, 4), 1, exclude=torch.tensor([[50]]), backend="triton")
+
+
+# ---- a package without a GPU, or without Triton ----
+
+REFUSED = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+if {blocked}:
+    importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find_spec(name, package)
+import torch, grank_kernels as gk
+assert "triton" not in sys.modules
+print(gk.show_config())
+try:
+    gk.mips_topk(torch.zeros(1, 2), torch.zeros(3, 2), 1, backend="triton")
+except ValueError as error:
+    print(error)
+print(gk.mips_topk(torch.ones(1, 2), torch.ones(3, 2), 1).indices.tolist())
+assert "triton" not in sys.modules
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("blocked", "reason"),
+    [(False, "there is no GPU; with TRITON_INTERPRET=1 in the environment"), (True, "triton is not installed")],
+)
+def test_says_why_it_cannot_run(blocked: bool, reason: str) -> None:
+    done = run_python(REFUSED.format(blocked=blocked), TRITON_INTERPRET="")
+    assert done.returncode == 0, done.stderr
+    assert f"backend triton: {reason}" in done.stdout
+    assert f"backend 'triton' cannot run: {reason}" in done.stdout
+    assert done.stdout.endswith("[[0]]\n")
+
+
+def test_zero_and_infinity() -> None:
+    queries = torch.tensor([[1.0, 0.0], [-1.0, -0.0], [0.0, -0.0]])
+    rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [math.nan, 0.0], [1e-38, 0.0]])
+    for k in (4, 40):
+        check(queries, rows.repeat(20, 1), k, "float32")
+
+
+# ---- on a GPU ----
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda")
+
+
+def integer_problem(kind: str, B: int, N: int, d: int, device: torch.device) -> tuple[torch.Tensor, Any]:
+    most = 127 if kind == "int8" else 4
+    table = gk.ItemTable.from_rows(integers(N, d, most=most), dtype=getattr(torch, kind), ids=torch.randperm(N) + 2**40)
+    return integers(B, d, most=most).to(device), table.to(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [10, 300, 3000])
+@pytest.mark.parametrize("B", [1, 17, 300])
+@pytest.mark.parametrize("d", [20, 128, 300])
+def test_gpu_exact_numbers(B: int, d: int, k: int, kind: str, gpu: torch.device) -> None:
+    """Ties everywhere, every filter; twenty times, for what depends on the order of the programs."""
+    N = 200_000
+    queries, items = integer_problem(kind, B, N, d, gpu)
+    exclude = gk.mips_topk(queries, items, 40, backend="reference").indices[:, ::2]
+    allow = torch.rand(N, device=gpu) < 0.7
+    want = gk.mips_topk(queries, items, k, exclude=exclude, allow=allow, backend="reference")
+    for _ in range(20):
+        assert_same(gk.mips_topk(queries, items, k, exclude=exclude, allow=allow, backend="triton"), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 768])
+def test_gpu_batch_and_kernel_do_not_matter(d: int, kind: str, gpu: torch.device) -> None:
+    dtype = None if kind == "int8" else getattr(torch, kind)
+    queries, items = torch.randn(300, d), gk.ItemTable.from_rows(torch.randn(100_000, d), dtype=getattr(torch, kind))
+    queries, items = queries.to(gpu, dtype or torch.float32), items.to(gpu)
+    whole = gk.mips_topk(queries, items, 100, backend="triton")
+    for n in (1, 16, 40, 100):
+        for k in (10, 100):
+            part = gk.mips_topk(queries[:n], items, k, backend="triton")
+            assert_same(part, gk.TopK(whole.values[:n, :k], whole.indices[:n, :k]), f"{n} queries, k = {k}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"])
+@pytest.mark.parametrize("k", [10, 500])
+def test_gpu_hard_tables(which: str, k: int, gpu: torch.device) -> None:
+    N = 300_000
+    queries, rows = 2.0 ** torch.randint(-3, 4, (5, 2), device=gpu), table(which, N).to(gpu)  # no product is rounded
+    for ids in (None, torch.randperm(N)):
+        items = rows if ids is None else gk.ItemTable.from_rows(rows, ids=ids.to(gpu))
+        got = gk.mips_topk(queries, items, k, backend="triton")
+        assert_same(got, gk.mips_topk(queries, items, k, backend="reference"), which)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [10, 500])
+def test_gpu_graph(k: int, kind: str, gpu: torch.device) -> None:
+    """Captured once, replayed on other data: among them what makes the thresholds fail."""
+    queries, items = integer_problem(kind, 9, 100_000, 64, gpu)
+    rows = items.operands()[0]
+    gk.mips_topk(queries, items, k, backend="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gk.mips_topk(queries, items, k, backend="triton")
+    for change in (None, 0, 1):
+        if change is not None:
+            rows.copy_(torch.full_like(rows, change))
+        queries.copy_(integers(9, 64).to(gpu))
+        graph.replay()
+        assert_same(got, gk.mips_topk(queries, items, k, backend="reference"))
+
+
+@pytest.mark.gpu
+def test_gpu_compile(gpu: torch.device) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, x: gk.mips_topk(q * 2, x, 40).values.tanh(), fullgraph=True)
+    queries, rows = torch.randn(30, 64, device=gpu), torch.randn(9000, 64, device=gpu)
+    torch.testing.assert_close(compiled(queries, rows), gk.mips_topk(queries * 2, rows, 40).values.tanh())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [10, 500])
+def test_gpu_rows_in_host_memory(k: int, kind: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grank_kernels.backends.triton import streaming
+
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1 << 20)
+    queries, items = integer_problem(kind, 20, 100_000, 64, gpu)
+    want = gk.mips_topk(queries, items, k, backend="triton")
+    assert_same(gk.mips_topk(queries, items.to("cpu").pin_memory(), k), want)
