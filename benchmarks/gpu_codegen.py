@@ -31,168 +31,35 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
-from shutil import which
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks.compiled_code import (
+    ITEMSIZE,
+    Facts,
+    Tile,
+    amdgcn_facts,
+    code_facts,
+    cubin_facts,
+    loop_facts,
+    occupancy,
+    tool,
+)
 from benchmarks.gpus import ARCHITECTURES, CARDS
-from benchmarks.machine_code import MATRIX, Function, Instruction, Loop, read_amdgcn, read_sass
-
-Facts = dict[str, Any]
+from benchmarks.machine_code import MATRIX, Function
 
 # Share of the roofline that the kernels are designed for.
 REACHED = {"sm_80": 0.65, "sm_90": 0.45, "sm_100": 0.35, "gfx942": 0.4}
 REACHED_BY_INT8 = 0.85  # of that
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
-@cache
-def tool(name: str) -> str:
-    """NVIDIA's cuobjdump or nvdisasm: of the CUDA toolkit, or those that come with Triton."""
-    found = which(name)
-    if found is None and (triton := find_spec("triton")) is not None and triton.origin is not None:
-        found = which(name, path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    if found is None:
-        raise FileNotFoundError(f"there is no {name}: it comes with triton and with the CUDA toolkit")
-    return found
-
-
-def cubin_facts(cubin: bytes) -> Iterator[tuple[Function, Facts]]:
-    """Every kernel of a cubin: its code, and the registers, bytes of stack and of static shared memory it takes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool(name), option, file.name], capture_output=True, text=True, check=True).stdout
-            for name, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    functions = read_sass(sass)
-    for found in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
-        function = functions[found[1]]
-        stored = sum(i.bytes for i in function.instructions if i.kind == "spill" and i.opcode.startswith("STL"))
-        registers, stack, shared = map(int, found.groups()[1:])
-        yield function, {"registers": registers, "spilled_bytes": max(stored, stack), "static_shared_bytes": shared}
-
-
-def amdgcn_facts(text: str) -> tuple[Function, Facts]:
-    """The kernel of an assembly text for AMD: the figures stand in the metadata at its end.
-
-    Scalar registers that do not fit are kept in lanes of vector registers, not in memory, and are no spill to memory.
-    """
-    figure = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.MULTILINE)}
-    return read_amdgcn(text), {
-        "registers": figure["vgpr_count"],
-        "spilled_bytes": 4 * figure["vgpr_spill_count"],
-        "scalar_registers_spilled": figure["sgpr_spill_count"],
-    }
-
-
-def code_facts(function: Function) -> Facts:
-    """What can be said of a kernel's code without knowing what it computes."""
-    loads = [i.bytes for i in function.instructions if i.kind in ("global load", "async copy")]
-    kinds = [kind for kind in MATRIX if function.count(kind)]
-    return {
-        "instructions": len(function.instructions),
-        "matrix": "+".join(kinds) or "none",
-        "widest_global_load": max(loads, default=0),
-    }
-
-
-class Tile(NamedTuple):
-    """Of a kernel that scores: rows x queries x numbers of each, and the warps that share the work."""
-
-    items: int
-    queries: int
-    depth: int
-    dtype: str
-    warps: int
-    lanes: int
-
-    def multiply_adds(self, instruction: Instruction) -> int:
-        """Products with addition of all warps together, if each executes the instruction."""
-        opcode = instruction.opcode
-        if instruction.kind == "fma":
-            return self.warps * self.lanes * (2 if "FFMA2" in opcode or "_pk_" in opcode else 1)
-        if instruction.kind == "tcgen05":  # one warp for all; the shape is in a register, 32 bytes deep
-            return min(self.items, 128) * self.queries * 32 // ITEMSIZE[self.dtype]
-        if found := re.search(r"(\d+)x(\d+)x(\d+)", opcode):  # HGMMA.64x128x16, by four warps; v_mfma_f32_32x32x8
-            return prod(map(int, found.groups())) * self.warps // (4 if instruction.kind == "wgmma" else 1)
-        if found := re.search(r"\.168(\d+)", opcode):  # HMMA.16816
-            return 16 * 8 * int(found[1]) * self.warps
-        raise ValueError(f"{opcode}: a matrix instruction of unknown shape")
-
-
-def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int) -> Facts:
-    """What a score costs in the loop over tiles; `kinds` are the instructions that multiply."""
-    loops = function.loops(kinds)
-    if not loops:
-        raise ValueError(f"{function.name}: no loop with {', '.join(kinds)} in it")
-    hot = loops[0]
-    path, outer = tile_path(function.name, hot, loops, kinds, tile, d)
-    products = sum(i.kind in kinds for i in path)
-    loads = [i.bytes for i in hot.path if i.kind in ("global load", "async copy")]
-    scores_a_lane = tile.items * tile.queries / (tile.warps * tile.lanes)
-    return {
-        "loop_instructions": len(hot.path),
-        "loop_spills": hot.count("spill"),
-        "loop_async_copies": hot.count("async copy"),
-        "loop_copies_in_flight": copies_in_flight(hot),
-        "loop_bytes_by_16": sum(b for b in loads if b >= 16) * tile.warps * tile.lanes,
-        "matrix_per_score": products / scores_a_lane,
-        "other_per_score": (len(path) - products) / scores_a_lane,
-        "with_hit_per_score": (len(outer.body) + len(path) - len(outer.path)) / scores_a_lane,
-    }
-
-
-def tile_path(
-    name: str, hot: Loop, loops: list[Loop], kinds: tuple[str, ...], tile: Tile, d: int
-) -> tuple[list[Instruction], Loop]:
-    """Instructions of one whole tile, and the loop over tiles.
-
-    That is the innermost loop if it makes all products of a tile; else the one around it, in whose iteration the inner
-    one is repeated as often as the products need. Where a tile is too small for its warps some of them make the same
-    products, twice as many or four times as many.
-
-    Raises:
-        ValueError: the matrix instructions that were found do not make the products of a tile, so that something of the
-            code was not understood.
-    """
-    products = tile.items * tile.queries * tile.depth * -(-d // tile.depth)
-    over_tiles, inside = hot, sum(tile.multiply_adds(i) for i in hot.path if i.kind in kinds)
-    if inside < products:
-        over_tiles = next((loop for loop in loops if loop.blocks > hot.blocks), hot)
-    made = sum(tile.multiply_adds(i) for i in over_tiles.path if i.kind in kinds)
-    for needed in (products, 2 * products, 4 * products):
-        if made <= needed and (needed - made) % inside == 0:
-            return over_tiles.path + hot.path * ((needed - made) // inside), over_tiles
-    raise ValueError(f"{name}: loops of {made} and {inside} products for a tile of {products}")
-
-
-def copies_in_flight(loop: Loop) -> int:
-    """Groups of asynchronous copies that are still under way while a tile is multiplied.
-
-    `DEPBAR.LE SB0, n` lets n groups go on; copies that begin after it in the loop are waited for in a later iteration.
-    """
-    waits = [i for i, instruction in enumerate(loop.path) if _waits_for_copies(instruction)]
-    copies = [i for i, instruction in enumerate(loop.path) if instruction.kind == "async copy"]
-    if not waits or not copies:
-        return 0
-    return int(loop.path[waits[-1]].operands.split(",")[1], 16) + (copies[-1] > waits[-1])
-
-
-def _waits_for_copies(instruction: Instruction) -> bool:
-    return instruction.opcode == "DEPBAR.LE" and instruction.operands.startswith("SB0, ")
-
-
-def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool) -> float:
+def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool, exponentials: int = 0) -> float:
     """Issue slots that a score may take at the roofline, as the module describes them."""
     architecture = ARCHITECTURES[target]
-    clocks = architecture.clocks_per_score(dtype, d)
+    clocks = max(architecture.clocks_per_score(dtype, d), exponentials / architecture.special)
     if one_tile:
         cards = [card for card in CARDS.values() if card.architecture == target]
         clocks = max(clocks, min(d * ITEMSIZE[dtype] / queries / (card.read / card.sms / card.clock) for card in cards))
@@ -240,8 +107,10 @@ def faults(row: Facts) -> list[str]:
 
     Excepted: float32 products are exact, so they run on the FMA units, and their own instructions fill the slots. AMD's
     gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
-    sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample` scores one row in 64 and may take 16 times the slots, a quarter of a scan.
-    `collect` on several query tiles runs for the few queries whose threshold failed, and may take what it takes.
+    sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample`
+    scores one row in 64 and may take 16 times the slots, a quarter of a scan. `collect` on several query tiles runs for
+    the few queries whose threshold failed, and may take what it takes. The CUDA kernels use mma everywhere, and the
+    slots of their narrow heads are too few to be a target.
     """
     found = []
     if row["spilled_bytes"]:
@@ -250,28 +119,96 @@ def faults(row: Facts) -> list[str]:
         found.append("not one block fits")
     if "issue_share" not in row:
         return found
-    target, exact = row["target"], row["dtype"] == "float32"
-    expected = "mma" if (target, row["dtype"]) == ("sm_100", "int8") else MATRIX_OF[target]
-    if not exact and row["matrix"] != expected:
+    target, dtype = row["target"], row["dtype"]
+    expected = "mma" if row["backend"] == "cuda" or (target, dtype) == ("sm_100", "int8") else MATRIX_OF[target]
+    if dtype != "float32" and row["matrix"] != expected:
         found.append(f"matrix instructions: {row['matrix']}, not {expected}")
     if row["loop_bytes_by_16"] < row["tile_bytes"]:
         found.append(f"{row['loop_bytes_by_16']} of {row['tile_bytes']} bytes of rows by loads of 16 bytes")
     if target != "gfx942" and row["loop_copies_in_flight"] == 0:
         found.append("no copies in flight while a tile is multiplied")
-    slot_share = {"scan": 1, "sample": 16, "collect": 1 if row["one_tile"] else 0}[row["kernel"]]
-    allowed = (
-        row["slots_per_score"] * slot_share / (REACHED[target] * (REACHED_BY_INT8 if row["dtype"] == "int8" else 1))
-    )
-    instructions = row["matrix_per_score"] + row["other_per_score"]
-    if not exact and (target, row["dtype"]) != ("sm_100", "int8") and 0 < allowed < instructions:
+    allowed = allowed_instructions(row)
+    if allowed is not None and row["matrix_per_score"] + row["other_per_score"] > allowed:
+        instructions = row["matrix_per_score"] + row["other_per_score"]
         found.append(f"{instructions:.2f} instructions a score, {allowed:.2f} allowed")
     return found
 
 
-def occupancy(target: str, registers: int, threads: int, shared: int) -> Facts:
-    architecture = ARCHITECTURES[target]
-    blocks = architecture.blocks_per_sm(registers, threads, shared)
-    return {"blocks_per_sm": blocks, "occupancy": blocks * -(-threads // architecture.warp) / architecture.warps}
+def allowed_instructions(row: Facts) -> float | None:
+    """Instructions that a score may take; None where `faults` sets no limit."""
+    target, dtype, kernel = row["target"], row["dtype"], row["kernel"]
+    if row["backend"] == "cuda" or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
+        return None
+    if kernel == "collect" and not row["one_tile"]:
+        return None
+    reached = REACHED[target] * (REACHED_BY_INT8 if dtype == "int8" else 1)
+    return row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached
+
+
+# Kernels of csrc/cuda by the parts of their mangled names; shared memory as the headers of the kernels state it.
+CUDA_KERNELS = {
+    "score_candidates": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ELi(?P<h>\d+)E",
+        lambda d, h: 128 * d + 2 * (128 * (d + h) + 256),  # the two stages of a long history
+    ),
+    "candidate_cross_attention": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ENS0_\d+(OnlineSoftmax|SiluWeights)E",
+        lambda d, h: 640 * d + 512,
+    ),
+    "candidate_cross_attention_backward": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ELNS0_5OwnedE([01])ELb([01])E",
+        lambda d, h: 256 * d + 2 * (4 * d + 8) * (32 if d == 128 else 64),
+    ),
+    "candidate_cross_attention_delta": (r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)E", lambda d, h: 0),
+}
+CUDA_THREADS = 128
+
+
+def cuda_row(target: str, function: Function, facts: Facts) -> Facts | None:
+    """The facts of one kernel of the CUDA module; None for a function that is none of its kernels."""
+    name = re.match(r"_ZN5grank4cuda\d+(\w+?)_(kernelI.*)", function.name)
+    if name is None or name[1] not in CUDA_KERNELS:
+        return None
+    pattern, shared = CUDA_KERNELS[name[1]]
+    found = re.match(pattern, name[2])
+    if found is None:
+        raise ValueError(f"{function.name}: template arguments of another form")
+    d = int(found["d"])
+    h = int(found.groupdict().get("h", d))
+    row = {
+        "backend": "cuda",
+        "kernel": name[1],
+        "configuration": " ".join(found.groups()),
+        "target": target,
+        "threads": CUDA_THREADS,
+        "shared_bytes": shared(d, h),
+        **facts,
+        **occupancy(target, facts["registers"], CUDA_THREADS, shared(d, h)),
+        **code_facts(function),
+    }
+    if name[1] in ("score_candidates", "candidate_cross_attention"):
+        exponentials = 2 if "SiluWeights" in row["configuration"] else 1  # silu: and a reciprocal
+        row["dtype"] = found[1]
+        row["slots_per_score"] = slots(target, "float16", d + h, 64, False, exponentials)
+        row["tile_bytes"] = 64 * (d + h) * 2
+        tile = Tile(64, 64, d + h, "float16", CUDA_THREADS // 32, 32)  # of a key and its value
+        row |= loop_facts(function, MATRIX, tile, d + h, copies=row["tile_bytes"] // 16 // CUDA_THREADS)
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
+    return row
+
+
+def cuda_rows(targets: tuple[str, ...], match: str, module: Path) -> Iterator[Facts]:
+    """The kernels in the compiled module `_cuda`, for those of the targets that it has machine code for."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool("cuobjdump"), "-xelf", "all", module], cwd=folder, capture_output=True, check=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.suffixes[-2].removeprefix(".")
+            if target in targets:
+                for function, facts in cubin_facts(cubin.read_bytes()):
+                    row = cuda_row(target, function, facts)
+                    if row is not None and re.search(match, f"{row['kernel']} {row['configuration']} {target}"):
+                        yield row
 
 
 def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
@@ -285,13 +222,22 @@ def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
 def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
     """All rows, and for each backend what its code was compiled with, or why there is none."""
     made: dict[str, Any] = {"label": "compiled, and derived from datasheets; nothing is measured", "rows": []}
+    sources: list[Iterator[Facts]] = []
     if find_spec("triton") is None:
         made["triton"] = "not installed: its kernels are left out"
     else:
         import triton
 
         made["triton"] = triton.__version__
-        for row in triton_rows(targets, match):
+        sources.append(triton_rows(targets, match))
+    module = find_spec("grank_kernels._cuda")
+    if module is None or module.origin is None:
+        made["cuda"] = "the CUDA module is not built, there was no nvcc: its kernels are left out"
+    else:
+        made["cuda"] = "the compiled module grank_kernels._cuda"
+        sources.append(cuda_rows(targets, match, Path(module.origin)))
+    for rows in sources:
+        for row in rows:
             row["faults"] = faults(row)
             made["rows"].append(row)
             print(line(row), file=sys.stderr)

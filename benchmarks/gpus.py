@@ -20,6 +20,7 @@ class Architecture(NamedTuple):
     warp: int  # lanes
     lanes: int  # that can be issued an instruction in one clock
     fma: dict[str, int]  # multiplications with addition in one clock, by type of the factors
+    special: int  # exponentials, reciprocals, ... in one clock
 
     def blocks_per_sm(self, registers: int, threads: int, shared: int) -> int:
         """Blocks that are resident at once; 0 if not even one fits."""
@@ -38,7 +39,7 @@ class Architecture(NamedTuple):
 def _nvidia(shared: int, half: int, single: int) -> Architecture:
     """`half`: FMA in one clock on 16-bit factors. The four schedulers issue one warp instruction a clock each."""
     fma = {"float16": half, "bfloat16": half, "int8": 2 * half, "float32": single}
-    return Architecture(65536, 256, 4, shared * 1024, 128, 1024, 64, 32, 32, 4 * 32, fma)
+    return Architecture(65536, 256, 4, shared * 1024, 128, 1024, 64, 32, 32, 4 * 32, fma, 16)
 
 
 ARCHITECTURES = {
@@ -58,6 +59,7 @@ ARCHITECTURES = {
         64,
         64,
         {"float16": 1024, "bfloat16": 1024, "int8": 2048, "float32": 128},
+        16,
     ),
 }
 

@@ -4,7 +4,7 @@ Two readers, `read_sass` for `nvdisasm -c` and `read_amdgcn` for the assembly th
 `Function`. The loop that matters is the innermost one with matrix instructions in it. Its body holds more than an
 iteration usually runs: the branch that appends candidates is entered by one tile in many. So instructions are counted
 along the path from the loop's first block back to it that passes the most matrix instructions and, of those, is the
-shortest: what a tile without a hit costs.
+shortest: what a tile without a hit costs. Where copies are started behind a branch, too, their number is asked for.
 """
 
 import re
@@ -55,6 +55,7 @@ class Loop(NamedTuple):
     blocks: frozenset[int]
     path: list[Instruction]  # one iteration, as the module describes it
     body: list[Instruction]  # all of it
+    others: dict[int, list[Instruction]]  # the shortest paths with as many matrix instructions, by number of copies
 
     @property
     def counts(self) -> Counter[str]:
@@ -63,11 +64,18 @@ class Loop(NamedTuple):
     def count(self, *kinds: str) -> int:
         return sum(instruction.kind in kinds for instruction in self.path)
 
+    def with_copies(self, copies: int) -> "Loop":
+        """The loop with the shortest path that starts at least so many copies."""
+        found = [path for number, path in self.others.items() if number >= copies]
+        if not found:
+            raise ValueError(f"no path of the loop starts {copies} copies, only {sorted(self.others)}")
+        return self._replace(path=min(found, key=len))
+
 
 class Function:
     """Instructions of one kernel, as the graph of its basic blocks.
 
-    `targets[i]` is where instruction i may jump, `falls[i]` whether the one after it may follow.
+    `targets[i]` is where instruction i may jump; after those in `stops` the next one does not follow.
     """
 
     def __init__(self, name: str, instructions: list[Instruction], targets: dict[int, int], stops: set[int]):
@@ -139,23 +147,34 @@ class Function:
     def _loop(
         self, head: int, body: set[int], order: list[int], dominators: dict[int, set[int]], kinds: tuple[str, ...]
     ) -> Loop:
-        """The path of one iteration: most instructions of these kinds, then fewest of all, over the acyclic body."""
-        best: dict[int, tuple[tuple[int, int], list[int]]] = {head: (self._cost(head, kinds), [head])}
-        ends = []
-        for block in (b for b in order if b in best):
-            cost, path = best[block]
+        """Paths over the acyclic body; of those with the same numbers of these kinds and of copies, the shortest."""
+        kept = {head: {self._numbers(head, kinds): [head]}}
+        ends: dict[tuple[int, int], list[int]] = {}
+        for block in (b for b in order if b in kept):
             for after in self.successors[block]:
                 if after == head:
-                    ends.append((cost, path))
+                    self._keep(ends, kept[block], (0, 0), [])
                 elif after in body and after not in dominators[block]:
-                    extra = self._cost(after, kinds)
-                    candidate = ((cost[0] + extra[0], cost[1] + extra[1]), [*path, after])
-                    best[after] = min(best.get(after, candidate), candidate)
-        _, path = min(ends)
-        return Loop(frozenset(body), self._of(path), self._of(sorted(body)))
+                    self._keep(kept.setdefault(after, {}), kept[block], self._numbers(after, kinds), [after])
+        most = max(wanted for wanted, _ in ends)
+        others = {copies: self._of(path) for (wanted, copies), path in ends.items() if wanted == most}
+        return Loop(frozenset(body), min(others.values(), key=len), self._of(sorted(body)), others)
 
-    def _cost(self, block: int, kinds: tuple[str, ...]) -> tuple[int, int]:
-        return -sum(self.instructions[i].kind in kinds for i in self.blocks[block]), len(self.blocks[block])
+    def _keep(
+        self,
+        kept: dict[tuple[int, int], list[int]],
+        paths: dict[tuple[int, int], list[int]],
+        more: tuple[int, int],
+        block: list[int],
+    ) -> None:
+        """Adds to the paths that are kept those that go on with a block, where they are shorter."""
+        for numbers, path in paths.items():
+            longer, total = [*path, *block], (numbers[0] + more[0], numbers[1] + more[1])
+            kept[total] = min(kept.get(total, longer), longer, key=lambda p: sum(len(self.blocks[b]) for b in p))
+
+    def _numbers(self, block: int, kinds: tuple[str, ...]) -> tuple[int, int]:
+        found = Counter(self.instructions[i].kind for i in self.blocks[block])
+        return sum(found[kind] for kind in kinds), found["async copy"]
 
     def _of(self, blocks: list[int]) -> list[Instruction]:
         return [self.instructions[i] for block in blocks for i in self.blocks[block]]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from oracle import run_python
 
-from benchmarks.gpu_codegen import REACHED, Tile, copies_in_flight, faults, slots, tile_path
+from benchmarks.compiled_code import Tile, copies_in_flight, tile_path
+from benchmarks.gpu_codegen import REACHED, faults, slots
 from benchmarks.gpus import ARCHITECTURES
 from benchmarks.machine_code import MATRIX, Instruction, Loop
 
@@ -93,6 +94,7 @@ def test_planted_faults_are_found() -> None:
 
 
 GOOD = {
+    "backend": "triton",
     "kernel": "scan",
     "target": "sm_90",
     "dtype": "float16",
@@ -153,7 +155,7 @@ def test_slots() -> None:
 
 def loop(*opcodes: str) -> Loop:
     path = [Instruction(*opcode.split(" ", 1)) for opcode in opcodes]
-    return Loop(frozenset(range(len(path))), path, path)
+    return Loop(frozenset(range(len(path))), path, path, {sum(i.kind == "async copy" for i in path): path})
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_path_of_a_tile() -> None:
     """An inner loop is repeated as often as the products need; products that do not add up are refused."""
     tile = Tile(items=64, queries=32, depth=16, dtype="float16", warps=4, lanes=32)  # 4 HMMA a warp for 16 columns
     inner = loop("LDSM.16.M88.4", *["HMMA.16816.F32"] * 4)
-    outer = Loop(inner.blocks | {99}, [*inner.path, Instruction("FSETP.GE.AND")], [])
+    outer = inner._replace(blocks=inner.blocks | {99}, path=[*inner.path, Instruction("FSETP.GE.AND")])
     path, over_tiles = tile_path("scan", inner, [inner, outer], MATRIX, tile, d=48)
     assert over_tiles is outer
     assert [sum(i.opcode.startswith(name) for i in path) for name in ("HMMA", "LDSM", "FSETP")] == [12, 3, 1]

@@ -113,6 +113,20 @@ def test_sass_without_instructions_is_refused(text: str) -> None:
     assert read_sass("") == {}
 
 
+def test_sass_copies_behind_a_branch() -> None:
+    """The shortest path of an iteration steps around them; with_copies finds the one that does not."""
+    copy = "        /*0070*/               @P2 LDGSTS"
+    behind = SASS.replace(copy, "        /*0068*/               @P3 BRA `(.L_x_8) ;\n" + copy)
+    behind = behind.replace("        /*0090*/", ".L_x_8:\n        /*0090*/")
+    (loop,) = read_sass(behind)["scan"].loops()
+    assert (loop.counts["mma"], loop.counts["async copy"]) == (2, 0)
+    found = loop.with_copies(1)
+    assert (found.counts["mma"], found.counts["async copy"]) == (2, 1)
+    assert len(found.path) == len(loop.path) + 2
+    with pytest.raises(ValueError, match=r"no path of the loop starts 2 copies, only \[0, 1\]"):
+        loop.with_copies(2)
+
+
 def test_sass_indirect_jump_is_refused() -> None:
     with pytest.raises(ValueError, match="BRX jumps to where this reader cannot follow"):
         read_sass(SASS.replace("LDGDEPBAR ", "BRX R4 -0x120 "))
