@@ -1,6 +1,9 @@
 """What a search costs on a GPU: bytes, operations and launches of each phase, and the time of its roofline.
 
 python -m benchmarks.gpu_cost_model [-N ROWS] [-d WIDTH] [-k K] [--dtype DTYPE] [-B BATCH ...] [--json FILE]
+python -m benchmarks.gpu_cost_model --codegen FILE
+
+The second form takes the rows of `python -m benchmarks.gpu_codegen --json FILE` and says what GRank's Ranker costs.
 
 Every figure is derived: counts from the plan that the Triton backend makes for a shape, times from the datasheets in
 gpus.py, the longest of
@@ -161,6 +164,57 @@ def _select(search: Search, programs: int, entries: float) -> Phase:
     return Phase("select", programs, other_bytes=moved + kept, other_loads=4 * search.B * entries * PASSES + moved)
 
 
+class Ranking(NamedTuple):
+    """`score_candidates` in 16 bits: C candidates of each of B users, L keys of width d with values of width h."""
+
+    B: int
+    C: int
+    L: int
+    d: int
+    h: int
+
+    @property
+    def least_bytes(self) -> int:
+        """Ids, rows and histories read once, scores written once."""
+        return self.B * (self.C * (8 + 2 * self.d + 4) + 2 * self.L * (self.d + self.h)) + 2 * self.d * self.h
+
+    @property
+    def copied_bytes(self) -> int:
+        """What blocks copy, a history for every 64 candidates; the kernel's test in the emulator counts as many."""
+        return 2 * self.B * (self.C * self.d + -(-self.C // 64) * (self.L * (self.d + self.h) + self.d * self.h))
+
+    @property
+    def multiply_adds(self) -> int:
+        """Logits, weighted values, and the product with item_weight."""
+        return self.B * self.C * (self.L * (self.d + self.h) + self.d * self.h)
+
+    def report(self, card: Card, row: dict[str, Any]) -> dict[str, Any]:
+        """The roofline on a card, and what the compiled kernel (a row of gpu_codegen) leaves of it."""
+        architecture = ARCHITECTURES[card.architecture]
+        clocks = card.sms * card.clock  # a second, of all multiprocessors
+        limits = {
+            "memory": self.least_bytes / card.read,
+            "products": self.multiply_adds / (architecture.fma["float16"] * clocks),
+            "exponentials": self.B * self.C * self.L / (architecture.special * clocks),
+            "cache": self.copied_bytes / (CACHE_BYTES_A_CLOCK * clocks),
+        }
+        pairs = self.B * (-(-self.C // 64) * 64) * (-(-self.L // 64) * 64)
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        issue = pairs * instructions / (architecture.lanes * clocks)
+        blocks = self.B * -(-self.C // 64)
+        waves = math.ceil(blocks / (row["blocks_per_sm"] * card.sms)) * row["blocks_per_sm"] * card.sms / blocks
+        bound = max(limits.values())
+        return {
+            "label": "derived",
+            "bytes a candidate": self.copied_bytes / (self.B * self.C),
+            "least bytes a candidate": self.least_bytes / (self.B * self.C),
+            "limits, seconds": limits,
+            "issue, seconds": issue,
+            "waves": waves,
+            "share of the roofline": bound / (max(bound, issue) * waves),
+        }
+
+
 def report(search: Search) -> dict[str, Any]:
     """Counts and times of a search on every NVIDIA card."""
     cards = {}
@@ -195,6 +249,22 @@ def _by_name(found: list[Phase], values: list[float]) -> dict[str, float]:
     return total
 
 
+def rank(rows: list[dict[str, Any]]) -> None:
+    """GRank's shape, by the compiled kernels for float16."""
+    rows = [r for r in rows if (r["kernel"], r["configuration"]) == ("score_candidates", "float16 128 128")]
+    print("score_candidates C=2000 L=1000 d=h=128 float16, microseconds, all derived:")
+    for row in rows:
+        for name, card in CARDS.items():
+            for B in (1, 8, 32) if card.architecture == row["target"] else ():
+                made = Ranking(B, C=2000, L=1000, d=128, h=128).report(card, row)
+                limits = ", ".join(f"{limit} {s * 1e6:.1f}" for limit, s in made["limits, seconds"].items())
+                print(
+                    f"  {name} B={B:2d}: {limits}, issue {made['issue, seconds'] * 1e6:.1f}, {made['waves']:.2f} times "
+                    f"for the last wave: {made['share of the roofline']:.0%} of the roofline; "
+                    f"{made['bytes a candidate']:.0f} bytes a candidate, {made['least bytes a candidate']:.0f} at least"
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-N", type=int, default=10_000_000)
@@ -203,7 +273,11 @@ def main() -> None:
     parser.add_argument("-B", type=int, nargs="*", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "int8"], default="float16")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--codegen", type=Path)
     arguments = parser.parse_args()
+    if arguments.codegen:
+        rank(json.loads(arguments.codegen.read_text())["rows"])
+        return
     dtype = getattr(torch, arguments.dtype)
     made = [report(Search(B, arguments.N, arguments.d, arguments.k, dtype)) for B in arguments.B]
     for search in made:

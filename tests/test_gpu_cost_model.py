@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu_cost_model import Search, emitted, phases, report, sample_rank
+from benchmarks.gpu_cost_model import Ranking, Search, emitted, phases, report, sample_rank
+from benchmarks.gpus import CARDS
 from grank_kernels.backends import triton
 from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER
 from grank_kernels.quantise import quantise
@@ -151,3 +152,23 @@ def test_large_batches_are_bound_by_products() -> None:
     assert few["seconds of reading and multiplying once"] == pytest.approx(0.764e-3, rel=0.01)
     assert many["seconds of reading and multiplying once"] == pytest.approx(2.65e-3, rel=0.01)
     assert many["multiply_adds"] == pytest.approx(1024 * 10e6 * 128 * (1 + 1 / 64), rel=0.01)
+
+
+def test_ranking() -> None:
+    """GRank's shape on an H100: bound by products; a kernel of 16 instructions a score could just keep up."""
+    ranking = Ranking(B=32, C=2000, L=1000, d=128, h=128)
+    row = {"matrix_per_score": 4.0, "other_per_score": 12.0, "blocks_per_sm": 2}
+    made = ranking.report(CARDS["H100"], row)
+    assert made["label"] == "derived"
+    limits = made["limits, seconds"]
+    assert limits["products"] == pytest.approx(2 * 32 * 2000 * (1000 * 256 + 128 * 128) / 989e12, rel=1e-6)
+    assert limits["exponentials"] == pytest.approx(16.6e-6, rel=0.01)
+    assert limits["memory"] == pytest.approx(32 * (2000 * 268 + 512_000) / 3.35e12, rel=0.01)
+    assert made["issue, seconds"] == pytest.approx(32 * 2048 * 1024 * 16 / (128 * 132 * CARDS["H100"].clock))
+    assert made["waves"] == pytest.approx(4 * 264 / 1024)
+    assert made["share of the roofline"] == pytest.approx(
+        limits["products"] / max(made["issue, seconds"], limits["products"]) / made["waves"]
+    )
+    assert made["bytes a candidate"] > made["least bytes a candidate"] == pytest.approx(524, rel=0.01)
+    slow = ranking.report(CARDS["H100"], row | {"other_per_score": 28.0})
+    assert slow["share of the roofline"] == pytest.approx(made["share of the roofline"] / 2, rel=0.07)
