@@ -105,7 +105,7 @@ def check(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, **more: 
 SEARCHES = {  # B, N, d, k; the launches
     "whole table emitted": ((3, 230, 20, 90), ["threshold", "scan", "select", "rank"]),
     "small k": ((5, 900, 24, 7), ["threshold", "collect", "select", "rank"]),
-    "small k, many queries": ((19, 600, 5, 31), ["threshold", "collect", "select", "rank"]),
+    "small k, two tiles of queries": ((17, 600, 5, 2), ["threshold", "collect", "select", "rank"]),
     "sampled": (
         (4, 3000, 30, 70),
         ["sample", "threshold", "scan", "select", "collect", "select", "rank"],
@@ -114,8 +114,11 @@ SEARCHES = {  # B, N, d, k; the launches
 }
 
 
-@pytest.mark.parametrize("which", SEARCHES)
-@pytest.mark.parametrize("filters", [False, True])
+CASES = [(which, filters, kind) for which in SEARCHES for filters in (False, True) for kind in ("float32", "int8")]
+CASES += [(which, True, kind) for which in ("small k", "sampled", "wide rows") for kind in ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize(("which", "filters", "kind"), CASES)
 def test_exact_numbers(which: str, filters: bool, kind: str, record: Record) -> None:
     (B, N, d, k), names = SEARCHES[which]
     queries, rows = integers(B, d, most=127 if kind == "int8" else 4), integers(N, d, most=127 if kind == "int8" else 4)
@@ -132,12 +135,14 @@ def test_exact_numbers(which: str, filters: bool, kind: str, record: Record) -> 
     assert len(record.names) <= 8
 
 
-@pytest.mark.parametrize("query_dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("query_dtype", "kind"), [("float16", "float32"), ("float32", "float16"), ("bfloat16", "int8")]
+)
 def test_query_dtypes(query_dtype: str, kind: str) -> None:
-    check(torch.randn(3, 40).to(getattr(torch, query_dtype)), torch.randn(300, 40), 60, kind)
+    check(torch.randn(3, 40).to(getattr(torch, query_dtype)), torch.randn(300, 40), 70, kind)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(problem=problems())
 def test_every_bit(problem: Problem) -> None:
     p = problem
@@ -147,10 +152,13 @@ def test_every_bit(problem: Problem) -> None:
     assert_same(got, expected(p.queries, p.rows, p.k, kind=p.kind, backend="reference", **p.filters))
 
 
-@pytest.mark.parametrize(("B", "N", "d", "k"), [(0, 20, 8, 3), (2, 0, 8, 3), (2, 1, 8, 5), (2, 20, 0, 5), (1, 9, 1, 1)])
-def test_degenerate(B: int, N: int, d: int, k: int, kind: str) -> None:
-    check(torch.randn(B, d), torch.randn(N, d), k, kind)
-    check(torch.randn(B, d), torch.randn(N, d), k, kind, allow=torch.zeros(N, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("B", "N", "d", "k"), [(0, 20, 8, 3), (2, 0, 8, 3), (2, 1, 8, 65), (2, 20, 0, 5), (1, 9, 1, 1)]
+)
+def test_degenerate(B: int, N: int, d: int, k: int) -> None:
+    for kind in ("float32", "int8"):
+        check(torch.randn(B, d), torch.randn(N, d), k, kind)
+    check(torch.randn(B, d), torch.randn(N, d), k, "float16", allow=torch.zeros(N, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -172,7 +180,7 @@ def test_meaning_of_wide_rows(kind: str) -> None:
 # ---- a score depends on its query and its row alone ----
 
 
-@pytest.mark.parametrize("d", [50, 300])
+@pytest.mark.parametrize(("d", "kind"), [(50, "float16"), (300, "float32"), (50, "int8")])
 def test_batch_and_place_do_not_matter(d: int, kind: str) -> None:
     queries, rows = torch.randn(20, d), torch.randn(900, d)
     whole = search(queries, rows, 40, kind=kind, backend="triton")
@@ -208,7 +216,8 @@ def test_hard_tables(which: str, k: int) -> None:
     N = 2100
     queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
     check(queries, rows, k, "float32")
-    check(queries, rows, k, "float32", ids=torch.randperm(N))  # ties fall where the thresholds cannot tell them apart
+    if which in ("constant", "two values", "-inf"):
+        check(queries, rows, k, "float32", ids=torch.randperm(N))  # ties fall where a position says nothing
 
 
 @pytest.mark.parametrize("which", ["constant", "ascending", "descending", "best last"])
@@ -247,15 +256,15 @@ def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> No
 
 
 def test_queries_that_differ() -> None:
-    """Some queries have most rows, some a few, some none, one all but its best."""
+    """Some queries have most rows, some a few, some none, one all but its 300 best."""
     B, N, k = 5, 2600, 80
     queries, rows = torch.randn(B, 3), torch.randn(N, 3)
     allow = torch.ones(B, N, dtype=torch.bool)
     allow[0] = torch.rand(N) < 0.02
     allow[1] = False
-    exclude = torch.full((B, 900), -1)
-    exclude[2] = search(queries, rows, 900, kind="float32", backend="reference").indices[2]
-    exclude[3, :900] = torch.randint(0, N, (900,))
+    exclude = torch.full((B, 300), -1)
+    exclude[2] = search(queries, rows, 300, kind="float32", backend="reference").indices[2]
+    exclude[3] = torch.randint(0, N, (300,))
     check(queries, rows, k, "float32", allow=allow, exclude=exclude)
     check(queries, rows, 12, "float32", allow=allow, exclude=exclude)
 

@@ -47,19 +47,14 @@ def _load_queries(queries, row_stride, column_stride, query, column, B, D: tl.co
 
 
 @triton.jit
-def _load_scales(query_scale, query, B, COMPUTE: tl.constexpr):
-    if COMPUTE.is_int8():
-        return tl.load(query_scale + query, mask=query < B, other=0.0)
-    else:
-        return query
-
-
-@triton.jit
-def _scores(
-    first, queries, q_row, q_column, query, B, query_scale, x, live, row_scale,
+def _products(
+    first, queries, q_row, q_column, query, B, x, live,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(ITEMS, QUERIES) of the rows that begin at `x` where `live`, 0 elsewhere. `first` are the queries' first columns."""
+    """(ITEMS, QUERIES) inner products of the rows that begin at `x` where `live`, 0 elsewhere, as float32.
+
+    `first` are the first DEPTH columns of the queries.
+    """
     ACCUMULATOR: tl.constexpr = tl.int32 if COMPUTE.is_int8() else tl.float32
     column = tl.arange(0, DEPTH)
     x = x[:, None] + column[None, :]
@@ -75,13 +70,54 @@ def _scores(
             q = _load_queries(queries, q_row, q_column, query, begin + column, B, D, COMPUTE)
             total = tl.dot(tile.to(COMPUTE), q, total, out_dtype=ACCUMULATOR, input_precision="ieee")
     if COMPUTE.is_int8():
-        scale = query_scale[None, :] * tl.load(row_scale, mask=live, other=0.0)[:, None]
         if D <= 260:  # |total| < 2^22: added to the bits of 1.5 * 2^23 it is the fraction, and needs no conversion
-            return ((total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0) * scale
+            return (total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         else:
-            return total.to(tl.float32) * scale
+            return total.to(tl.float32)
     else:
         return total
+
+
+@triton.jit
+def _load_scales(scale, place, mask, COMPUTE: tl.constexpr):
+    """Scales of int8 rows or queries; what takes their place where there are none is not used."""
+    if COMPUTE.is_int8():
+        return tl.load(scale + place, mask=mask, other=0.0)
+    else:
+        return mask
+
+
+@triton.jit
+def _scores(products, row_scale, query_scale, COMPUTE: tl.constexpr):
+    if COMPUTE.is_int8():
+        return products * (query_scale[None, :] * row_scale[:, None])
+    else:
+        return products
+
+
+@triton.jit
+def _bars(score, query_scale, COMPUTE: tl.constexpr):
+    """What a product, times the row's scale, must reach for the score to reach the threshold `score` of its query.
+
+    For int8 a lower bound, so that a score costs one multiplication less. score = fl(product * fl(q * x)) with the scales q
+    and x: the roundings, relative to the threshold, are below 2^-21, and what underflows is below 2^-118 (|product| is at
+    most 2^31); the quotient by q is rounded once more. 2^-20 and 2^-116, and 2^-140 for the product with x, are more.
+    """
+    if COMPUTE.is_int8():
+        lower = score - tl.abs(score) * 9.5367431640625e-07 - 1.2037062152420224e-35
+        bar = tl.div_rn(lower, query_scale) - 7.174648137343064e-43
+        return tl.where(score == float("inf"), 3.4028234663852886e38, tl.minimum(bar, 3.4028234663852886e38))
+    else:
+        return score
+
+
+@triton.jit
+def _distances(products, row_scale, bars, COMPUTE: tl.constexpr):
+    """Not negative where the score may reach its threshold."""
+    if COMPUTE.is_int8():
+        return products * row_scale[:, None] - bars[None, :]
+    else:
+        return products - bars[None, :]
 
 
 @triton.jit
@@ -92,9 +128,9 @@ def _allowed(allow, allow_row, allow_column, query, row, mask):
 
 @triton.jit
 def _emit(
-    scores, query, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
-    count, to_scores, to_positions, list_size, skip, room, mine,
-    ITEMS: tl.constexpr, QUERIES: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+    products, row_scale, query_scale, B, query, position, live, ids, allow, allow_row, allow_column,
+    threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
+    ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
     """Appends the scores that are of rows (`live`), allowed and reach their query's threshold to its list.
 
@@ -104,18 +140,22 @@ def _emit(
     """
     if QUERIES > 16:
         HALF: tl.constexpr = QUERIES // 2
-        low, high = tl.split(tl.permute(tl.reshape(scores, (ITEMS, 2, HALF)), (0, 2, 1)))
+        low, high = tl.split(tl.permute(tl.reshape(products, (ITEMS, 2, HALF)), (0, 2, 1)))
         _emit(
-            low, query, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
-            count, to_scores, to_positions, list_size, skip, room, mine, ITEMS, HALF, HAS_IDS, HAS_ALLOW,
+            low, row_scale, query_scale, B, query, position, live, ids, allow, allow_row, allow_column,
+            threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
+            ITEMS, HALF, COMPUTE, HAS_IDS, HAS_ALLOW,
         )  # fmt: skip
         _emit(
-            high, query + HALF, position, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
-            count, to_scores, to_positions, list_size, skip, room, mine + HALF, ITEMS, HALF, HAS_IDS, HAS_ALLOW,
+            high, row_scale, query_scale, B, query + HALF, position, live, ids, allow, allow_row, allow_column,
+            threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine + HALF,
+            ITEMS, HALF, COMPUTE, HAS_IDS, HAS_ALLOW,
         )  # fmt: skip
     else:
         lane = tl.arange(0, QUERIES)
         score = tl.load(threshold_score + mine + lane)
+        q_scale = _load_scales(query_scale, query + lane, query + lane < B, COMPUTE)
+        scores = _scores(products, row_scale, q_scale, COMPUTE)
         hit = (scores >= score[None, :]) & live[:, None]
         if tl.max(hit.to(tl.int32)) > 0:
             if HAS_ALLOW:
@@ -134,7 +174,7 @@ def _emit(
 
 @triton.jit
 def _scan_tiles(
-    begin, end, step, first, queries, q_row, q_column, query, B, query_scale, items, item_stride, row_scale, N, base,
+    begin, end, step, first, queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N, base,
     ids, allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions,
     list_size, skip, room, mine,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
@@ -142,24 +182,27 @@ def _scan_tiles(
 ):  # fmt: skip
     """Emits what reaches the thresholds, from the tiles begin, begin + step, ... below end."""
     lane = tl.arange(0, ITEMS)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     score = tl.load(threshold_score + mine + tl.arange(0, QUERIES))
+    bars = _bars(score, _load_scales(query_scale, query, query < B, COMPUTE), COMPUTE)
     no_gate = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf minus -inf is no number
     offset = lane.to(tl.int64) * item_stride
     for tile in range(begin, end, step):
         start = tl.cast(tile, tl.int64) * ITEMS
         live = lane < tl.minimum(N - start, ITEMS).to(tl.int32)
-        scores = _scores(
-            first, queries, q_row, q_column, query, B, query_scale, items + start * item_stride + offset, live,
-            row_scale + start + lane if COMPUTE.is_int8() else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+        x_scale = _load_scales(row_scale, start + lane, live, COMPUTE)
+        products = _products(
+            first, queries, q_row, q_column, query, B, items + start * item_stride + offset, live,
+            D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
-        # One subtraction and one maximum a score; a comparison would also make an integer of it, for the reduction.
-        if (tl.max(scores - score[None, :]) >= 0) | no_gate:
-            # Zero, which the compiler cannot know: it would compute the addresses of this branch before the loop, and spill.
+        # One subtraction and one maximum a score; of a comparison the reduction would make an integer first.
+        if (tl.max(_distances(products, x_scale, bars, COMPUTE)) >= 0) | no_gate:
+            # Zero, which the compiler cannot know: it would compute this branch's addresses before the loop, and spill.
             zero = tl.minimum(N - start, 0).to(tl.int32)
             _emit(
-                scores, tl.program_id(0) * QUERIES + zero, base + start + lane, live, ids, allow, allow_row, allow_column,
-                threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine + zero,
-                ITEMS, QUERIES, HAS_IDS, HAS_ALLOW,
+                products, x_scale, query_scale, B, tl.program_id(0) * QUERIES + zero, base + start + lane, live, ids,
+                allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions,
+                list_size, skip, room, mine + zero, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
             )  # fmt: skip
 
 
@@ -179,16 +222,18 @@ def sample(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     group = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale = _load_scales(query_scale, query, B, COMPUTE)
+    q_scale = _load_scales(query_scale, query, query < B, COMPUTE)
     best = tl.full((ITEMS, QUERIES), float("nan"), tl.float32)
     winner = tl.zeros((ITEMS, QUERIES), tl.int32)
     for begin in range(0, size, groups):
         live = begin + group < size
         row = _sampled_row(begin + group, size, N)
-        scores = _scores(
-            first, queries, q_row, q_column, query, B, q_scale, items + row * item_stride, live,
-            row_scale + row if COMPUTE.is_int8() else items, D, DEPTH, ITEMS, QUERIES, COMPUTE,
+        x_scale = _load_scales(row_scale, row, live, COMPUTE)
+        products = _products(
+            first, queries, q_row, q_column, query, B, items + row * item_stride, live,
+            D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
+        scores = _scores(products, x_scale, q_scale, COMPUTE)
         better = live[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
         if HAS_ALLOW:
             better &= _allowed(allow, allow_row, allow_column, query, row, better & (query < B)[None, :])
@@ -224,9 +269,8 @@ def scan(
     """
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale = _load_scales(query_scale, query, B, COMPUTE)
     _scan_tiles(
-        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column, query, B, q_scale,
+        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column, query_scale, B,
         items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
         count, to_scores, to_positions, row_size, k, row_size - k, tl.program_id(0) * QUERIES,
         D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
@@ -280,7 +324,6 @@ def collect(
     live &= tl.load(pending + query, mask=live, other=0) > 0
     if tl.max(live.to(tl.int32), 0) > 0:
         first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-        q_scale = _load_scales(query_scale, query, B, COMPUTE)
         mine = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * QUERIES
         lane = tl.arange(0, QUERIES)
         tl.store(list_score + mine + lane, tl.load(threshold_score + query, mask=live, other=float("inf")))
@@ -293,7 +336,7 @@ def collect(
         while tile < tiles:
             stop = tl.minimum(tiles, tile + block * tl.num_programs(1))
             _scan_tiles(
-                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query, B, q_scale,
+                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query_scale, B,
                 items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, list_score, list_tie,
                 list_count, list_scores, list_positions, list_size, 0, list_size, mine,
                 D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,

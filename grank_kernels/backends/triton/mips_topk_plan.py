@@ -57,10 +57,11 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     """The tile for a width, a precision of products and a batch, of at most so many queries.
 
     items: 128 rows, two 64-row products of a warp group on sm_90; 64 in float32, which has no tensor cores.
-    queries: as few as the batch needs, since each pads the product; as many as registers hold.
+    queries: as few as the batch needs, since each pads the product; as many as registers (and gfx942's 64 KB of shared
+    memory) hold.
     depth: the whole row up to 256 bytes, so that the loop over tiles has no inner loop and its loads run ahead of the
-    products; wider rows go in pieces of 256 bytes. It depends on d and the precision alone, as the order of
-    accumulation does.
+    products; wider rows in pieces of 128 bytes, and float32 in 64, for its operands pass through registers. It depends
+    on d and the precision alone, as the order of accumulation does.
     stages: three of a tile's rows in shared memory, or two where they do not fit.
     """
     width = max(16 if compute.itemsize > 1 else 32, _power_of_2(d))
@@ -68,14 +69,15 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
-        return Tile(64, min(64, most, needed), 32, 4, 2)
-    depth = min(width, 256 // compute.itemsize)
-    if d > depth or (compute == torch.int8 and device.name != "sm_80"):
-        most = min(most, 64)  # pieces of the queries, or their scales, take the registers of the other half
+        return Tile(64, min(64, most, needed), 16, 4, 3)
+    row = width * compute.itemsize
+    if row > 256:
+        row, most = 128, min(most, 64)  # pieces of the queries take registers too
+    if device.name == "gfx942":
+        most = min(most, 64)
     queries = min(most, needed)
-    bytes_of_column = depth * compute.itemsize
-    stages = 3 if (3 * 128 + queries) * bytes_of_column <= device.shared else 2
-    return Tile(128, queries, depth, 8 if queries >= 64 else warps, stages)
+    stages = 3 if (3 * 128 + queries) * row <= device.shared else 2
+    return Tile(128, queries, row // compute.itemsize, 8 if queries >= 64 else warps, stages)
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows."""
     tile = choose_tile(device, d, compute, B, 128)
     samples = choose_tile(device, d, compute, B, 64)  # which has two more numbers a score
-    lists = choose_tile(device, d, compute, B, 32, warps=8)
+    lists = choose_tile(device, d, compute, B, 16, warps=8)
     tiles = -(-N // tile.items)
     block = min(tiles, device.block)
     list_size = _multiple(k + block * lists.items, 64)
     waves = 4
-    if k <= 32 or (k <= 64 and B <= 16):
+    if (k <= 32 and B <= 32) or (k <= 64 and B <= 16):
         query_tiles = -(-B // lists.queries)
         splits = max(1, min(tiles, waves * device.processors // query_tiles))
         return Plan(tile, samples, lists, 0, 0, 0, splits, block, list_size, splits * k)
