@@ -192,26 +192,26 @@ class Ranking(NamedTuple):
         """The roofline on a card, and what the compiled kernel (a row of gpu_codegen) leaves of it."""
         architecture = ARCHITECTURES[card.architecture]
         clocks = card.sms * card.clock  # a second, of all multiprocessors
-        limits = {
+        roofline = {
             "memory": self.least_bytes / card.read,
             "products": self.multiply_adds / (architecture.fma["float16"] * clocks),
             "exponentials": self.B * self.C * self.L / (architecture.special * clocks),
-            "cache": self.copied_bytes / (CACHE_BYTES_A_CLOCK * clocks),
         }
         pairs = self.B * (-(-self.C // 64) * 64) * (-(-self.L // 64) * 64)
         instructions = row["matrix_per_score"] + row["other_per_score"]
-        issue = pairs * instructions / (architecture.lanes * clocks)
-        blocks = self.B * -(-self.C // 64)
-        waves = math.ceil(blocks / (row["blocks_per_sm"] * card.sms)) * row["blocks_per_sm"] * card.sms / blocks
-        bound = max(limits.values())
+        limits = roofline | {
+            "cache": self.copied_bytes / (CACHE_BYTES_A_CLOCK * clocks),
+            "issue": pairs * instructions / (architecture.lanes * clocks),
+        }
+        blocks, at_once = self.B * -(-self.C // 64), row["blocks_per_sm"] * card.sms
+        waves = -(-blocks // at_once) * at_once / blocks
         return {
             "label": "derived",
             "bytes a candidate": self.copied_bytes / (self.B * self.C),
             "least bytes a candidate": self.least_bytes / (self.B * self.C),
             "limits, seconds": limits,
-            "issue, seconds": issue,
-            "waves": waves,
-            "share of the roofline": bound / (max(bound, issue) * waves),
+            "last wave": waves,
+            "share of the roofline": max(roofline.values()) / (max(limits.values()) * waves),
         }
 
 
@@ -259,8 +259,8 @@ def rank(rows: list[dict[str, Any]]) -> None:
                 made = Ranking(B, C=2000, L=1000, d=128, h=128).report(card, row)
                 limits = ", ".join(f"{limit} {s * 1e6:.1f}" for limit, s in made["limits, seconds"].items())
                 print(
-                    f"  {name} B={B:2d}: {limits}, issue {made['issue, seconds'] * 1e6:.1f}, {made['waves']:.2f} times "
-                    f"for the last wave: {made['share of the roofline']:.0%} of the roofline; "
+                    f"  {name} B={B:2d}: {limits}, {made['last wave']:.2f} times for the last wave: "
+                    f"{made['share of the roofline']:.0%} of the roofline; "
                     f"{made['bytes a candidate']:.0f} bytes a candidate, {made['least bytes a candidate']:.0f} at least"
                 )
 
