@@ -1,7 +1,9 @@
 """`ItemTable`: the rows a search goes over, in the precision they are searched in."""
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from grank_kernels.quantise import quantise
@@ -53,8 +55,8 @@ class ItemTable:
             ids = ids.clone(memory_format=torch.contiguous_format)
         rows = rows.detach()
         if dtype != torch.int8:
-            return cls(rows.to(dtype, copy=True, memory_format=torch.contiguous_format), None, ids)
-        numbers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+            return cls(_empty(rows.shape, dtype, rows.device).copy_(rows), None, ids)
+        numbers = _empty(rows.shape, torch.int8, rows.device)
         scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         step = max(1, (1 << 22) // max(1, rows.shape[1]))  # float32 copies of 16 MB, not of the whole table
         for start in range(0, len(rows), step):
@@ -141,6 +143,20 @@ class ItemTable:
         ids = ", ids" if self._ids is not None else ""
         name = str(self.dtype).removeprefix("torch.")
         return f"ItemTable({len(self):_} x {self.dim} {name}, {_megabytes(self.nbytes)}{ids}, {self.device})"
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for rows. NumPy asks Linux for huge pages, which torch does not: a search spends less on translating
+    addresses and is 1.1 (float16) to 1.4 times (float32) as fast for one query (measured: 1,000,000 x 64 in a virtual
+    machine on a Xeon with AMX).
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    line = 64
+    nbytes = math.prod(shape) * dtype.itemsize
+    room = np.empty(nbytes + line, np.uint8)
+    start = -room.ctypes.data % line
+    return torch.from_numpy(room[start : start + nbytes]).view(dtype).view(shape)
 
 
 def _megabytes(nbytes: int) -> str:

@@ -189,9 +189,13 @@ def integers(*shape: int, most: int = 4) -> torch.Tensor:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, with warnings as errors; the tests' folder and the package can be imported."""
+    """Runs code in a process of its own, with warnings as errors; the tests' folder and the package can be imported.
+
+    Triton's interpreter, which conftest.py asks for, must be asked for again.
+    """
     package = Path(gk.__file__).resolve().parent.parent
-    env = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(package), str(TESTS)])}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {**inherited, **environment, "PYTHONPATH": os.pathsep.join([str(package), str(TESTS)])}
     return subprocess.run(  # the limit only ends a deadlock
         [sys.executable, "-W", "error", "-c", code], env=env, text=True, capture_output=True, timeout=900
     )

@@ -114,6 +114,14 @@ def test_rows_of_any_layout(kind: str) -> None:
         assert table.operands()[0].is_contiguous()
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (1, 1), (5, 7), (70_000, 17)])
+def test_rows_begin_with_a_cache_line(kind: str, shape: tuple[int, int]) -> None:
+    rows = torch.ones(shape)
+    held, *_ = ItemTable.from_rows(rows, dtype=getattr(torch, kind)).operands()
+    assert held.shape == shape and held.data_ptr() % 64 == 0 and held.is_contiguous()
+
+
 def test_a_table_takes_no_part_in_gradients() -> None:
     table = ItemTable.from_rows(torch.randn(5, 3, requires_grad=True))
     assert not table.rows(torch.arange(5)).requires_grad

@@ -1,4 +1,4 @@
-"""The triton backend: in Triton's interpreter, made strict, on CPU tensors; and the same cases on a GPU where there is one.
+"""The triton backend: on CPU tensors in Triton's interpreter, made strict; on a GPU, where there is one, itself.
 
 The strict interpreter adds products in the order of the `reference` backend (up to 128 columns), so every result is
 compared bit by bit with the oracle of that backend.
@@ -243,7 +243,7 @@ def sampled_rows(N: int, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("external", [False, True])
 def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> None:
-    """The sample holds the k - 1 best rows, so its threshold is above the k-th best, but for the query that sees them last."""
+    """The sample holds the k - 1 best rows, so its threshold is too high, but for the query that sees them last."""
     B, N, k = 3, 2500, 100
     plan = launches.make_plan(backend.INTERPRETER, B, N, 2, k, getattr(torch, kind), 0)
     best = torch.from_numpy(sampled_rows(N, plan.sampled)[: k - 1])
@@ -388,7 +388,7 @@ assert "triton" not in sys.modules
     [(False, "there is no GPU; with TRITON_INTERPRET=1 in the environment"), (True, "triton is not installed")],
 )
 def test_says_why_it_cannot_run(blocked: bool, reason: str) -> None:
-    done = run_python(REFUSED.format(blocked=blocked), TRITON_INTERPRET="")
+    done = run_python(REFUSED.format(blocked=blocked))
     assert done.returncode == 0, done.stderr
     assert f"backend triton: {reason}" in done.stdout
     assert f"backend 'triton' cannot run: {reason}" in done.stdout

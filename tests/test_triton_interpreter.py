@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("kernels are compiled in this process", allow_module_level=True)
-
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from emulation.triton_interpreter import KernelFaultError, strict
+
+if not triton.knobs.runtime.interpret:
+    pytest.skip("kernels are compiled in this process", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

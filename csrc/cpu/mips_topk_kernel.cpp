@@ -9,8 +9,9 @@ namespace GRANK_ISA {
 namespace {
 
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 4096;              // from what is packed to what is fetched meanwhile
+constexpr int64_t kPrefetchBytes = 2048;              // from what is transposed to what is fetched meanwhile
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;       // packed units of four int8
+constexpr uint32_t kFlipInt8 = kInt8PerUnit == 4 ? 0x80808080u : 0;  // of a packed row: s8 to u8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,6 +45,13 @@ void split_four(uint32_t four, uint32_t* units, int64_t stride) {
   }
 }
 
+// What the sum of an int8 query's products starts from: rows are multiplied as u8, 128 more than they are.
+int32_t start_of(const int8_t* query, int64_t d) {
+  int32_t start = 0;
+  for (int64_t j = 0; j < d; ++j) start -= 128 * query[j];
+  return start;
+}
+
 // Interleaves blocks of kQueryBlock queries unit by unit: what the multiplication reads, in its order.
 void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, void* packed) {
 #if GRANK_AMX
@@ -61,10 +69,7 @@ void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, vo
         for (int64_t j = 0; j < d; ++j) __builtin_memcpy(unit + j * block, query + j, 4);
       } else {
         const int8_t* query = static_cast<const int8_t*>(queries) + (first + b) * d;
-        int32_t start = 0;
-        if constexpr (kInt8PerUnit == 4) {
-          for (int64_t j = 0; j < d; ++j) start -= 128 * query[j];
-        }
+        const int32_t start = kInt8PerUnit == 4 ? start_of(query, d) : 0;
         __builtin_memcpy(unit, &start, 4);
         unit += block;
         for (int64_t j = 0; j < d; j += 4, unit += kUnitsPerFour * block) {
@@ -80,24 +85,24 @@ void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, vo
 
 // ---- packing a tile ----
 
-// Writes what `column` holds of one element (or of four int8) of consecutive rows: kLanes rows, or twice as many of
-// 16-bit elements, which become floats here.
-template <DType kType>
-inline void write_column(uint32_t* panel, Units column) {
+// Hands what `column` holds of one element (or of four int8) of consecutive rows to sink(unit, vector, values): kLanes
+// rows, or twice as many of 16-bit elements, which become floats here.
+template <DType kType, typename Sink>
+[[gnu::always_inline]] inline void give_column(int64_t unit, Units column, Sink& sink) {
   if constexpr (kType == DType::kFloat32) {
-    store(panel, column);
+    sink(unit, 0, column);
   } else if constexpr (kType != DType::kInt8) {
     Halves halves[2];
     __builtin_memcpy(halves, &column, sizeof column);
     for (int i = 0; i < 2; ++i) {
-      store(panel + i * kLanes, kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i]));
+      sink(unit, i, (Units)(kType == DType::kFloat16 ? float_of_float16(halves[i]) : float_of_bfloat16(halves[i])));
     }
   } else if constexpr (kInt8PerUnit == 4) {
-    store(panel, kAmx ? column : column ^ 0x80808080u);
+    sink(unit, 0, column);
   } else {
     const Shorts bytes = (Shorts)column;
-    store(panel, bytes << 8 >> 8);
-    store(panel + kTileRows, bytes >> 8);
+    sink(unit, 0, (Units)(bytes << 8 >> 8));
+    sink(unit + 1, 0, (Units)(bytes >> 8));
   }
 }
 
@@ -115,10 +120,11 @@ struct Ahead {
   }
 };
 
-// Packs 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns.
-template <DType kType, bool kListed, bool kWhole>
-[[gnu::always_inline]] inline void pack_square(const char* row, int64_t stride, const uint32_t* list, int64_t bytes,
-                                               uint32_t* out) {
+// Transposes 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns; `unit` is the first of
+// them.
+template <DType kType, bool kListed, bool kWhole, typename Sink>
+[[gnu::always_inline]] inline void transpose_square(const char* row, int64_t stride, const uint32_t* list,
+                                                    int64_t bytes, int64_t unit, Sink& sink) {
   constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // what is moved as one
   constexpr int kSize = 16 / kBytes;
   constexpr int kUnits = kType == DType::kInt8 ? kUnitsPerFour : 1;  // packed units of a column
@@ -136,25 +142,38 @@ template <DType kType, bool kListed, bool kWhole>
   transpose_pieces<kBytes>(columns);
 #pragma GCC unroll 8
   for (int j = 0; j < kSize; ++j) {
-    if (kWhole || j * kBytes < bytes) write_column<kType>(out + j * kUnits * kTileRows, columns[j]);
+    if (kWhole || j * kBytes < bytes) give_column<kType>(unit + j * kUnits, columns[j], sink);
   }
+}
+
+// Rows that are transposed together: a vector of them, or two of 16-bit elements.
+template <DType kType>
+constexpr int kRowsOfSquare = kType == DType::kFloat16 || kType == DType::kBFloat16 ? 2 * kLanes : kLanes;
+
+// Transposes dimensions begin to end of the rows of a tile from number `first` on, kRowsOfSquare of them, units
+// ascending. `begin` is a multiple of 16.
+template <DType kType, bool kListed, typename Sink>
+[[gnu::always_inline]] inline void transpose_rows(const MipsTopkTile& tile, int first, int64_t begin, int64_t end,
+                                                  Ahead& ahead, Sink sink) {
+  const uint32_t* list = kListed ? tile.list + first : nullptr;
+  const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride) + begin * element_bytes(kType);
+  int64_t unit = units_of(kType, begin);
+  int64_t left = (end - begin) * element_bytes(kType);
+  for (; left >= 16; left -= 16, row += 16) {
+    ahead.fetch<16 * kRowsOfSquare<kType> / 64, 3>();
+    transpose_square<kType, kListed, true>(row, tile.row_stride, list, 16, unit, sink);
+    unit += units_of(kType, 16 / element_bytes(kType));
+  }
+  if (left > 0) transpose_square<kType, kListed, false>(row, tile.row_stride, list, left, unit, sink);
 }
 
 template <DType kType, bool kListed>
 void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
-  constexpr int kRows = kType == DType::kFloat16 || kType == DType::kBFloat16 ? 2 * kLanes : kLanes;
-  const int64_t row_bytes = d * element_bytes(kType);
-  for (int first = 0; first < kTileRows; first += kRows) {
-    const uint32_t* list = kListed ? tile.list + first : nullptr;
-    const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride);
-    uint32_t* out = panel + first;
-    int64_t left = row_bytes;
-    for (; left >= 16; left -= 16, row += 16) {
-      ahead.fetch<16 * kRows / 64, 3>();
-      pack_square<kType, kListed, true>(row, tile.row_stride, list, 16, out);
-      out += units_of(kType, 16 / element_bytes(kType)) * kTileRows;
-    }
-    if (left > 0) pack_square<kType, kListed, false>(row, tile.row_stride, list, left, out);
+  constexpr uint32_t kFlip = kType == DType::kInt8 && !kAmx ? kFlipInt8 : 0;  // AMX multiplies signed bytes
+  for (int first = 0; first < kTileRows; first += kRowsOfSquare<kType>) {
+    transpose_rows<kType, kListed>(tile, first, 0, d, ahead, [&](int64_t unit, int v, Units values) {
+      store(panel + unit * kTileRows + first + v * kLanes, values ^ kFlip);
+    });
   }
 }
 
@@ -201,6 +220,23 @@ struct FloatProducts {
     }
   }
 
+  // The same sums for one query and the rows of a tile from number `first` on, kRowsOfSquare of them, straight from the
+  // transposition.
+  template <DType kType, bool kListed>
+  [[gnu::always_inline]] static void sum_one(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
+                                             Ahead& ahead, Sum* sums) {
+    const float* query = reinterpret_cast<const float*>(packed);
+    constexpr int kVectors = kRowsOfSquare<kType> / kLanes;
+    for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
+      const int64_t end = d - begin < kSegment ? d : begin + kSegment;
+      Floats partial[kVectors] = {};
+      transpose_rows<kType, kListed>(tile, first, begin, end, ahead, [&](int64_t unit, int v, Units values) {
+        partial[v] = multiply_add(broadcast<Floats>(query[unit]), (Floats)values, partial[v]);
+      });
+      for (int v = 0; v < kVectors; ++v) sums[v] = begin == 0 ? partial[v] : sums[v] + partial[v];
+    }
+  }
+
   static Floats row_scale(const MipsTopkTile&, int) { return Floats{}; }
   static Floats compared(Floats sum, Floats) { return sum; }
   static Floats score(Floats sum, Floats, const MipsTopkQueries&, int64_t) { return sum; }
@@ -226,6 +262,17 @@ struct Int8Products {
         for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = dot(sums[q][v], rows[v], query);
       }
     }
+  }
+
+  template <DType kType, bool kListed>
+  [[gnu::always_inline]] static void sum_one(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
+                                             Ahead& ahead, Sum* sums) {
+    const uint32_t* query = kAmx ? packed : packed + 1;
+    Ints sum = (Ints)broadcast<Units>(kAmx ? start_of(reinterpret_cast<const int8_t*>(packed), d) : packed[0]);
+    transpose_rows<kType, kListed>(tile, first, 0, d, ahead, [&](int64_t unit, int, Units values) {
+      sum = dot(sum, values ^ kFlipInt8, broadcast<Units>(query[unit]));
+    });
+    sums[0] = sum;
   }
 
   static Floats row_scale(const MipsTopkTile& tile, int row) { return load<Floats>(tile.row_scale + row); }
@@ -308,6 +355,20 @@ void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTop
   }
 }
 
+// One query: what is transposed is multiplied at once, and no panel is written.
+template <typename Products, DType kType, bool kListed>
+void scan_one(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, Ahead ahead, MipsTopkEmit emit,
+              void* context) {
+  const auto* packed = static_cast<const uint32_t*>(queries.packed);
+  for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
+    typename Products::Sum sums[1][kVectorsAtOnce];
+    for (int v = 0; v < kVectorsAtOnce; v += kRowsOfSquare<kType> / kLanes) {
+      Products::template sum_one<kType, kListed>(tile, row + v * kLanes, packed, d, ahead, &sums[0][v]);
+    }
+    emit_wanted<Products, 1>(sums, tile, queries, 0, row, emit, context);
+  }
+}
+
 #if GRANK_AMX
 static_assert(kRowsAtOnce == kTileRows, "a block of queries meets all rows of a tile at once");
 
@@ -333,6 +394,21 @@ void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries&
 // As many queries as leave most of the next tile to be fetched when their products are done.
 int64_t few_queries(DType dtype) { return kAmx && dtype == DType::kInt8 ? 3 * kAmxQueries : kQueryBlock; }
 
+// `early` fetches while rows are transposed, `late` while packed rows are multiplied.
+template <typename Products, DType kType>
+void scan_tile(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, uint32_t* panel, Ahead early,
+               Ahead late, MipsTopkEmit emit, void* context) {
+  if (queries.count == 1) {
+    return tile.list != nullptr ? scan_one<Products, kType, true>(d, tile, queries, early, emit, context)
+                                : scan_one<Products, kType, false>(d, tile, queries, early, emit, context);
+  }
+  pack<kType>(tile, d, early, panel);
+#if GRANK_AMX
+  if (kType == DType::kInt8) return scan_packed_amx(d, tile, queries, panel, late, emit, context);
+#endif
+  scan_packed<Products>(kType, d, tile, queries, panel, late, emit, context);
+}
+
 void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                MipsTopkEmit emit, void* context) {
   auto* units = static_cast<uint32_t*>(panel);
@@ -345,26 +421,13 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
   const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
   switch (dtype) {
     case DType::kFloat32:
-      pack<DType::kFloat32>(tile, d, early, units);
-      break;
+      return scan_tile<FloatProducts, DType::kFloat32>(d, tile, queries, units, early, late, emit, context);
     case DType::kFloat16:
-      pack<DType::kFloat16>(tile, d, early, units);
-      break;
+      return scan_tile<FloatProducts, DType::kFloat16>(d, tile, queries, units, early, late, emit, context);
     case DType::kBFloat16:
-      pack<DType::kBFloat16>(tile, d, early, units);
-      break;
+      return scan_tile<FloatProducts, DType::kBFloat16>(d, tile, queries, units, early, late, emit, context);
     case DType::kInt8:
-      pack<DType::kInt8>(tile, d, early, units);
-      break;
-  }
-  if (dtype == DType::kInt8) {
-#if GRANK_AMX
-    scan_packed_amx(d, tile, queries, units, late, emit, context);
-#else
-    scan_packed<Int8Products>(dtype, d, tile, queries, units, late, emit, context);
-#endif
-  } else {
-    scan_packed<FloatProducts>(dtype, d, tile, queries, units, late, emit, context);
+      return scan_tile<Int8Products, DType::kInt8>(d, tile, queries, units, early, late, emit, context);
   }
 }
 

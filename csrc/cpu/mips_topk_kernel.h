@@ -9,9 +9,10 @@
 //
 // A tile is kTileRows rows. Packing transposes it into `panel`, one 32-bit unit (a float, or four int8) of every row
 // after the other, which stays in the first-level cache while all queries pass over it: a row is read from memory once
-// a call. Registers: 6 queries x 4 vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16
-// queries x 4 tiles of 16 rows; 64 dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h, speed not
-// measured). Per tile: 64 d sizeof(row element) bytes read, 64 d num_queries multiply-adds, one compare a score.
+// a call. For a single query what is transposed is multiplied at once and no panel is written. Registers: 6 queries x 4
+// vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16 queries x 4 tiles of 16 rows; 64
+// dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h). Per tile: 64 d sizeof(row element) bytes read,
+// 64 d num_queries multiply-adds, one compare a score.
 #pragma once
 
 #include <cstdint>

@@ -63,7 +63,7 @@ def mips_topk(
     allow: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
-    (B, d), N = queries.shape, len(items)
+    (B, d), N = queries.shape, items.shape[0]
     queries = queries.float().contiguous()
     row_stride, column_stride = items.stride()
     if column_stride != 1 and d > 1:
@@ -75,8 +75,8 @@ def mips_topk(
         allow = allow.contiguous()
     if ids is not None and N == 0:
         ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
-    values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
-    positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
+    values = queries.new_empty((B, k))
+    positions = queries.new_empty((B, k), dtype=torch.int64)
     _cpu.mips_topk(
         queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, row_stride * items.itemsize,
         _address(row_scale), _address(ids),

@@ -2,15 +2,15 @@
 
 `strict()` replaces parts of it for the time of a `with` block:
 
-- right: a product of bfloat16 multiplies the numbers (3.7 multiplies their bit patterns); a product adds in one order, k
-  ascending, whatever the shape, so that bits can be compared; a maximum ignores NaN silently, as the hardware does.
-- strict: what a masked load without `other` leaves undefined comes back as garbage, not as zeros. An access outside every
-  tensor passed to the kernel, to what another program writes, or of two lanes of one store to one element is a
+- right: a product of bfloat16 multiplies the numbers (Triton 3.7 multiplies their bit patterns); a product adds in one
+  order, k ascending, whatever the shape, so that bits can be compared; a maximum ignores NaN, as the hardware does.
+- strict: what a masked load without `other` leaves undefined comes back as garbage, not as zeros. An access outside
+  every tensor passed to the kernel, to what another program writes, or of two lanes of one store to one element is a
   `KernelFaultError` that names the tensor and the line. Atomics may meet each other.
-- fast: reductions and scans apply the combining function to whole slices, not element by element; a device function does
-  not patch the language anew at each call, and an addition does not look for an overflow.
+- fast: reductions and scans apply the combining function to whole slices, not element by element; a device function
+  does not patch the language anew at each call, and an addition does not look for an overflow.
 
-Programs still run one after another: what depends on their interleaving, or on that of threads, shows only in compiled code.
+Programs still run one after another: what depends on how they, or threads, interleave shows only in compiled code.
 """
 
 import contextlib

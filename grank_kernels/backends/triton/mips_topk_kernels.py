@@ -1,13 +1,16 @@
-"""Kernels that score: quantise queries, sample, scan and emit, collect.
+"""Kernels that score: quantise the queries, sample, scan and emit, collect.
 
-A tile is ITEMS rows x QUERIES queries: items stand on the M axis of the tensor cores' product, queries on N, whatever the
-batch, so that a single query pads N to 16, not M to 64, and one order of accumulation serves all kernels: k ascending,
-DEPTH numbers a product, accumulated in float32 (int32 for int8: exact while 127^2 d < 2^31). A score's bits depend on its
-query and its row alone.
+    score[b, i] = sum_j q[b, j] x[i, j]                             float32, float16, bfloat16
+    score[b, i] = float32(sum_j q8[b, j] x8[i, j]) * (s_b * s_i)    int8, scales s
 
-Bytes: the rows once a call (1/64 more for the sample), queries once a program, candidates O(B k).
-Operations: B N d multiply-adds; one compare a score against its query's threshold; the rest behind a gate that a tile
-without a candidate does not pass.
+A tile is ITEMS rows x QUERIES queries. The rows stand on the M axis of the tensor cores' product and the queries on N,
+whatever the batch: one query pads N to 16, where it would pad M to 64 (wgmma), and all kernels add in one order, j
+ascending, DEPTH numbers a product, accumulated in float32, or in int32, which holds 127^2 d for d <= 2^17. So the bits
+of a score depend on its query and its row alone.
+
+Bytes: each row once a call, and one in N / size of them once more for the sample; the queries once a program; O(B k)
+candidates. Operations a score: d multiply-adds; a subtraction and a maximum, for int8 a multiplication and a
+conversion by addition more; all else stands behind a gate that a tile without a candidate does not pass.
 """
 
 import triton
@@ -99,9 +102,9 @@ def _scores(products, row_scale, query_scale, COMPUTE: tl.constexpr):
 def _bars(score, query_scale, COMPUTE: tl.constexpr):
     """What a product, times the row's scale, must reach for the score to reach the threshold `score` of its query.
 
-    For int8 a lower bound, so that a score costs one multiplication less. score = fl(product * fl(q * x)) with the scales q
-    and x: the roundings, relative to the threshold, are below 2^-21, and what underflows is below 2^-118 (|product| is at
-    most 2^31); the quotient by q is rounded once more. 2^-20 and 2^-116, and 2^-140 for the product with x, are more.
+    For int8 a lower bound of it, so that a score costs one multiplication less here. With the scales q and x, the score
+    is fl(product fl(q x)): its roundings are below 2^-21 of the threshold, and what underflows is below 2^-118, since
+    |product| <= 2^31; the division by q rounds once more. 2^-20 and 2^-116, and 2^-140 for the product with x, do.
     """
     if COMPUTE.is_int8():
         lower = score - tl.abs(score) * 9.5367431640625e-07 - 1.2037062152420224e-35
@@ -215,9 +218,9 @@ def sample(
 ):  # fmt: skip
     """The best of each group of sampled rows: (B, groups) scores and positions, NaN where a group has none.
 
-    `size` rows are sampled, one of every N / size at a place that looks random; they fall into `groups` in turn. The r-th
-    best of the groups is at most the r-th best of the sample, and hardly less while r^2 is small beside the groups; so
-    one maximum a score is all it takes, and no list.
+    `size` rows are sampled, one of every N / size at a place that looks random; they fall into `groups` in turn. The
+    r-th best of the groups is at most the r-th best of the sample, and hardly less while r^2 is small beside the
+    groups; so one maximum a score is all it takes, and no list.
     """
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     group = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
@@ -250,7 +253,8 @@ def _sampled_row(i, size, N):
     """The row of sample i: in the i-th of `size` equal parts of the table, at a place that looks random."""
     i = tl.minimum(i, size - 1)
     mixed = ((i.to(tl.uint32) + 1) * 0x9E3779B1).to(tl.int64)
-    width, longer = N // size, N % size  # the first parts are longer by one
+    width = N // size
+    longer = N % size  # so many of the first parts are longer by one
     place = (mixed * (width + (i < longer).to(tl.int64))) >> 32
     return i.to(tl.int64) * width + tl.minimum(i, longer) + place
 
@@ -283,7 +287,7 @@ def _cut(
     exclude_offsets, exclude_ids, E, k, to_scores, to_positions, to,
     R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
 ):  # fmt: skip
-    """Copies the k best of R lists to `to`, and raises the thresholds of lists that have so many; returns their numbers."""
+    """Copies the k best of R lists to `to`, raises the thresholds of lists that have so many; returns what was kept."""
     lists = mine.to(tl.int64) * list_size
     n = tl.load(list_count + mine)
     if HAS_EXCLUDE:
@@ -314,10 +318,10 @@ def collect(
 ):  # fmt: skip
     """The k best rows of each split for every pending query, whatever the data.
 
-    A program keeps a list of its own for each of its queries, list_size >= k + BLOCK ITEMS. It scans blocks of tiles, one
-    at first, then two, ... up to BLOCK; lists of 2 k entries, or without room for the next block, are cut to their k
-    best, which raises their thresholds. The k best of split s go to k + s k of the query's candidates. Nothing is shared
-    between programs, nothing can overflow.
+    A program keeps a list of its own for each of its queries, list_size >= k + BLOCK ITEMS. It scans blocks of tiles,
+    one at first, then two, ... up to BLOCK; lists of 2 k entries, or without room for the next block, are cut to their
+    k best, which raises their thresholds. The k best of split s go to k + s k of the query's candidates. Nothing is
+    shared between programs, nothing can overflow.
     """
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     live = query < B

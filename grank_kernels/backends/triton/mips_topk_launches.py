@@ -18,10 +18,11 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def options(amd: bool) -> dict[str, Any]:
     """Options of the compiler, beside warps and stages.
 
-    float32 products are fused multiply-adds, which is stated here since the default is about to change. ptxas, left to
-    itself, spills 40 registers of `collect` to keep to 128; told that it may use all, it takes 194 and spills none.
+    float32 products are fused multiply-adds, which is stated here since Triton's default is about to change. ptxas,
+    left to itself, spills 40 registers of `collect` to keep to 128; told that it may use all, it takes 194 and spills
+    none. On AMD one shape of MFMA for all tiles keeps one order of accumulation.
     """
-    return {"enable_fp_fusion": True} if amd else {"enable_fp_fusion": True, "maxnreg": 255}
+    return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if amd else {"maxnreg": 255})}
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     if row > 256:
         row, most = 128, min(most, 64)  # pieces of the queries take registers too
     if device.name == "gfx942":
-        most = min(most, 64)
+        most = min(most, 32 if compute == torch.int8 else 64)
     queries = min(most, needed)
     stages = 3 if (3 * 128 + queries) * row <= device.shared else 2
     return Tile(128, queries, row // compute.itemsize, 8 if queries >= 64 else warps, stages)
@@ -110,30 +110,39 @@ class Plan:
 
 
 def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> Plan:
-    """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows."""
+    """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows.
+
+    Three ways. `collect` alone, one pass, for small k and few queries: every 16 queries read the rows from L2 once more,
+    and cutting lists costs as much as a sample does. Small tables are emitted whole. All else is sampled: 1/64 of the
+    rows, at least 8192, whose r-th best is the threshold. So r N / sampled candidates are expected, and more than
+    (r + 6 sqrt(r)) N / sampled, which is the room, for 6 queries in a million; `collect` stands by for these.
+    """
     tile = choose_tile(device, d, compute, B, 128)
     samples = choose_tile(device, d, compute, B, 64)  # which has two more numbers a score
     lists = choose_tile(device, d, compute, B, 16, warps=8)
     tiles = -(-N // tile.items)
     block = min(tiles, device.block)
     list_size = _multiple(k + block * lists.items, 64)
-    waves = 4
+    lists_tiles = -(-B // lists.queries)
+
+    def splits(programs: int, query_tiles: int) -> int:
+        return max(1, min(tiles, programs // query_tiles))
+
+    waves = 4 * device.processors  # programs of a few sizes keep all processors busy to the end
     if (k <= 32 and B <= 32) or (k <= 64 and B <= 16):
-        query_tiles = -(-B // lists.queries)
-        splits = max(1, min(tiles, waves * device.processors // query_tiles))
-        return Plan(tile, samples, lists, 0, 0, 0, splits, block, list_size, splits * k)
-    splits = max(1, min(tiles, waves * device.processors // -(-B // tile.queries)))
+        collected = splits(waves, lists_tiles)
+        return Plan(tile, samples, lists, 0, 0, 0, collected, block, list_size, collected * k)
+    scanned = splits(waves, -(-B // tile.queries))
     if max(device.small, 2 * k) >= N:
-        return Plan(tile, samples, lists, 0, 0, splits, 0, 0, 0, N)
+        return Plan(tile, samples, lists, 0, 0, scanned, 0, 0, 0, N)
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N
     r = share + 5 * math.sqrt(share) + 7
     groups = _multiple(min(sampled, max(8192, 4 * int(r))), samples.items)
     room = _power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
-    query_tiles = -(-B // lists.queries)
-    affordable = _RESCUE // (8 * query_tiles * lists.queries * (list_size + k))
-    collected = max(1, min(tiles, 2 * device.processors // query_tiles, affordable))
-    return Plan(tile, samples, lists, sampled, groups, splits, collected, block, list_size, max(room, collected * k))
+    affordable = _RESCUE // (8 * lists_tiles * lists.queries * (list_size + k))
+    collected = splits(max(1, min(2 * device.processors, affordable * lists_tiles)), lists_tiles)
+    return Plan(tile, samples, lists, sampled, groups, scanned, collected, block, list_size, max(room, collected * k))
 
 
 def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:

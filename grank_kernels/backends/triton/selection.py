@@ -1,13 +1,13 @@
 """Kernels that choose among candidates: the threshold from a sample, the k best of a row, their order.
 
-A candidate is a score and a position (uint32 in an int32). Rows of candidates lie in global memory; a NaN marks an entry
-that is none: every score that can be returned is a number. Entries are compared by (score descending, tie ascending),
-the tie being the external id, or the position where there are no ids, so that no two entries of a row are equal.
+A candidate is a score and a position (uint32 in an int32). Rows of candidates lie in global memory; a NaN marks an
+entry that is none: every score that can be returned is a number. Entries are compared by (score descending, tie
+ascending), the tie being the external id, or the position where there are no ids, so that no two entries are equal.
 
 The r-th best entry is found by bisection, first of the scores' bits, then, among equals, of the ties: at most 32 passes
 over the row, and 32 more (63 with ids) only where equal scores stand on both sides of the border. A pass is one compare
-and one addition an entry. No sort, so no registers to spill: a bitonic sort of 64 x 128 keys takes all 255 registers and
-spills 191 of them (sm_80).
+and one addition an entry. There is no sort, so there are no registers to spill: a bitonic sort of 64 x 128 keys takes
+all 255 and spills 191 (compiled for sm_80).
 """
 
 import triton
@@ -46,7 +46,7 @@ def _load_row(scores, row, begin, n, TILE: tl.constexpr):
 
 @triton.jit
 def kth_best(scores, positions, ids, row, n, r, R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Score and tie of the r-th best of n entries, and the number of valid ones, for each of R rows that begin at `row`.
+    """Score and tie of the r-th best of n entries, and the number of valid ones, for R rows that begin at `row`.
 
     A row with fewer than r valid entries has the threshold that all reach.
     """
@@ -197,8 +197,8 @@ def select(
     """Keeps the k best of each row at its beginning, or says that the query must be collected.
 
     A row is the `kept` best of earlier chunks in its first k places, then candidates: `count` that `scan` emitted, of
-    which `room` fit, or (COLLECTED, for pending queries only) `room` that `collect` left. What `scan` emitted holds the k
-    best if none was lost and at least k are left, or if every score passed the threshold. Otherwise the query is
+    which `room` fit, or (COLLECTED, for pending queries only) `room` that `collect` left. What `scan` emitted holds the
+    k best if none was lost and at least k are left, or if every score passed the threshold. Otherwise the query is
     pending; its next threshold is the k-th best of what was stored, if there are as many, which k rows are known to
     reach, and else the one that all reach.
     """
