@@ -211,7 +211,7 @@ class Ranking(NamedTuple):
             "least bytes a candidate": self.least_bytes / (self.B * self.C),
             "limits, seconds": limits,
             "last wave": waves,
-            "share of the roofline": max(roofline.values()) / (max(limits.values()) * waves),
+            "share of the roofline, at most": max(roofline.values()) / (max(limits.values()) * waves),
         }
 
 
@@ -260,7 +260,7 @@ def rank(rows: list[dict[str, Any]]) -> None:
                 limits = ", ".join(f"{limit} {s * 1e6:.1f}" for limit, s in made["limits, seconds"].items())
                 print(
                     f"  {name} B={B:2d}: {limits}, {made['last wave']:.2f} times for the last wave: "
-                    f"{made['share of the roofline']:.0%} of the roofline; "
+                    f"at most {made['share of the roofline, at most']:.0%} of the roofline; "
                     f"{made['bytes a candidate']:.0f} bytes a candidate, {made['least bytes a candidate']:.0f} at least"
                 )
 

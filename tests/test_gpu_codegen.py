@@ -4,16 +4,18 @@ Kernels are compiled in processes of their own: where the interpreter runs them 
 """
 
 import json
+from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 from oracle import run_python
 
 from benchmarks.compiled_code import Tile, copies_in_flight, tile_path
-from benchmarks.gpu_codegen import REACHED, faults, slots
+from benchmarks.gpu_codegen import REACHED, cuda_row, cuda_rows, faults, slots
 from benchmarks.gpus import ARCHITECTURES
-from benchmarks.machine_code import MATRIX, Instruction, Loop
+from benchmarks.machine_code import MATRIX, Function, Instruction, Loop
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton")
 
@@ -60,6 +62,54 @@ def test_every_kernel(target: str) -> None:
     rows = compiled("", target)
     assert {"sample", "scan", "collect", "threshold", "select", "rank", "quantise"} <= {row["kernel"] for row in rows}
     check(rows)
+
+
+# A module that was built from the sources here must hold their kernels.
+CUDA_MODULE = find_spec("grank_kernels._cuda")
+needs_cuda_module = pytest.mark.skipif(
+    CUDA_MODULE is None or not Path("csrc/cuda/score_candidates.cu").exists(),
+    reason="the CUDA module is not built, there was no nvcc",
+)
+
+
+@needs_cuda_module
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
+def test_cuda_kernels(target: str) -> None:
+    """Every instantiation: two types; widths; softmax and silu; the two sides of the backward."""
+    assert CUDA_MODULE is not None
+    assert CUDA_MODULE.origin is not None
+    rows = list(cuda_rows((target,), "", Path(CUDA_MODULE.origin)))
+    assert Counter(row["kernel"] for row in rows) == {
+        "score_candidates": 2 * 4 * 4,
+        "candidate_cross_attention": 2 * 4 * 2,
+        "candidate_cross_attention_backward": 2 * 4 * 2 * 2,
+        "candidate_cross_attention_delta": 2 * 4,
+    }
+    check([row | {"faults": faults(row)} for row in rows])
+    assert all(row["matrix"] == "mma" or row["kernel"].endswith("delta") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration"),
+    [
+        ("23score_candidates_kernelINS0_7float16ELi128ELi64EEEvNS0_15ScoreCandidatesE", "float16 128 64"),
+        ("32candidate_cross_attention_kernelINS0_8bfloat16ELi64ENS0_11SiluWeightsEEEv", "bfloat16 64 SiluWeights"),
+        ("41candidate_cross_attention_backward_kernelINS0_7float16ELi16ELNS0_5OwnedE1ELb0EEEv", "float16 16 1 0"),
+        ("38candidate_cross_attention_delta_kernelINS0_7float16ELi32EEEvPKvS4_Pfl", "float16 32"),
+    ],
+)
+def test_names_of_cuda_kernels(name: str, configuration: str) -> None:
+    nothing_to_do = Function(f"_ZN5grank4cuda{name}", [Instruction("EXIT")], {}, {0})
+    facts = {"registers": 32, "spilled_bytes": 0}
+    if "delta" in name or "backward" in name:
+        row = cuda_row("sm_80", nothing_to_do, facts)
+        assert row is not None
+        assert (row["kernel"] in name, row["configuration"]) == (True, configuration)
+    else:  # it must have a loop that multiplies
+        with pytest.raises(ValueError, match="no loop with mma"):
+            cuda_row("sm_80", nothing_to_do, facts)
+    other = Function("_ZN5grank4cuda15runtime_versionEv", [Instruction("EXIT")], {}, {0})
+    assert cuda_row("sm_80", other, facts) is None
 
 
 PLANTED = """
@@ -133,6 +183,8 @@ GOOD = {
         ({"other_per_score": 18.0, "kernel": "collect", "one_tile": True}, "17.78 allowed"),
         ({"target": "sm_100", "dtype": "int8", "matrix": "mma", "other_per_score": 99.0}, None),
         ({"target": "gfx942", "matrix": "mfma", "loop_copies_in_flight": 0}, None),
+        ({"backend": "cuda", "matrix": "mma", "other_per_score": 99.0}, None),
+        ({"backend": "cuda", "matrix": "none"}, "matrix instructions: none, not mma"),
     ],
     ids=str,
 )
