@@ -1,6 +1,6 @@
 """What can be launched, compiled ahead of time for GPUs that are not there: for reports and tests of the compiled code.
 
-Imports Triton; it must not run in the interpreter (TRITON_INTERPRET).
+Imports Triton, and cannot be imported where kernels run in its interpreter (TRITON_INTERPRET).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from grank_kernels.backends.triton import INTERPRETED
 from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, launches, options
 from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
 from grank_kernels.backends.triton.streaming import Chunk
+
+if INTERPRETED:
+    raise ImportError("kernels are not compiled under TRITON_INTERPRET=1; unset it")
 
 DEVICES = {
     "sm_80": Device("sm_80", 108, 166912),

@@ -112,9 +112,9 @@ class Plan:
 def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> Plan:
     """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows.
 
-    Three ways. `collect` alone, one pass, for small k and few queries: every 16 queries read the rows from L2 once more,
-    and cutting lists costs as much as a sample does. Small tables are emitted whole. All else is sampled: 1/64 of the
-    rows, at least 8192, whose r-th best is the threshold. So r N / sampled candidates are expected, and more than
+    Three ways. `collect` alone, one pass, for small k and few queries: every 16 queries read the rows from L2 once
+    more, and cutting lists costs as much as a sample does. Small tables are emitted whole. All else is sampled: 1/64 of
+    the rows, at least 8192, whose r-th best is the threshold. So r N / sampled candidates are expected, and more than
     (r + 6 sqrt(r)) N / sampled, which is the room, for 6 queries in a million; `collect` stands by for these.
     """
     tile = choose_tile(device, d, compute, B, 128)
