@@ -149,15 +149,20 @@ def tile_path(
 
 
 def copies_in_flight(loop: Loop) -> int:
-    """Groups of asynchronous copies that are still under way while a tile is multiplied.
+    """Groups of asynchronous copies that are still under way while something is multiplied, at most.
 
-    `DEPBAR.LE SB0, n` lets n groups go on; copies that begin after it in the loop are waited for in a later iteration.
+    `DEPBAR.LE SB0, n` lets n groups go on; copies that begin after it and before the next such wait are another.
     """
-    waits = [i for i, instruction in enumerate(loop.path) if _waits_for_copies(instruction)]
-    copies = [i for i, instruction in enumerate(loop.path) if instruction.kind == "async copy"]
-    if not waits or not copies:
-        return 0
-    return int(loop.path[waits[-1]].operands.split(",")[1], 16) + (copies[-1] > waits[-1])
+    most = in_flight = 0
+    waited = False
+    for instruction in loop.path:
+        if _waits_for_copies(instruction):
+            waited, in_flight = True, int(instruction.operands.split(",")[1], 16)
+        elif instruction.kind == "async copy" and waited:
+            in_flight += 1
+            waited = False
+        most = max(most, in_flight)
+    return most
 
 
 def _waits_for_copies(instruction: Instruction) -> bool:

@@ -119,14 +119,14 @@ from benchmarks.gpu_codegen import faults, triton_row
 from grank_kernels.backends.triton import compile_plan as plan
 
 (row,) = (r for r in plan.compile_plan({targets}) if r.kernel.__name__ == "scan" and r.label.startswith({match!r}))
-options = plan.OPTIONS
+options = plan.options
 for name, planted, more in [
     ("as it is", row, {{}}),
     ("one stage", replace(row, launch=replace(row.launch, stages=1)), {{}}),
     ("few registers", row, {{"maxnreg": 64}}),
     ("addresses of unknown alignment", replace(row, attributes={{}}), {{}}),
 ]:
-    plan.OPTIONS = options | more
+    plan.options = lambda amd: options(amd) | more
     facts = triton_row(planted, plan.compile_row(planted))
     print(json.dumps(facts | {{"planted": name, "faults": faults(facts)}}))
 """
@@ -218,6 +218,7 @@ def loop(*opcodes: str) -> Loop:
         (("LDGSTS.E.BYPASS.128", "DEPBAR.LE SB0, 0x0", "HMMA.16816.F32"), 0),
         (("DEPBAR.LE SB0, 0x0", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128"), 1),
         (("LDG.E.128", "HMMA.16816.F32"), 0),
+        (("LDGSTS.E", "DEPBAR.LE SB0, 0x2", "FFMA", "LDGSTS.E", "LDGSTS.E", "FFMA", "DEPBAR.LE SB0, 0x0", "FFMA"), 3),
         (("DEPBAR.LE SB1, 0x36", "LDGSTS.E.BYPASS.128"), 0),
     ],
 )
