@@ -279,6 +279,18 @@ def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, 
     assert record.names.count("scan") == 3  # 16 + 16 + 3 queries
 
 
+@pytest.mark.parametrize("k", [20, 70])
+def test_int8_scales_at_the_limits(k: int) -> None:
+    """The gate of int8 compares without the scale of the query, from which nothing may follow."""
+    queries = torch.tensor([[3e38, 3e38], [3e38, -3e38], [1.0, 1.0], [1e-38, 2e-38], [1e-45, 0.0], [0.0, 0.0]])
+    rows = torch.tensor(
+        [[1e38, -1e38], [1e38, 1e38], [-1e38, -1e38], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [1e-40, 3e-40], [1e-45, 0.0]]
+    )
+    got = check(queries, rows.repeat(70, 1), k, "int8")
+    assert got.values[0, 0] == math.inf
+    check(queries, -rows[3:].repeat(110, 1), k, "int8")
+
+
 def in_chunks(size: int) -> Any:
     """As rows in host memory come, but for the copies."""
 
@@ -322,6 +334,21 @@ def test_rows_beyond_2_to_the_31_elements(k: int) -> None:
     far.copy_(rows)
     got = gk.mips_topk(rows[:3], far, k, backend="triton")
     assert_same(got, expected(rows[:3], rows, k, kind="float32", backend="reference"))
+
+
+@pytest.mark.parametrize("k", [20, 90])
+def test_positions_beyond_2_to_the_31(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, rows, far = integers(3, 12), integers(700, 12), 3_000_000_000
+
+    def chunks(items: torch.Tensor, *_: Any) -> Iterator[launches.Chunk]:
+        yield launches.Chunk(0, items[:400], None)
+        yield launches.Chunk(far, items[400:], None)
+
+    monkeypatch.setattr(launches, "chunks", chunks)
+    got = gk.mips_topk(queries, rows, k, backend="triton")
+    places = torch.cat([torch.arange(400), far + torch.arange(300)])
+    assert_same(got, expected(queries, rows, k, kind="float32", backend="reference", ids=places))
+    assert (got.indices > 2**31).any()
 
 
 def test_allow_beyond_2_to_the_31_elements() -> None:

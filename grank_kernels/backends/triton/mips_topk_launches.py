@@ -1,5 +1,6 @@
 """A search as a list of launches. Imports Triton; imported when the first search needs it."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,8 @@ def launches(
     """The launches of one search, in order; buffers are allocated on the way.
 
     threshold (from a sample, or none) -> scan and emit -> select -> collect what failed -> select that -> rank; or, for
-    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. At most 8, for a table in
-    one chunk. Later chunks go on from the k best so far and their threshold: scan or collect, and select, 2 to 4 each.
+    small k, threshold (none) -> collect -> select -> rank. int8 queries are quantised first. These are 8 at most, for a
+    table in one chunk. Later chunks go on from the k best so far and their threshold, by 2 to 4 launches each.
     """
     p, k = problem, problem.k
     B, d = p.queries.shape
@@ -212,5 +213,6 @@ def search(problem: Problem, device: Device, values: torch.Tensor, positions: to
         some = p.of_queries(part)
         plan = make_plan(device, len(some.queries), N, d, p.k, p.compute, excluded)
         table = chunks(p.items, p.row_scale, p.queries.device)
-        for launch in launches(some, table, plan, device, values[part], positions[part]):
-            launch.run()
+        with torch.cuda.device(p.queries.device) if p.queries.is_cuda else contextlib.nullcontext():
+            for launch in launches(some, table, plan, device, values[part], positions[part]):
+                launch.run()
