@@ -119,7 +119,7 @@ def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int, c
         "loop_copies_in_flight": copies_in_flight(hot),
         "loop_bytes_by_16": sum(b for b in loads if b >= 16) * tile.warps * tile.lanes,
         "matrix_per_score": products / scores_a_lane,
-        "other_per_score": (len(path) - products) / scores_a_lane,
+        "other_per_score": (sum(i.takes_slot for i in path) - products) / scores_a_lane,
         "with_hit_per_score": (len(outer.body) + len(path) - len(outer.path)) / scores_a_lane,
     }
 

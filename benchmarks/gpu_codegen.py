@@ -17,11 +17,11 @@ d itemsize / (queries * bytes a clock), and the slots are those of the longer of
 instructions themselves take of the slots is left out of the budget of the others.
 
 A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
-is asked to leave at least the share that it is designed to reach, since a loop over d of one or two steps, the barriers
-of every tile and the last wave take the rest: `REACHED`, times 0.85 for int8, whose slots are half as many. So it may
-take slots / REACHED instructions. `faults` says of a row what is wrong with it, by this and by what every kernel is
-asked: nothing spilled, products on tensor cores, the rows of a tile read by loads of 16 bytes, copies in flight while a
-tile is multiplied.
+is asked to leave at least what it is expected to reach, the lower end of it: a loop over d of one or two steps, the
+barriers of every tile and the last wave take the rest. That is `REACHED`, times 0.8 for int8, whose slots are half as
+many; so it may take slots / REACHED instructions. For AMD nothing is expected, so nothing is asked. `faults` says of a
+row what is wrong with it, by this and by what every kernel is asked: nothing spilled, products on tensor cores, the
+rows of a tile read by loads of 16 bytes, copies in flight while a tile is multiplied.
 """
 
 import argparse
@@ -49,9 +49,9 @@ from benchmarks.compiled_code import (
 from benchmarks.gpus import ARCHITECTURES, CARDS
 from benchmarks.machine_code import MATRIX, Function
 
-# Share of the roofline that the kernels are designed for.
-REACHED = {"sm_80": 0.65, "sm_90": 0.45, "sm_100": 0.35, "gfx942": 0.4}
-REACHED_BY_INT8 = 0.85  # of that
+# Share of the roofline that the kernels are expected to reach at least.
+REACHED = {"sm_80": 0.6, "sm_90": 0.4, "sm_100": 0.3}
+REACHED_BY_INT8 = 0.8  # of that
 
 MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
@@ -139,7 +139,7 @@ def allowed_instructions(row: Facts) -> float | None:
     target, dtype, kernel = row["target"], row["dtype"], row["kernel"]
     if row["backend"] == "cuda" or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
         return None
-    if kernel == "collect" and not row["one_tile"]:
+    if target not in REACHED or (kernel == "collect" and not row["one_tile"]):
         return None
     reached = REACHED[target] * (REACHED_BY_INT8 if dtype == "int8" else 1)
     return row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached

@@ -50,6 +50,14 @@ class Instruction(NamedTuple):
         """Bytes a lane loads, stores or copies; a SASS opcode that names no width moves four."""
         return next((_WIDTHS[part] for part in re.split(r"[._]", self.opcode) if part in _WIDTHS), 4)
 
+    @property
+    def takes_slot(self) -> bool:
+        """Whether it is issued where matrix instructions are.
+
+        On NVIDIA everything is; AMD issues scalar, memory and branch instructions beside vector ones, of other waves.
+        """
+        return self.opcode[0].isupper() or self.opcode.startswith("v_")
+
 
 class Loop(NamedTuple):
     blocks: frozenset[int]

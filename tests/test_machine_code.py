@@ -181,6 +181,13 @@ def test_kinds_and_widths(opcode: str, kind: str, nbytes: int | None) -> None:
     assert nbytes is None or instruction.bytes == nbytes
 
 
+def test_slots_are_taken_by_vector_instructions_alone_on_amd() -> None:
+    taken = [
+        Instruction(opcode).takes_slot for opcode in ("v_max_f32_e32", "s_add_u32", "ds_read_b128", "UIADD3", "LDS")
+    ]
+    assert taken == [True, False, False, True, True]
+
+
 def test_buffer_load_to_lds_is_a_copy() -> None:
     assert Instruction("buffer_load_dwordx4", "v0, s[0:3], 0 offen lds").kind == "async copy"
     assert Instruction("buffer_load_dwordx4", "v[0:3], v4, s[0:3], 0 offen").kind == "global load"
