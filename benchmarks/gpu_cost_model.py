@@ -111,6 +111,11 @@ def emitted(search: Search, plan: Plan) -> tuple[float, float]:
     return mean, math.sqrt(mean * (N - n) / (n + 2) * (1 - s / (n + 1)))
 
 
+def hits_a_tile(search: Search, plan: Plan) -> float:
+    """Candidates that `scan` finds in a tile: how often it leaves the path that gpu_codegen calls the loop's."""
+    return emitted(search, plan)[0] / search.N * plan.tile.items * plan.tile.queries if plan.splits else 0.0
+
+
 def phases(search: Search, device: Device) -> Iterator[Phase]:
     """The launches of one search in one step, in order."""
     (B, _, d, k, dtype), plan = search, search.plan(device)
@@ -230,6 +235,7 @@ def report(search: Search) -> dict[str, Any]:
             "multiply_adds": sum(phase.multiply_adds for phase in found),
             "seconds": sum(times),
             "seconds of reading and multiplying once": bound,
+            "hits a tile": hits_a_tile(search, search.plan(device)),
             "share": _by_name(found, [time / sum(times) for time in times]),
             "phases": [phase._asdict() for phase in found],
         }
@@ -286,7 +292,8 @@ def main() -> None:
             share = ", ".join(f"{phase} {part:.0%}" for phase, part in card["share"].items())
             print(
                 f"  {name:6s} {card['seconds'] * 1e3:8.3f} ms, {card['bytes'] / 1e9:.3f} GB, "
-                f"{2 * card['multiply_adds'] / 1e12:.2f} Tflop, {card['launches']} launches: {share}"
+                f"{2 * card['multiply_adds'] / 1e12:.2f} Tflop, {card['launches']} launches: {share}; "
+                f"{card['hits a tile']:.2g} hits a tile"
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")

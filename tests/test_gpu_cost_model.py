@@ -151,6 +151,7 @@ def test_large_batches_are_bound_by_products() -> None:
     few, many = (report(Search(B, 10_000_000, 128, 500, torch.float16))["cards"]["H100"] for B in (256, 1024))
     assert few["seconds of reading and multiplying once"] == pytest.approx(0.764e-3, rel=0.01)
     assert many["seconds of reading and multiplying once"] == pytest.approx(2.65e-3, rel=0.01)
+    assert many["hits a tile"] == pytest.approx(500 / 10e6 * 128 * 128 * 3.6, rel=0.02)  # 3.6 k candidates
     assert many["multiply_adds"] == pytest.approx(1024 * 10e6 * 128 * (1 + 1 / 64), rel=0.01)
 
 
