@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from oracle import run_python
 
+from benchmarks import gpu_codegen
 from benchmarks.compiled_code import Tile, copies_in_flight, tile_path
 from benchmarks.gpu_codegen import REACHED, cuda_row, cuda_rows, faults, slots
 from benchmarks.gpus import ARCHITECTURES
@@ -62,6 +63,15 @@ def test_every_kernel(target: str) -> None:
     rows = compiled("", target)
     assert {"sample", "scan", "collect", "threshold", "select", "rank", "quantise"} <= {row["kernel"] for row in rows}
     check(rows)
+
+
+def test_report_without_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what is left out, and why."""
+    monkeypatch.setattr(gpu_codegen, "find_spec", lambda name: None)
+    made = gpu_codegen.report(("sm_80",), "")
+    assert made["rows"] == []
+    assert made["triton"] == "not installed: its kernels are left out"
+    assert made["cuda"] == "the CUDA module is not built, there was no nvcc: its kernels are left out"
 
 
 # A module that was built from the sources here must hold their kernels.
