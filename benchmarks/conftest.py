@@ -15,13 +15,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark sizes")
     group.addoption("--bench-n", type=int, default=1_000_000, help="rows of the item table (default: %(default)s)")
     group.addoption("--bench-d", type=int, default=64, help="embedding width (default: %(default)s)")
+    group.addoption("--bench-gpu-n", type=int, default=10_000_000, help="rows on a GPU (default: %(default)s)")
+    group.addoption("--bench-gpu-d", type=int, default=128, help="embedding width on a GPU (default: %(default)s)")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["grank_kernels"] = gk.show_config()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["versions"] = {}
-    for package in ("torch", "numpy", "faiss-cpu", "scann", "usearch"):
+    for package in ("torch", "numpy", "triton", "faiss-cpu", "faiss-gpu", "cuvs", "scann", "usearch"):
         try:
             machine_info["versions"][package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -30,5 +32,5 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session")
 def matmul_limit() -> Any:
-    """Gop/s of torch's matrix product by dtype, each measured once in a run."""
+    """Gop/s of torch's matrix product by dtype and device, each measured once in a run."""
     return lru_cache(maxsize=None)(limits.matmul_rate)

@@ -10,9 +10,25 @@ from collections.abc import Callable
 
 import torch
 
+SIZES = {"cpu": 1536, "cuda": 8192}  # of the square matrices
 
-def best_seconds(run: Callable[[], object], *, budget: float = 0.1) -> float:
+
+def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """`run`, until the device is done with it: what has to be timed."""
+    if device == "cpu":
+        return run
+
+    def run_and_wait() -> object:
+        result = run()
+        torch.cuda.synchronize()
+        return result
+
+    return run_and_wait
+
+
+def best_seconds(run: Callable[[], object], device: str = "cpu", *, budget: float = 0.1) -> float:
     """The shortest of the runs that a budget of seconds allows, at least five, the first of which does not count."""
+    run = finished(run, device)
     run()
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget:
@@ -22,12 +38,13 @@ def best_seconds(run: Callable[[], object], *, budget: float = 0.1) -> float:
     return min(times)
 
 
-def read_bandwidth(nbytes: int) -> float:
+def read_bandwidth(nbytes: int, device: str = "cpu") -> float:
     """GB/s of reading a buffer of about that size once; a buffer that fits in a cache measures that cache."""
     width = 64
-    matrix = torch.ones(max(1, nbytes // (4 * width)), width)
-    flat, vector = matrix.view(-1), torch.ones(width)
-    halves, half_vector = matrix.view(torch.bfloat16).view(-1, 2 * width), torch.ones(2 * width, dtype=torch.bfloat16)
+    matrix = torch.ones(max(1, nbytes // (4 * width)), width, device=device)
+    flat, vector = matrix.view(-1), torch.ones(width, device=device)
+    halves = matrix.view(torch.bfloat16).view(-1, 2 * width)
+    half_vector = torch.ones(2 * width, dtype=torch.bfloat16, device=device)
     words = flat.view(torch.int64) if flat.numel() % 2 == 0 else flat
     probes: list[Callable[[], object]] = [
         flat.sum,
@@ -36,23 +53,26 @@ def read_bandwidth(nbytes: int) -> float:
         lambda: matrix @ vector,
         lambda: halves @ half_vector,
     ]
-    return flat.nbytes / min(map(best_seconds, probes)) / 1e9
+    return flat.nbytes / min(best_seconds(probe, device) for probe in probes) / 1e9
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Gop/s of a square matrix product, a multiplication and an addition counted as two."""
-    if dtype == torch.int8:
-        a = torch.ones(size, size, dtype=dtype)
-        seconds = best_seconds(lambda: torch._int_mm(a, a))
-    else:
-        b = torch.ones(size, size, dtype=dtype)
-        seconds = best_seconds(lambda: b @ b)
-    return 2 * size**3 / seconds / 1e9
+    size = SIZES[device]
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
+    return 2 * size**3 / best_seconds(lambda: multiply(a, a.T), device) / 1e9  # int8: the layout that a GPU takes
+
+
+def main() -> None:
+    print(f"{torch.get_num_threads()} threads, all figures measured")
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        for megabytes in (1, 16, 64, 128, 256) if device == "cpu" else (64, 256, 1024, 4096):
+            print(f"{device} read {megabytes:4d} MB: {read_bandwidth(megabytes * 10**6, device):8.1f} GB/s")
+        for dtype in (torch.float32, *[torch.float16][: device == "cuda"], torch.bfloat16, torch.int8):
+            name = str(dtype).removeprefix("torch.")
+            print(f"{device} matmul {name:9s}: {matmul_rate(dtype, device):8.0f} Gop/s")
 
 
 if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} threads, all figures measured")
-    for megabytes in (1, 16, 64, 128, 256):
-        print(f"read {megabytes:4d} MB: {read_bandwidth(megabytes * 10**6):8.1f} GB/s")
-    for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        print(f"matmul {str(dtype).removeprefix('torch.'):9s}: {matmul_rate(dtype):8.0f} Gop/s")
+    main()

@@ -46,6 +46,12 @@ def milliseconds(case: Case | None) -> str:
 
 
 def markdown(machine: dict[str, Any], cases: list[Case]) -> str:
+    """The tables of every device that was measured."""
+    devices = dict.fromkeys(case["device"] for case in cases)
+    return "\n\n".join(device_tables(machine, [c for c in cases if c["device"] == device]) for device in devices)
+
+
+def device_tables(machine: dict[str, Any], cases: list[Case]) -> str:
     """Two tables, over batches and over k, and a line that says where they were measured."""
     contenders = by_contender(cases)
     some = cases[0]
@@ -65,11 +71,14 @@ def markdown(machine: dict[str, Any], cases: list[Case]) -> str:
         ]
         by_batch.append([shown, *(milliseconds(found.get(case)) for case in batches), *limits])
         by_k.append([shown, *(milliseconds(found.get(case)) for case in lists)])
+    where = some["device"]
+    if where == "cpu":
+        processor = machine["cpu"].get("brand_raw", machine["machine"])
+        where = f"{some['threads']} threads of {processor}, instruction set {some['isa']}"
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
     return "\n\n".join(
         [
-            f"Milliseconds a call, median, measured: {some['N']:_} x {some['d']}, k = 100; {some['threads']} threads "
-            f"of {machine['cpu'].get('brand_raw', machine['machine'])}, instruction set {some['isa']}; {versions}.",
+            f"Milliseconds a call, median, measured: {some['N']:_} x {some['d']}, k = 100; {where}; {versions}.",
             markdown_table(
                 ["", *(f"B = {B}" for B, _ in batches), "GB/s at B = 1", f"Gop/s at B = {batches[-1][0]}", "recall"],
                 by_batch,
@@ -117,13 +126,14 @@ def write_readme(path: Path, stem: str, text: str) -> None:
 
 
 def draw(path: Path, machine: dict[str, Any], cases: list[Case]) -> None:
-    """One panel a batch size, one bar a contender."""
+    """One panel a batch size, one bar a contender, on the first device of the run."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams |= {"svg.hashsalt": "grank", "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
 
+    cases = [case for case in cases if case["device"] == cases[0]["device"]]
     contenders = by_contender(cases)
     names = list(reversed(contenders))
     batches = sorted({case["B"] for case in cases if case["k"] == 100})
@@ -141,9 +151,8 @@ def draw(path: Path, machine: dict[str, Any], cases: list[Case]) -> None:
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
     some = cases[0]
-    figure.suptitle(
-        f"Top 100 of {some['N']:_} x {some['d']}, {some['threads']} threads, {some['isa']}: measured", fontsize=10
-    )
+    on = f"{some['threads']} threads, {some['isa']}" if some["device"] == "cpu" else some["device"]
+    figure.suptitle(f"Top 100 of {some['N']:_} x {some['d']}, {on}: measured", fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None}, facecolor="white")

@@ -1,7 +1,8 @@
 """`mips_topk` beside what else finds the k largest inner products: same table, same queries, same threads, one run.
 
-Every contender's answer is checked against torch's float32 scores before it is timed. One that keeps float32 rows must
-return the true scores; for the others the share of the true k is reported as recall.
+Where torch sees a GPU the same is run there, on a larger table. Every contender's answer is checked against torch's
+float32 scores before it is timed. One that keeps float32 rows must return the true scores; for the others the share of
+the true k is reported as recall.
 """
 
 import os
@@ -24,20 +25,21 @@ pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
 THREADS = torch.get_num_threads()
 TOLERANCE = 1e-4  # of float32 scores around 30
 SECONDS_A_CASE = 2.0
-MAX_BATCH, MAX_K = 256, 2000
+BATCHES = {"cpu": (1, 16, 256), "cuda": (1, 16, 256, 1024)}
+MAX_K = 2000
 
 
 class Problem:
-    """One table, its queries, and the true answer, the same for every contender."""
+    """One table, its queries, and the true answer, the same for every contender of a device."""
 
-    def __init__(self, N: int, d: int):
-        generator = torch.Generator().manual_seed(0)
-        self.N, self.d = N, d
-        self.items = torch.randn(N, d, generator=generator)
-        self.queries = torch.randn(MAX_BATCH, d, generator=generator)
+    def __init__(self, N: int, d: int, device: str):
+        generator = torch.Generator(device).manual_seed(0)
+        self.N, self.d, self.device = N, d, device
+        self.items = torch.randn(N, d, generator=generator, device=device)
+        self.queries = torch.randn(max(BATCHES[device]), d, generator=generator, device=device)
         self.max_k = min(MAX_K, N)
         parts = [torch.topk(part @ self.items.T, self.max_k).values for part in self.queries.split(16)]
-        self.true_scores = torch.cat(parts)  # (MAX_BATCH, max_k)
+        self.true_scores = torch.cat(parts)  # (batch, max_k)
 
     def scores(self, indices: torch.Tensor) -> torch.Tensor:
         """True scores of what a search returned, (B, k), best first."""
@@ -48,12 +50,12 @@ class Problem:
 class Contender(NamedTuple):
     dtype: torch.dtype  # of the rows that a search reads
     build: Callable[[torch.Tensor], Search]
-    max_batch: int = MAX_BATCH  # some are one query at a time inside, and take minutes
+    max_batch: int = 1 << 30  # some are one query at a time inside, and take minutes
 
 
-def ours(dtype: torch.dtype, items: torch.Tensor) -> Search:
+def ours(backend: str, dtype: torch.dtype, items: torch.Tensor) -> Search:
     table = items if dtype == torch.float32 else gk.ItemTable.from_rows(items, dtype=dtype)
-    return lambda queries, k: gk.mips_topk(queries, table, k).indices
+    return lambda queries, k: gk.mips_topk(queries, table, k, backend=backend).indices
 
 
 def torch_topk(dtype: torch.dtype, items: torch.Tensor) -> Search:
@@ -105,73 +107,129 @@ def usearch_exact(items: torch.Tensor) -> Search:
     return search
 
 
+def faiss_knn_gpu(dtype: torch.dtype, items: torch.Tensor) -> Search:
+    faiss = _peer("faiss", "faiss-gpu")
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("the installed faiss is without its GPU part: pip install faiss-gpu")
+    import faiss.contrib.torch_utils
+
+    resources, rows, metric = faiss.StandardGpuResources(), items.to(dtype), faiss.METRIC_INNER_PRODUCT
+    return lambda queries, k: faiss.knn_gpu(resources, queries.to(dtype), rows, k, metric=metric)[1]
+
+
+def cuvs_brute_force(dtype: torch.dtype, items: torch.Tensor) -> Search:
+    brute_force = _peer("cuvs.neighbors.brute_force", "cuvs")
+    rows = items.to(dtype)
+    index = brute_force.build(rows, metric="inner_product")
+
+    def search(queries: torch.Tensor, k: int) -> Any:
+        found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        brute_force.search(index, queries.to(dtype), k, neighbors=found)
+        return found
+
+    return search
+
+
 def _peer(module: str, package: str) -> Any:
     return pytest.importorskip(module, reason=f"{package} is not installed: pip install {package}")
 
 
 CONTENDERS = {
-    "mips_topk float32": Contender(torch.float32, partial(ours, torch.float32)),
-    "torch matmul+topk float32": Contender(torch.float32, partial(torch_topk, torch.float32)),
-    "FAISS IndexFlatIP": Contender(torch.float32, faiss_flat),
-    "ScaNN brute force": Contender(torch.float32, scann_brute_force),
-    "usearch exact": Contender(torch.float32, usearch_exact, max_batch=16),
-    "mips_topk float16": Contender(torch.float16, partial(ours, torch.float16)),
-    "FAISS SQfp16": Contender(torch.float16, partial(faiss_quantised, "QT_fp16"), max_batch=16),
-    "mips_topk bfloat16": Contender(torch.bfloat16, partial(ours, torch.bfloat16)),
-    "torch matmul+topk bfloat16": Contender(torch.bfloat16, partial(torch_topk, torch.bfloat16)),
-    "mips_topk int8": Contender(torch.int8, partial(ours, torch.int8)),
-    "FAISS SQ8": Contender(torch.int8, partial(faiss_quantised, "QT_8bit"), max_batch=16),
+    "cpu": {
+        "mips_topk float32": Contender(torch.float32, partial(ours, "cpu", torch.float32)),
+        "torch matmul+topk float32": Contender(torch.float32, partial(torch_topk, torch.float32)),
+        "FAISS IndexFlatIP": Contender(torch.float32, faiss_flat),
+        "ScaNN brute force": Contender(torch.float32, scann_brute_force),
+        "usearch exact": Contender(torch.float32, usearch_exact, max_batch=16),
+        "mips_topk float16": Contender(torch.float16, partial(ours, "cpu", torch.float16)),
+        "FAISS SQfp16": Contender(torch.float16, partial(faiss_quantised, "QT_fp16"), max_batch=16),
+        "mips_topk bfloat16": Contender(torch.bfloat16, partial(ours, "cpu", torch.bfloat16)),
+        "torch matmul+topk bfloat16": Contender(torch.bfloat16, partial(torch_topk, torch.bfloat16)),
+        "mips_topk int8": Contender(torch.int8, partial(ours, "cpu", torch.int8)),
+        "FAISS SQ8": Contender(torch.int8, partial(faiss_quantised, "QT_8bit"), max_batch=16),
+    },
+    "cuda": {
+        "mips_topk float32": Contender(torch.float32, partial(ours, "triton", torch.float32)),
+        "torch matmul+topk float32": Contender(torch.float32, partial(torch_topk, torch.float32)),
+        "FAISS knn_gpu float32": Contender(torch.float32, partial(faiss_knn_gpu, torch.float32)),
+        "cuVS brute_force float32": Contender(torch.float32, partial(cuvs_brute_force, torch.float32)),
+        "mips_topk float16": Contender(torch.float16, partial(ours, "triton", torch.float16)),
+        "torch matmul+topk float16": Contender(torch.float16, partial(torch_topk, torch.float16)),
+        "FAISS knn_gpu float16": Contender(torch.float16, partial(faiss_knn_gpu, torch.float16)),
+        "cuVS brute_force float16": Contender(torch.float16, partial(cuvs_brute_force, torch.float16)),
+        "mips_topk bfloat16": Contender(torch.bfloat16, partial(ours, "triton", torch.bfloat16)),
+        "mips_topk int8": Contender(torch.int8, partial(ours, "triton", torch.int8)),
+    },
 }
-CASES = [(1, 100), (16, 100), (256, 100), (16, 10), (16, 500), (16, 2000)]  # (B, k)
+CASES = [  # device, B, k
+    (device, B, k)
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+    for B, k in [*((B, 100) for B in BATCHES[device]), (16, 10), (16, 500), (16, 2000)]
+]
 
 
 @pytest.fixture(scope="session")
-def problem(request: pytest.FixtureRequest) -> Problem:
-    return Problem(request.config.getoption("--bench-n"), request.config.getoption("--bench-d"))
+def problems(request: pytest.FixtureRequest) -> Callable[[str], Problem]:
+    """The problem of a device, made at first use."""
+    option = request.config.getoption
+    sizes = {"cpu": ("--bench-n", "--bench-d"), "cuda": ("--bench-gpu-n", "--bench-gpu-d")}
+    return lru_cache(maxsize=None)(lambda device: Problem(*map(option, sizes[device]), device))
 
 
 @pytest.fixture(scope="session")
-def searches(problem: Problem) -> Callable[[str], Search]:
-    """Every contender's search over the problem's rows, built at first use."""
-    return lru_cache(maxsize=None)(lambda name: CONTENDERS[name].build(problem.items))
+def searches(problems: Callable[[str], Problem]) -> Callable[[str, str], Search]:
+    """Every contender's search over the rows of its device, built at first use; it ends when its answer is there."""
+
+    def build(device: str, name: str) -> Search:
+        search = CONTENDERS[device][name].build(problems(device).items)
+        return lambda queries, k: limits.finished(partial(search, queries, k), device)()
+
+    return lru_cache(maxsize=None)(build)
 
 
 @pytest.mark.parametrize(
-    ("B", "k", "name"),
+    ("device", "B", "k", "name"),
     [
-        pytest.param(B, k, name, id=f"B{B}-k{k}-{name}")
-        for B, k in CASES
-        for name, contender in CONTENDERS.items()
+        pytest.param(device, B, k, name, id=f"{device}-B{B}-k{k}-{name}")
+        for device, B, k in CASES
+        for name, contender in CONTENDERS[device].items()
         if contender.max_batch >= B
     ],
 )
 def test_mips_topk(
     benchmark: Any,
-    problem: Problem,
-    searches: Callable[[str], Search],
-    matmul_limit: Callable[[torch.dtype], float],
+    problems: Callable[[str], Problem],
+    searches: Callable[[str, str], Search],
+    matmul_limit: Callable[[torch.dtype, str], float],
+    device: str,
     B: int,
     k: int,
     name: str,
 ) -> None:
+    problem = problems(device)
     if k > problem.N:
         pytest.skip(f"k is {k}, the table has {problem.N} rows")
-    search, dtype, queries = searches(name), CONTENDERS[name].dtype, problem.queries[:B]
-    recall = _check(problem, search(queries, k), k, dtype)
+    search, dtype, queries = searches(device, name), CONTENDERS[device][name].dtype, problem.queries[:B]
+    try:
+        recall = _check(problem, search(queries, k), k, dtype)
+    except torch.OutOfMemoryError as error:  # a (B, N) score matrix, for those who make one
+        pytest.skip(f"{name} needs more memory than the GPU has: {error}")
     start = time.perf_counter()
     search(queries, k)
     rounds = int(SECONDS_A_CASE / (time.perf_counter() - start))
-    benchmark.group = f"B={B} k={k}"
+    benchmark.group = f"{device} B={B} k={k}"
     benchmark.pedantic(search, (queries, k), rounds=max(3, min(50, rounds)))
     if benchmark.stats is None:  # --benchmark-disable: the answers are checked, nothing is timed
         return
     median = benchmark.stats.stats.median
     nbytes = problem.N * problem.d * dtype.itemsize
     operations = 2 * B * problem.N * problem.d
-    read_limit = limits.read_bandwidth(nbytes)
+    read_limit = limits.read_bandwidth(nbytes, device)
+    multiplied = torch.float32 if (dtype, device) == (torch.float16, "cpu") else dtype
     benchmark.extra_info |= {
         "label": "measured",
         "contender": name,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "N": problem.N,
         "d": problem.d,
@@ -183,19 +241,19 @@ def test_mips_topk(
         "GB/s": nbytes / median / 1e9,
         "Gop/s": operations / median / 1e9,
         "probe GB/s": read_limit,
-        "matmul Gop/s": matmul_limit(torch.float32 if dtype == torch.float16 else dtype),
+        "matmul Gop/s": matmul_limit(multiplied, device),
         "threads": THREADS,
         "isa": cpu.isa(),
     }
     print(
-        f"{name} B={B} k={k}: {median * 1e3:.2f} ms measured, recall {recall:.4f}, {nbytes / 1e6:.0f} MB at "
+        f"{device} {name} B={B} k={k}: {median * 1e3:.2f} ms measured, recall {recall:.4f}, {nbytes / 1e6:.0f} MB at "
         f"{nbytes / median / 1e9:.1f} of {read_limit:.1f} GB/s, {operations / median / 1e9:.0f} Gop/s"
     )
 
 
 def _check(problem: Problem, found: Any, k: int, dtype: torch.dtype) -> float:
     """Recall by score: a tie with the k-th is no miss. A contender with float32 rows must return the true scores."""
-    indices = torch.as_tensor(np.asarray(found, dtype=np.int64))
+    indices = torch.as_tensor(found).to(problem.device, torch.int64)
     assert indices.shape[1] == k
     assert all(len(row.unique()) == k for row in indices), "an index stands twice in one answer"
     scores, true = problem.scores(indices), problem.true_scores[: len(indices), :k]

@@ -1,0 +1,278 @@
+"""What the compilers made of the GPU kernels, without a GPU: `python -m benchmarks.gpu_codegen --json FILE [--check]`.
+
+One row a kernel, configuration and target: registers, spills, shared memory and occupancy; the kind of matrix
+instruction, the widest load, the copies in flight; and the instructions that a score costs in the hot loop, beside the
+number of issue slots it may cost. Registers, spills and instructions are the compiler's. Occupancy, issue slots and
+everything that follows from them are derived from the figures in gpus.py. Nothing here is measured.
+
+Issue slots. A multiprocessor issues an instruction to `lanes` lanes a clock (128 on NVIDIA: four schedulers, one warp
+of 32 each) and multiplies `fma` pairs of factors a clock, so the d products of a score take d / fma clocks, in which
+
+    lanes * d / fma
+
+instructions can be issued for it: 16, 8 and 4 on sm_80, sm_90 and sm_100 for float16 at d = 128, half of that for int8
+or for d = 64. An instruction that every lane executes once for each of its scores counts 1. If one tile holds all
+queries of a batch, every tile of rows comes from memory: then the row's bytes take
+d itemsize / (queries * bytes a clock), and the slots are those of the longer of the two times. What the matrix
+instructions themselves take of the slots is left out of the budget of the others.
+
+A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
+is asked to leave at least what it is expected to reach, the lower end of it: a loop over d of one or two steps, the
+barriers of every tile and the last wave take the rest. That is `REACHED`, times 0.8 for int8, whose slots are half as
+many; so it may take slots / REACHED instructions. For AMD nothing is expected, so nothing is asked. `faults` says of a
+row what is wrong with it, by this and by what every kernel is asked: nothing spilled, products on tensor cores, the
+rows of a tile read by loads of 16 bytes, copies in flight while a tile is multiplied.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compiled_code import (
+    ITEMSIZE,
+    Facts,
+    Tile,
+    amdgcn_facts,
+    code_facts,
+    cubin_facts,
+    loop_facts,
+    occupancy,
+    tool,
+)
+from benchmarks.gpus import ARCHITECTURES, CARDS
+from benchmarks.machine_code import MATRIX, Function
+
+# Share of the roofline that the kernels are expected to reach at least.
+REACHED = {"sm_80": 0.6, "sm_90": 0.4, "sm_100": 0.3}
+REACHED_BY_INT8 = 0.8  # of that
+
+MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool, exponentials: int = 0) -> float:
+    """Issue slots that a score may take at the roofline, as the module describes them."""
+    architecture = ARCHITECTURES[target]
+    clocks = max(architecture.clocks_per_score(dtype, d), exponentials / architecture.special)
+    if one_tile:
+        cards = [card for card in CARDS.values() if card.architecture == target]
+        clocks = max(clocks, min(d * ITEMSIZE[dtype] / queries / (card.read / card.sms / card.clock) for card in cards))
+    return architecture.lanes * clocks
+
+
+def triton_row(plan_row: Any, kernel: Any) -> Facts:
+    """The facts of one row of `compile_plan` and what Triton compiled for it."""
+    launch, target = plan_row.launch, plan_row.target
+    threads = launch.warps * ARCHITECTURES[target].warp
+    if "amdgcn" in kernel.asm:
+        function, facts = amdgcn_facts(kernel.asm["amdgcn"])
+    else:
+        ((function, facts),) = cubin_facts(kernel.asm["cubin"])
+    row = {
+        "backend": "triton",
+        "kernel": plan_row.kernel.__name__,
+        "configuration": plan_row.label,
+        "target": target,
+        "threads": threads,
+        "stages": launch.stages,
+        "shared_bytes": kernel.metadata.shared,
+        **facts,
+        **occupancy(target, facts["registers"], threads, kernel.metadata.shared),
+        **code_facts(function),
+    }
+    constants = launch.constants
+    if "COMPUTE" in constants:  # it multiplies
+        d, depth = constants["D"], constants["DEPTH"]
+        dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(constants["COMPUTE"]), "int8")
+        lanes = ARCHITECTURES[target].warp
+        tile = Tile(constants["ITEMS"], constants["QUERIES"], depth, dtype, launch.warps, lanes)
+        row |= {"dtype": dtype, "d": d, "tile": f"{tile.items}x{tile.queries}x{depth}"}
+        row["tile_bytes"] = tile.items * min(d, depth) * ITEMSIZE[dtype]  # of one step
+        row["one_tile"] = launch.grid[0] == 1  # of queries
+        row["slots_per_score"] = slots(target, dtype, d, tile.queries, row["one_tile"])
+        row |= loop_facts(function, MATRIX if row["matrix"] != "none" else ("fma",), tile, d)
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
+    return row
+
+
+def faults(row: Facts) -> list[str]:
+    """What a row is blamed for; nothing, if all is well.
+
+    Excepted: float32 products are exact, so they run on the FMA units, and their own instructions fill the slots. AMD's
+    gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
+    sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample`
+    scores one row in 64 and may take 16 times the slots, a quarter of a scan. `collect` on several query tiles runs for
+    the few queries whose threshold failed, and may take what it takes. The CUDA kernels use mma everywhere, and the
+    slots of their narrow heads are too few to be a target.
+    """
+    found = []
+    if row["spilled_bytes"]:
+        found.append(f"{row['spilled_bytes']} bytes spilled")
+    if row["blocks_per_sm"] == 0:
+        found.append("not one block fits")
+    if "issue_share" not in row:
+        return found
+    target, dtype = row["target"], row["dtype"]
+    expected = "mma" if row["backend"] == "cuda" or (target, dtype) == ("sm_100", "int8") else MATRIX_OF[target]
+    if dtype != "float32" and row["matrix"] != expected:
+        found.append(f"matrix instructions: {row['matrix']}, not {expected}")
+    if row["loop_bytes_by_16"] < row["tile_bytes"]:
+        found.append(f"{row['loop_bytes_by_16']} of {row['tile_bytes']} bytes of rows by loads of 16 bytes")
+    if target != "gfx942" and row["loop_copies_in_flight"] == 0:
+        found.append("no copies in flight while a tile is multiplied")
+    allowed = allowed_instructions(row)
+    if allowed is not None and row["matrix_per_score"] + row["other_per_score"] > allowed:
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        found.append(f"{instructions:.2f} instructions a score, {allowed:.2f} allowed")
+    return found
+
+
+def allowed_instructions(row: Facts) -> float | None:
+    """Instructions that a score may take; None where `faults` sets no limit."""
+    target, dtype, kernel = row["target"], row["dtype"], row["kernel"]
+    if row["backend"] == "cuda" or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
+        return None
+    if target not in REACHED or (kernel == "collect" and not row["one_tile"]):
+        return None
+    reached = REACHED[target] * (REACHED_BY_INT8 if dtype == "int8" else 1)
+    return row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached
+
+
+# Kernels of csrc/cuda by the parts of their mangled names; shared memory as the headers of the kernels state it.
+CUDA_KERNELS = {
+    "score_candidates": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ELi(?P<h>\d+)E",
+        lambda d, h: 128 * d + 2 * (128 * (d + h) + 256),  # the two stages of a long history
+    ),
+    "candidate_cross_attention": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ENS0_\d+(OnlineSoftmax|SiluWeights)E",
+        lambda d, h: 640 * d + 512,
+    ),
+    "candidate_cross_attention_backward": (
+        r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ELNS0_5OwnedE([01])ELb([01])E",
+        lambda d, h: 256 * d + 2 * (4 * d + 8) * (32 if d == 128 else 64),
+    ),
+    "candidate_cross_attention_delta": (r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)E", lambda d, h: 0),
+}
+CUDA_THREADS = 128
+
+
+def cuda_row(target: str, function: Function, facts: Facts) -> Facts | None:
+    """The facts of one kernel of the CUDA module; None for a function that is none of its kernels."""
+    name = re.match(r"_ZN5grank4cuda\d+(\w+?)_(kernelI.*)", function.name)
+    if name is None or name[1] not in CUDA_KERNELS:
+        return None
+    pattern, shared = CUDA_KERNELS[name[1]]
+    found = re.match(pattern, name[2])
+    if found is None:
+        raise ValueError(f"{function.name}: template arguments of another form")
+    d = int(found["d"])
+    h = int(found.groupdict().get("h", d))
+    row = {
+        "backend": "cuda",
+        "kernel": name[1],
+        "configuration": " ".join(found.groups()),
+        "target": target,
+        "threads": CUDA_THREADS,
+        "shared_bytes": shared(d, h),
+        **facts,
+        **occupancy(target, facts["registers"], CUDA_THREADS, shared(d, h)),
+        **code_facts(function),
+    }
+    if name[1] in ("score_candidates", "candidate_cross_attention"):
+        exponentials = 2 if "SiluWeights" in row["configuration"] else 1  # silu: and a reciprocal
+        row["dtype"] = found[1]
+        row["slots_per_score"] = slots(target, "float16", d + h, 64, False, exponentials)
+        row["tile_bytes"] = 64 * (d + h) * 2
+        tile = Tile(64, 64, d + h, "float16", CUDA_THREADS // 32, 32)  # of a key and its value
+        row |= loop_facts(function, MATRIX, tile, d + h, copies=row["tile_bytes"] // 16 // CUDA_THREADS)
+        instructions = row["matrix_per_score"] + row["other_per_score"]
+        row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
+    return row
+
+
+def cuda_rows(targets: tuple[str, ...], match: str, module: Path) -> Iterator[Facts]:
+    """The kernels in the compiled module `_cuda`, for those of the targets that it has machine code for."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool("cuobjdump"), "-xelf", "all", module], cwd=folder, capture_output=True, check=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.suffixes[-2].removeprefix(".")
+            if target in targets:
+                for function, facts in cubin_facts(cubin.read_bytes()):
+                    row = cuda_row(target, function, facts)
+                    if row is not None and re.search(match, f"{row['kernel']} {row['configuration']} {target}"):
+                        yield row
+
+
+def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
+    from grank_kernels.backends.triton.compile_plan import compile_plan, compile_row
+
+    for plan_row in compile_plan(targets):
+        if re.search(match, f"{plan_row.kernel.__name__} {plan_row.label} {plan_row.target}"):
+            yield triton_row(plan_row, compile_row(plan_row))
+
+
+def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
+    """All rows, and for each backend what its code was compiled with, or why there is none."""
+    made: dict[str, Any] = {"label": "compiled, and derived from datasheets; nothing is measured", "rows": []}
+    sources: list[Iterator[Facts]] = []
+    if find_spec("triton") is None:
+        made["triton"] = "not installed: its kernels are left out"
+    else:
+        import triton
+
+        made["triton"] = triton.__version__
+        sources.append(triton_rows(targets, match))
+    module = find_spec("grank_kernels._cuda")
+    if module is None or module.origin is None:
+        made["cuda"] = "the CUDA module is not built, there was no nvcc: its kernels are left out"
+    else:
+        made["cuda"] = "the compiled module grank_kernels._cuda"
+        sources.append(cuda_rows(targets, match, Path(module.origin)))
+    for rows in sources:
+        for row in rows:
+            row["faults"] = faults(row)
+            made["rows"].append(row)
+            print(line(row), file=sys.stderr)
+    return made
+
+
+def line(row: Facts) -> str:
+    """A row for people."""
+    text = (
+        f"{row['kernel']:10s} {row['configuration']:40s} {row['target']:6s} {row['registers']:3d} registers, "
+        f"{row['spilled_bytes']} B spilled, {row['shared_bytes']} B shared, occupancy {row['occupancy']:.2f}, "
+        f"{row['matrix']}, loads of {row['widest_global_load']} B"
+    )
+    if "issue_share" in row:
+        text += (
+            f", {row['loop_copies_in_flight']} copies in flight, {row['matrix_per_score']:.2f} + "
+            f"{row['other_per_score']:.2f} instructions a score of {row['slots_per_score']:.1f} slots: "
+            f"{row['issue_share']:.0%} of the roofline"
+        )
+    return text + "".join(f"\n    FAULT: {fault}" for fault in row["faults"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--target", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--match", default="", help="only rows whose 'kernel configuration target' this pattern finds")
+    parser.add_argument("--check", action="store_true", help="fail if a row has a fault")
+    arguments = parser.parse_args()
+    made = report(tuple(arguments.target), arguments.match)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(made, indent=1) + "\n")
+    if arguments.check and any(row["faults"] for row in made["rows"]):
+        raise SystemExit("rows with faults")
+
+
+if __name__ == "__main__":
+    main()
