@@ -138,7 +138,7 @@ inline Floats exp2(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast<Floats>(-125.0f), _CMP_NLT_UQ), p, x - r);
 #else
-  return only(~(x < -125.0f), (Floats)((Ints)p + ((Ints)shifted << 23)));
+  return only(~(x < -125.0f), (Floats)((Units)p + ((Units)shifted << 23)));
 #endif
 }
 
