@@ -17,7 +17,7 @@ from emulation.cuda.build import ROOT
 from emulation.cuda.emulator import Counters, Rounding, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranker_oracle import Attention, Scoring, allowed, attention, offsets_of, scoring, true_gradients
+from ranker_oracle import Attention, Scoring, allowed, attention, largest, offsets_of, scoring, true_gradients
 from test_candidate_cross_attention import check as check_attention
 from test_score_candidates import check as check_scores
 
@@ -74,10 +74,6 @@ def grad_like_out(problem: Attention) -> torch.Tensor:
     return torch.randn(problem.cast(torch.float64).formula().shape).to(problem.q.dtype)
 
 
-def largest(x: torch.Tensor) -> float:
-    return float(x.abs().max()) if x.numel() > 0 else 0.0
-
-
 def assert_same_bits(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -88,7 +84,7 @@ def assert_scores_are_right(problem: Scoring, got: torch.Tensor) -> None:
     there = problem.candidate_ids >= 0
     assert bool((got[~there] == -torch.inf).all())
     error = (got.double() - exact)[there].abs()
-    assert largest(error) <= allowed(plain[there], exact[there], problem.keys.dtype)
+    assert largest(error) <= allowed(plain[there], exact[there], problem.keys.dtype, exact[there])
 
 
 def assert_attention_is_right(problem: Attention, grad_out: torch.Tensor, got: list[torch.Tensor]) -> None:
@@ -98,7 +94,7 @@ def assert_attention_is_right(problem: Attention, grad_out: torch.Tensor, got: l
         return [problem.cast(dtype).formula().detach(), *true_gradients(problem, grad_out, dtype)]
 
     for found, exact, plain in zip(got, all_of(torch.float64), all_of(dtype), strict=True):
-        assert largest(found.double() - exact) <= allowed(plain, exact, dtype)
+        assert largest(found.double() - exact) <= allowed(plain, exact, dtype, exact)
 
 
 # ---- every width, every size around a tile, rounding as on a GPU ----
