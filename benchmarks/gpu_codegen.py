@@ -13,15 +13,17 @@ of 32 each) and multiplies `fma` pairs of factors a clock, so the d products of 
 instructions can be issued for it: 16, 8 and 4 on sm_80, sm_90 and sm_100 for float16 at d = 128, half of that for int8
 or for d = 64. An instruction that every lane executes once for each of its scores counts 1. If one tile holds all
 queries of a batch, every tile of rows comes from memory: then the row's bytes take
-d itemsize / (queries * bytes a clock), and the slots are those of the longer of the two times. What the matrix
-instructions themselves take of the slots is left out of the budget of the others.
+d itemsize / (queries * bytes a clock), and the slots are those of the longer of the two times.
 
 A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
 is asked to leave at least what it is expected to reach, the lower end of it: a loop over d of one or two steps, the
 barriers of every tile and the last wave take the rest. That is `REACHED`, times 0.8 for int8, whose slots are half as
-many; so it may take slots / REACHED instructions. For AMD nothing is expected, so nothing is asked. `faults` says of a
-row what is wrong with it, by this and by what every kernel is asked: nothing spilled, products on tensor cores, the
-rows of a tile read by loads of 16 bytes, copies in flight while a tile is multiplied.
+many. So it may take slots / REACHED instructions, matrix instructions and a budget of others. For AMD nothing is
+expected, so nothing is asked. All this is about tiles without a hit; `with_hit_per_score` is the whole loop, every
+branch entered, and gpu_cost_model says how many hits a tile has.
+
+`faults` says of a row what is wrong with it, by this and by what every kernel is asked: nothing spilled, products on
+tensor cores, the rows of a tile read by loads of 16 bytes, copies in flight while a tile is multiplied.
 """
 
 import argparse
@@ -99,6 +101,7 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
         row |= loop_facts(function, MATRIX if row["matrix"] != "none" else ("fma",), tile, d)
         instructions = row["matrix_per_score"] + row["other_per_score"]
         row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
+        row["budget_other_per_score"] = budget(row)
     return row
 
 
@@ -109,8 +112,7 @@ def faults(row: Facts) -> list[str]:
     gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
     sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample`
     scores one row in 64 and may take 16 times the slots, a quarter of a scan. `collect` on several query tiles runs for
-    the few queries whose threshold failed, and may take what it takes. The CUDA kernels use mma everywhere, and the
-    slots of their narrow heads are too few to be a target.
+    the few queries whose threshold failed, and may take what it takes. The CUDA kernels use mma everywhere.
     """
     found = []
     if row["spilled_bytes"]:
@@ -127,22 +129,21 @@ def faults(row: Facts) -> list[str]:
         found.append(f"{row['loop_bytes_by_16']} of {row['tile_bytes']} bytes of rows by loads of 16 bytes")
     if target != "gfx942" and row["loop_copies_in_flight"] == 0:
         found.append("no copies in flight while a tile is multiplied")
-    allowed = allowed_instructions(row)
-    if allowed is not None and row["matrix_per_score"] + row["other_per_score"] > allowed:
-        instructions = row["matrix_per_score"] + row["other_per_score"]
-        found.append(f"{instructions:.2f} instructions a score, {allowed:.2f} allowed")
+    most = row["budget_other_per_score"]
+    if most is not None and row["other_per_score"] > most:
+        found.append(f"{row['other_per_score']:.2f} instructions a score beside the products, {most:.2f} allowed")
     return found
 
 
-def allowed_instructions(row: Facts) -> float | None:
-    """Instructions that a score may take; None where `faults` sets no limit."""
+def budget(row: Facts) -> float | None:
+    """Instructions that a score may take beside its matrix instructions; None where there is no limit."""
     target, dtype, kernel = row["target"], row["dtype"], row["kernel"]
-    if row["backend"] == "cuda" or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
+    if target not in REACHED or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
         return None
-    if target not in REACHED or (kernel == "collect" and not row["one_tile"]):
+    if kernel == "collect" and not row["one_tile"]:
         return None
     reached = REACHED[target] * (REACHED_BY_INT8 if dtype == "int8" else 1)
-    return row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached
+    return float(row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached - row["matrix_per_score"])
 
 
 # Kernels of csrc/cuda by the parts of their mangled names; shared memory as the headers of the kernels state it.
@@ -195,6 +196,7 @@ def cuda_row(target: str, function: Function, facts: Facts) -> Facts | None:
         row |= loop_facts(function, MATRIX, tile, d + h, copies=row["tile_bytes"] // 16 // CUDA_THREADS)
         instructions = row["matrix_per_score"] + row["other_per_score"]
         row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
+        row["budget_other_per_score"] = None  # the slots of narrow heads are too few to be a target
     return row
 
 
