@@ -9,7 +9,7 @@ TEST_ARGS = -n 2
 BENCH_ARGS =
 BUILD_TOOLS = pip setuptools wheel cmake ninja pybind11
 LINT_TOOLS = ruff mypy clang-format
-CPP_FILES = find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CPP_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: help venv demo test lint format sanitize bench wheel clean distclean
 

@@ -7,9 +7,9 @@
 // as they are. A is what pack_tiles() wrote. Registers: 4 C, 1 A, and 3 B in turn, so that loads run ahead of products.
 //
 // 64 dimensions take 5 tile loads and 4 products of 16 x 16 x 64 multiply-adds. By Intel's manual a load occupies its
-// ports for 8 cycles and a product its unit for 16. Measured on two cores of a Xeon with AMX, 256 queries over 1,000,000
-// x 64: 1.8 Top/s, at that width paced by the conversion and comparison of the sums. Results are also tested through
-// tests/csrc/amx_emulation.h, on processors without AMX.
+// ports for 8 cycles and a product its unit for 16. Measured on two cores of a Xeon with AMX, 256 queries over
+// 1,000,000 x 64: 1.8 Top/s, at that width paced by the conversion and comparison of the sums. Results are also tested
+// through tests/csrc/amx_emulation.h, on processors without AMX.
 #pragma once
 
 #include <cstdint>

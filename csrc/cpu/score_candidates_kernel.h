@@ -14,10 +14,10 @@
 // to the attended part and user_hidden; the head sums h ascending.) Products and accumulators: tile_product.h.
 // An int8 row's scale is multiplied into its logits' scale and its share of the hidden layer.
 //
-// Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every step
-// L (d + h) of keys and values, from the second-level cache. Memory: 4 (64 kGroup (d + h) + kKeys (d + 2 h + 128) + 64 d)
-// bytes a thread and 8 d h for item_weight, half as much again where float32 has three parts: measured 1.5 MB for
-// float32 and 0.5 MB for bfloat16 with AMX, two threads, d = h = 128.
+// Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every
+// step L (d + h) of keys and values, from the second-level cache. Memory: 4 (64 kGroup (d + h) + kKeys (d + 2 h + 128)
+// + 64 d) bytes a thread and 8 d h for item_weight, half as much again where float32 has three parts: measured 1.5 MB
+// for float32 and 0.5 MB for bfloat16 with AMX, two threads, d = h = 128.
 #pragma once
 
 #include <cstdint>

@@ -83,8 +83,8 @@ def mips_topk(
         allow = allow.contiguous()
     if ids is not None and N == 0:
         ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
-    values = queries.new_empty((B, k))
-    positions = queries.new_empty((B, k), dtype=torch.int64)
+    values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
+    positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
     _cpu.mips_topk(
         queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, _row_bytes(items),
         _address(row_scale), _address(ids),
