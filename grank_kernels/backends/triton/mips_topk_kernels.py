@@ -139,7 +139,7 @@ def _emit(
 
     Thresholds, counters and lists are those from `mine` on, the lists list_size apart; the first `skip` places of each
     are left alone and `room` are free. Counting goes on where there is no room, so that what is lost is seen.
-    A wide tile is halved, each half behind a gate of its own, until a thread has 8 or 16 scores.
+    A wide tile is halved, each half behind a gate of its own, down to 16 queries: 8 or 16 scores a thread.
     """
     if QUERIES > 16:
         HALF: tl.constexpr = QUERIES // 2

@@ -166,8 +166,8 @@ def threshold(
 ):  # fmt: skip
     """Begins a search: the threshold of each query, no candidates yet.
 
-    Of a sample of one row in `rate`, m = k + excluded rows among the best of the table have about m / rate; the
-    r-th best of the sample, r = m / rate + 5 sqrt(m / rate) + 6, is below the m-th best with a probability of
+    Of the m = k + excluded best rows of the table, a sample of one row in `rate` holds about m / rate. The r-th best of
+    the sample, with r = m / rate + 5 sqrt(m / rate) + 6 rounded up, is below the m-th best row with a probability of
     1 - 1e-6. Without a sample (groups = 0) every score passes. What pads the queries to `padded` lets nothing pass.
     """
     query = tl.program_id(0) * R + tl.arange(0, R)
@@ -231,13 +231,13 @@ def select(
         tl.store(pending + query, failed.to(tl.int32), mask=live)
         tl.store(count + query, tl.zeros((R,), tl.int32), mask=live)
         n = tl.where(failed, 0, n)
-        live_kept = live & ~failed
+        done = live & ~failed
     else:
-        live_kept = live
+        done = live
     tl.store(to_score + query, score, mask=live)
     tl.store(to_tie + query, tie, mask=live)
     moved = compact(scores, positions, ids, row, n, score, tie, scores, positions, row, R, TILE, HAS_IDS)
-    tl.store(kept + query, moved, mask=live_kept)
+    tl.store(kept + query, moved, mask=done)
 
 
 @triton.jit
