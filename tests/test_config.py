@@ -99,6 +99,30 @@ def test_package_works_without_its_native_library() -> None:
     assert "instruction set" not in config
 
 
+WITHOUT_CUDA_MODULE = """
+import importlib.util, sys
+find_spec, name = importlib.util.find_spec, "grank_kernels._cuda"
+importlib.util.find_spec = lambda wanted, *package: None if wanted == name else find_spec(wanted, *package)
+sys.modules[name] = None  # importing it fails
+import torch, grank_kernels as gk
+try:
+    gk.score_candidates(*[torch.zeros(1, 1, dtype=torch.int64)] + [torch.zeros(1, 16)] * 3, backend="cuda",
+        cu_seqlens=torch.tensor([0, 1]), user_hidden=torch.zeros(1, 16), item_weight=torch.zeros(16, 16),
+        out_weight=torch.zeros(16))
+except ValueError as error:
+    print(error)
+print(gk.show_config())
+"""
+
+
+def test_package_works_without_the_cuda_module() -> None:
+    done = run_python(WITHOUT_CUDA_MODULE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("backend 'cuda' cannot run: ")
+    assert "backend cuda: the CUDA module could not be loaded" in done.stdout
+    assert "cuda module: not built" in done.stdout
+
+
 def test_show_config_names_an_impossible_instruction_set() -> None:
     """It is what one runs to find out why a search raises."""
     done = run_python("import grank_kernels as gk; print(gk.show_config())", GRANK_CPU_ISA="mmx")

@@ -119,7 +119,9 @@ def test_rows_of_any_layout(kind: str) -> None:
 def test_rows_begin_with_a_cache_line(kind: str, shape: tuple[int, int]) -> None:
     rows = torch.ones(shape)
     held, *_ = ItemTable.from_rows(rows, dtype=getattr(torch, kind)).operands()
-    assert held.shape == shape and held.data_ptr() % 64 == 0 and held.is_contiguous()
+    assert held.shape == shape
+    assert held.data_ptr() % 64 == 0
+    assert held.is_contiguous()
 
 
 def test_a_table_takes_no_part_in_gradients() -> None:

@@ -643,7 +643,7 @@ ERRORS: list[tuple[str, type[Exception], str, tuple[Any, ...], dict[str, Any]]] 
      (Q, X, 3), {"allow": torch.ones(19, dtype=torch.bool)}),
     ("allow transposed", ValueError, r"allow has shape \(20, 2\)",
      (Q, X, 3), {"allow": torch.ones(20, 2, dtype=torch.bool)}),
-    ("backend", ValueError, "backend is 'nope'; it takes None or one of 'cpu', 'triton', 'reference'",
+    ("backend", ValueError, "backend is 'nope'; it takes None or one of 'cpu', 'cuda', 'triton', 'reference'",
      (Q, X, 3), {"backend": "nope"}),
     ("out single", TypeError, r"out must be a pair of tensors \(values, indices\)",
      (Q, X, 3), {"out": torch.ones(2, 3)}),

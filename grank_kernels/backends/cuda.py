@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 
@@ -26,24 +25,21 @@ def unavailable() -> str | None:
         return f"the CUDA module could not be loaded: {_import_error}"
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
-    if torch.cuda.device_count() == 0:
+    if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None
 
 
 def _device_unsupported(name: str, x: torch.Tensor) -> str | None:
-    return _card_unsupported(x.device) if x.is_cuda else f"{name} are on {x.device}, not on a CUDA device"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _card_unsupported(device: torch.device) -> str | None:
-    return unavailable() or _too_old(device)
-
-
-@cache
-def _too_old(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"{device} has compute capability {capability}; the kernels need (8, 0)"
+    if not x.is_cuda:
+        return f"{name} are on {x.device}, not on a CUDA device"
+    if unavailable() is not None:
+        return unavailable()
+    properties = torch.cuda.get_device_properties(x.device)  # torch.compile folds this, but not get_device_capability
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):
+        return f"{x.device} has compute capability {capability}; the kernels need (8, 0)"
+    return None
 
 
 @contextmanager
