@@ -180,7 +180,8 @@ void search(int64_t B, int64_t N, int64_t d, int64_t k, int threads) {
                              " d=" + std::to_string(d) + " k=" + std::to_string(k);
     check(amx_emulation::configured_threads == 0, name + " left tile registers in use");
     const bool used = amx_emulation::products > before;
-    check(used == (std::strcmp(isa.name, "amx") == 0), name + (used ? " used tile registers" : " used none"));
+    const bool due = std::strcmp(isa.name, "amx") == 0 && B > 1;  // one query is multiplied as its rows are transposed
+    check(used == due, name + (used ? " used tile registers" : " used none"));
     if (want.values.empty()) want = got;
     check(got == want, name + " differs from " + grank::isas().front().name);
   }
