@@ -144,7 +144,8 @@ def draw(path: Path, machine: dict[str, Any], cases: list[Case]) -> None:
         colours = [COLOURS["ours" if name.startswith("mips_topk") else "peer"] for name in names]
         panel.barh(names, times, color=colours, height=0.72)
         for y, time in enumerate(times):
-            panel.text(time, y, f" {time:.3g}" if time else " not run", va="center", fontsize=8, color="#404040")
+            label = f"{time:,.0f}" if time >= 1000 else f"{time:.3g}" if time else "not run"
+            panel.text(time, y, f" {label}", va="center", fontsize=8, color="#404040")
         panel.set_title(f"B = {B}", fontsize=10)
         panel.set_xlim(0, max(times) * 1.22)
         panel.set_xlabel("ms a call")

@@ -115,7 +115,7 @@ def chain(problem: Problem, rows: torch.Tensor, attend: Callable[[Problem, torch
 
 
 def attend_sdpa(problem: Problem, e: torch.Tensor) -> torch.Tensor:
-    mask = problem.mask[:, None] if problem.shape.ragged else None
+    mask = problem.mask[:, None, None] if problem.shape.ragged else None
     return F.scaled_dot_product_attention(e[:, None], problem.keys[:, None], problem.values[:, None], mask)[:, 0]
 
 
