@@ -1,4 +1,6 @@
 // The two passes of the gradient; candidate_cross_attention_kernel.h says what is computed.
+#include <cstddef>
+
 #include "attention_rows.h"
 #include "attention_tile.h"
 
