@@ -79,7 +79,7 @@ def compile_plan(targets: Sequence[str] = tuple(DEVICES)) -> Iterator[Row]:
         for B, N, d, k, dtype, filters in SEARCHES:
             label = f"{str(dtype)[6:]} d={d} B={B} k={k}" + (" ids exclude allow" if filters else "")
             for launch in _launches(DEVICES[target], B, N, d, k, dtype, filters):
-                row = _row(target, label, launch)
+                row = row_of(target, label, launch)
                 key = (launch.kernel.__name__, str(row.signature), str(launch.constants), launch.warps, launch.stages)
                 if key not in seen:
                     seen.add(key)
@@ -124,7 +124,8 @@ def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype
     return launches(problem, table, plan, device, values, positions)
 
 
-def _row(target: str, label: str, launch: Launch) -> Row:
+def row_of(target: str, label: str, launch: Launch) -> Row:
+    """What a launch compiles for a target; the label says of which search it is."""
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

@@ -48,12 +48,12 @@ def _set_up() -> None:
 
 
 def _compile(target: str, module: str, name: str, work: Launch) -> Compiled:
-    from grank_kernels.backends.triton.compile_plan import _row, compile_row
+    from grank_kernels.backends.triton.compile_plan import compile_row, row_of
 
     def restored(x: Any) -> Any:
         return torch.empty(0, dtype=x) if isinstance(x, torch.dtype) else x
 
     arguments = {each: restored(x) for each, x in work.arguments.items()}
     work = replace(work, kernel=getattr(import_module(module), name), arguments=arguments)
-    binary = compile_row(_row(target, "", work))
+    binary = compile_row(row_of(target, "", work))
     return Compiled(binary.asm["ptx"], binary.metadata.shared)
