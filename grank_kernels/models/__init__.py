@@ -1,5 +1,6 @@
 """Reference models in plain PyTorch."""
 
-from grank_kernels.models.grank import Generator, GRank, Ranker
+from grank_kernels.models.grank import GRank, GRankConfig
+from grank_kernels.models.ranker import FoldedRanker, Ranker
 
-__all__ = ["GRank", "Generator", "Ranker"]
+__all__ = ["FoldedRanker", "GRank", "GRankConfig", "Ranker"]
