@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.layers import mlp, prefix_means
-from grank_kernels.models.losses import retrieval_loss
+from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 
 
@@ -34,6 +34,8 @@ class GRankConfig:
         ranking_weight: of L_CA.
         moments: how many moments of each training window train the second stages.
         negatives: candidates from which they must tell the target.
+        horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item; more fits
+            an evaluation that asks for all that comes later.
     """
 
     dim: int = 64
@@ -50,8 +52,9 @@ class GRankConfig:
     ranker: bool = True
     auxiliary_weight: float = 1.0
     ranking_weight: float = 1.0
-    moments: int = 4
+    moments: int = 2
     negatives: int = 32
+    horizon: int = 1
 
 
 class Auxiliary(nn.Module):
@@ -164,19 +167,23 @@ class GRank(nn.Module):
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        losses = {"retrieval": retrieval_loss(users[asked], items, window.items, asked, None)}
+        targets = self._targets(window, visible)
+        rows = torch.arange(len(asked), device=x.device).unsqueeze(1).expand(asked.shape)
+        pasts = _until(window.items[rows[asked]], visible[asked])
+        seen = pasts.where(pasts >= 0, len(items))
+        losses = {"retrieval": softmax_loss(users[asked], items, targets[asked], seen)}
         if self.auxiliary is None and self.ranker is None:
             return losses
 
         # Some moments of each window, where it has as many; `rows` and `moments` index (B, M).
         moments = torch.rand(asked.shape, device=x.device).masked_fill(~asked, -1.0)
         moments = moments.topk(min(config.moments, asked.shape[1])).indices
-        rows = torch.arange(len(asked), device=x.device).unsqueeze(1)
-        there = asked[rows, moments]
-        stops, targets, users = visible[rows, moments], window.items[rows, moments + 1], users[rows, moments]
-        pasts = _until(window.items[rows.expand_as(there)[there]], stops[there])
-        candidates = targets.new_full((*there.shape, 1 + config.negatives), -1)
-        candidates[there] = self._candidates(users[there], items, targets[there], pasts)
+        rows = rows[:, : moments.shape[1]]
+        there, stops = asked[rows, moments], visible[rows, moments]
+        users = users[rows, moments][there]
+        candidates = stops.new_full((*there.shape, 1 + config.negatives), -1)
+        pasts = _until(window.items[rows[there]], stops[there])
+        candidates[there] = self._candidates(users, items, targets[rows, moments][there], pasts)
 
         def infonce(scores: Tensor) -> Tensor:
             scores = scores.masked_fill(candidates[there] < 0, float("-inf"))
@@ -188,10 +195,16 @@ class GRank(nn.Module):
             losses["auxiliary"] = config.auxiliary_weight * infonce(scores.view(candidates.shape)[there])
         if self.ranker is not None:
             older = batch.lengths - window.lengths  # items of the batch's rows that the window begins after
-            pasts = _until(batch.items[rows.expand_as(there)[there]], (stops + older.unsqueeze(1))[there])
-            scores = self.ranker(items, pasts, users[there], candidates[there].clamp(min=0))
+            seen = (rows[there], (stops + older.unsqueeze(1))[there])
+            scores = self.ranker(items, batch.items, users, candidates[there].clamp(min=0), seen)
             losses["ranking"] = config.ranking_weight * infonce(scores)
         return losses
+
+    def _targets(self, window: Batch, visible: Tensor) -> Tensor:
+        """One of the next `horizon` items of each moment, (B, T) int64; 0 where there is none."""
+        left = (window.lengths.unsqueeze(1) - visible).clamp(min=1, max=self.config.horizon)
+        columns = visible + (torch.rand(left.shape, device=left.device) * left).long()
+        return window.items.gather(1, columns).clamp(min=0)
 
     @torch.no_grad()
     def _candidates(self, users: Tensor, items: Tensor, targets: Tensor, pasts: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class Ranker(nn.Module):
     """How well a candidate fits a user's long history (arXiv 2510.15299, the Ranker).
 
     One single-head cross-attention from the candidate to the history, whose items pass an MLP of their own first, then
-    `MLP([o, e, u])` with one hidden layer. The width of that layer, and the item's own vector beside its MLP in keys
-    and values, are ours.
+    `MLP([o, e, u])` with one hidden layer. The width of that layer, the item's own vector beside its MLP, and a vector
+    for each place, counted from the newest item, that is added to keys, are ours.
 
     Item vectors have norm 1 and are stretched by `sqrt(d)`, to the variance that linear layers and attention expect.
     """
@@ -62,35 +62,52 @@ class Ranker(nn.Module):
         self.out = nn.Linear(hidden, 1)
         nn.init.zeros_(self.out.weight)  # start from the first stage's order
 
-    def forward(self, table: Tensor, history: Tensor, users: Tensor, candidates: Tensor) -> Tensor:
+    def forward(
+        self,
+        table: Tensor,
+        history: Tensor,
+        users: Tensor,
+        candidates: Tensor,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Scores of the candidates.
 
         Args:
             table: (N, d) float32 item vectors.
             history: (B, L) int64, oldest first, -1 behind the newest; the newest `self.history` items count.
-            users: (B, d) from the Generator.
-            candidates: (B, C) int64 in [0, N).
+            users: (R, d) from the Generator.
+            candidates: (R, C) int64 in [0, N).
+            moments: whose history each of the R sees, (R,) int64 rows of `history`, and how many items of it, (R,)
+                int64. None: R = B, each sees all of its own.
 
         Returns:
-            (B, C) float32. Of an empty history o is 0.
+            (R, C) float32. Of an empty history o is 0.
         """
-        x, counts = self._read(table, history)
-        values = self.value(x).masked_fill(~counts.unsqueeze(-1), 0.0)
+        x = self._read(table, history)
+        keys, values = self.key(x), self.value(x)
+        stops = (history >= 0).sum(1)
+        if moments is not None:
+            rows, stops = moments
+            keys, values = keys[rows], values[rows]
+        age, counts = self._ages(stops, history.shape[1])
+        keys = keys + F.embedding(age, self.recency)
+        values = values.masked_fill(~counts.unsqueeze(-1), 0.0)
         mask = counts | ~counts.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
         e = self.stretch * F.embedding(candidates, table)
-        o = F.scaled_dot_product_attention(self.query(e), self.key(x), values, attn_mask=mask.unsqueeze(1))
+        o = F.scaled_dot_product_attention(self.query(e), keys, values, attn_mask=mask.unsqueeze(1))
         hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
         scores: Tensor = self.out(self.dropout(F.relu(hidden)))
         return scores.squeeze(-1)
 
-    def _read(self, table: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of, (B, L, d), and which of it counts, (B, L) bool."""
-        valid = history >= 0
-        age = valid.sum(1, keepdim=True) - 1 - torch.arange(history.shape[1], device=history.device)
-        counts = valid & (age < self.history)
-        items = F.embedding(history.clamp(min=0), table).masked_fill(~counts.unsqueeze(-1), 0.0)
-        x = self.stretch * items + F.embedding(age.clamp(0, self.history - 1), self.recency)
-        return x + self.history_mlp(x), counts
+    def _read(self, table: Tensor, history: Tensor) -> Tensor:
+        """What keys and values are made of, (B, L, d)."""
+        x = self.stretch * F.embedding(history.clamp(min=0), table).masked_fill((history < 0).unsqueeze(-1), 0.0)
+        return x + self.history_mlp(x)
+
+    def _ages(self, stops: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """How many items are newer, and which of them count: both (R, length), where `stops` (R,) have been seen."""
+        age = stops.unsqueeze(1) - 1 - torch.arange(length, device=stops.device)
+        return age.clamp(0, self.history - 1), (age >= 0) & (age < self.history)
 
     @torch.no_grad()
     def fold(self, table: Tensor, history: Tensor, users: Tensor, *, dtype: torch.dtype | None = None) -> FoldedRanker:
@@ -115,10 +132,10 @@ class Ranker(nn.Module):
         Returns:
             Copies: training may go on meanwhile.
         """
-        x, counts = self._read(table, history)
-        x = x[counts]  # its size is in the data, so a GPU is waited for here, once a request
+        age, counts = self._ages((history >= 0).sum(1), history.shape[1])
+        x = self._read(table, history)[counts]  # its size is in the data: a GPU is waited for here, once a request
         operands = (
-            self.key(x) @ self.query.weight,
+            (self.key(x) + self.recency[age[counts]]) @ self.query.weight,
             self.hidden_attended(self.value(x)),
             self.hidden_user(users),
             self.stretch * self.hidden_item.weight.T,
