@@ -3,7 +3,7 @@
 Every block does two things with the same weights:
 
 - `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
-- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history, and
+- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history and
   itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
   same, bit for bit, whoever joins.
 
@@ -54,8 +54,8 @@ class SoftmaxAttention(nn.Module):
         return self._merge(weights[..., :-1] @ memory.values + weights[..., -1:] * v)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        B, T, d = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         if self.rotary:
             turn = _rotation(positions, q.shape[-1])
             q, k = _rotate(q, turn), _rotate(k, turn)
@@ -172,8 +172,8 @@ class HSTUBlock(nn.Module):
         return self._finish(tokens, weights @ memory.values + own * v, u)
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        B, T, _ = x.shape
-        parts = F.silu(self.uvqk(self.norm(x))).view(B, T, 4, self.heads, -1).permute(2, 0, 3, 1, 4)
+        B, T, d = x.shape
+        parts = F.silu(self.uvqk(self.norm(x))).view(B, T, 4, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         return list(parts)
 
     def _finish(self, x: Tensor, attended: Tensor, u: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
+from grank_kernels.models.targets import later_targets, until
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class GRankConfig:
         ranking_weight: of L_CA.
         moments: how many moments of each training window train the second stages.
         negatives: candidates from which they must tell the target.
-        horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item; more fits
-            an evaluation that asks for all that comes later.
+        horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item; more
+            fits an evaluation that asks for all that comes later.
     """
 
     dim: int = 64
@@ -167,9 +168,9 @@ class GRank(nn.Module):
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        targets = self._targets(window, visible)
+        targets = later_targets(window, config.horizon)
         rows = torch.arange(len(asked), device=x.device).unsqueeze(1).expand(asked.shape)
-        pasts = _until(window.items[rows[asked]], visible[asked])
+        pasts = until(window.items[rows[asked]], visible[asked])
         seen = pasts.where(pasts >= 0, len(items))
         losses = {"retrieval": softmax_loss(users[asked], items, targets[asked], seen)}
         if self.auxiliary is None and self.ranker is None:
@@ -182,7 +183,7 @@ class GRank(nn.Module):
         there, stops = asked[rows, moments], visible[rows, moments]
         users = users[rows, moments][there]
         candidates = stops.new_full((*there.shape, 1 + config.negatives), -1)
-        pasts = _until(window.items[rows[there]], stops[there])
+        pasts = until(window.items[rows[there]], stops[there])
         candidates[there] = self._candidates(users, items, targets[rows, moments][there], pasts)
 
         def infonce(scores: Tensor) -> Tensor:
@@ -199,12 +200,6 @@ class GRank(nn.Module):
             scores = self.ranker(items, batch.items, users, candidates[there].clamp(min=0), seen)
             losses["ranking"] = config.ranking_weight * infonce(scores)
         return losses
-
-    def _targets(self, window: Batch, visible: Tensor) -> Tensor:
-        """One of the next `horizon` items of each moment, (B, T) int64; 0 where there is none."""
-        left = (window.lengths.unsqueeze(1) - visible).clamp(min=1, max=self.config.horizon)
-        columns = visible + (torch.rand(left.shape, device=left.device) * left).long()
-        return window.items.gather(1, columns).clamp(min=0)
 
     @torch.no_grad()
     def _candidates(self, users: Tensor, items: Tensor, targets: Tensor, pasts: Tensor) -> Tensor:
@@ -231,8 +226,3 @@ class GRank(nn.Module):
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         outputs = self.backbone.join(self.query_token(torch.cat(pools, -1)), visible, memories)
         return F.normalize(outputs, dim=-1) / self.config.temperature
-
-
-def _until(items: Tensor, stops: Tensor) -> Tensor:
-    """The first `stops[i]` items of row i of (n, L), -1 behind them."""
-    return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), -1)
