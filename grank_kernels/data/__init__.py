@@ -1,16 +1,28 @@
 """Readers, splits and batches: from the files their owners publish to padded tensors."""
 
+from grank_kernels.data.arrays import read_arrays
 from grank_kernels.data.batching import TrainingWindows, last_items
-from grank_kernels.data.interactions import Interactions
-from grank_kernels.data.movielens import read_movielens_100k
+from grank_kernels.data.datasets import DATASETS, Dataset, read
+from grank_kernels.data.interactions import BEHAVIOURS, Interactions
+from grank_kernels.data.movielens import read_movielens_1m, read_movielens_20m, read_movielens_100k
+from grank_kernels.data.shops import read_amazon, read_user_behavior
 from grank_kernels.data.splits import Cases, LeaveOneOut, leave_one_out
 
 __all__ = [
+    "BEHAVIOURS",
+    "DATASETS",
     "Cases",
+    "Dataset",
     "Interactions",
     "LeaveOneOut",
     "TrainingWindows",
     "last_items",
     "leave_one_out",
+    "read",
+    "read_amazon",
+    "read_arrays",
+    "read_movielens_1m",
+    "read_movielens_20m",
     "read_movielens_100k",
+    "read_user_behavior",
 ]
