@@ -10,13 +10,13 @@ import numpy.typing as npt
 from grank_kernels.data.interactions import Columns, Interactions
 
 _NAMES = {
-    "users": ("user", "session"),
-    "items": ("item",),
-    "timestamps": ("timestamp", "t_rel_days"),
-    "ratings": ("rating",),
+    "user": ("user", "session"),
+    "item": ("item",),
+    "timestamp": ("timestamp", "t_rel_days"),
+    "rating": ("rating",),
 }
 _IDS = ("iuU", "integers or strings")
-_KINDS = {"users": _IDS, "items": _IDS, "timestamps": ("iu", "integers"), "ratings": ("iuf", "numbers")}
+_KINDS = {"user": _IDS, "item": _IDS, "timestamp": ("iu", "integers"), "rating": ("iuf", "numbers")}
 
 
 def read_arrays(path: str | Path) -> Interactions:
@@ -53,7 +53,7 @@ def read_arrays(path: str | Path) -> Interactions:
 def _column(file: Path, archive: Any, column: str) -> npt.NDArray[Any] | None:
     name = next((name for name in _NAMES[column] if name in archive), None)
     if name is None:
-        if column in ("users", "items"):
+        if column in ("user", "item"):
             wanted = " or ".join(_NAMES[column])
             raise ValueError(f"{file}: expected an array {wanted}, got {', '.join(archive) or 'none'}")
         return None
@@ -65,6 +65,6 @@ def _column(file: Path, archive: Any, column: str) -> npt.NDArray[Any] | None:
     if values.ndim != 1 or values.dtype.kind not in kinds or not len(values):
         got = f"{values.dtype} of shape {values.shape}"
         raise ValueError(f"{file}, array {name}: expected (n,) {takes}, n at least 1, got {got}")
-    if column == "ratings" and not np.isfinite(values).all():
+    if column == "rating" and not np.isfinite(values).all():
         raise ValueError(f"{file}, array {name}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
     return values

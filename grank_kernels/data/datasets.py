@@ -45,10 +45,12 @@ def read(name: str, path: str | Path | None = None) -> Interactions:
     """
     if name not in DATASETS:
         raise ValueError(f"name is {name!r}; it takes one of {', '.join(map(repr, DATASETS))}")
+    if path is None and name == "ml-100k":
+        return read_movielens_100k()
     dataset = DATASETS[name]
-    if path is None and name != "ml-100k":
+    if path is None:
         raise ValueError(f"path must name the file of {name}, or its folder; it is to be had at {dataset.source}")
     try:
-        return read_movielens_100k() if path is None else dataset.read(path)
+        return dataset.read(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; it is to be had at {dataset.source}") from None

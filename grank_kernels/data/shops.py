@@ -6,10 +6,10 @@ from grank_kernels.data.delimited import Layout, find, read_columns
 from grank_kernels.data.interactions import BEHAVIOURS, Interactions
 
 _USER_BEHAVIOR = Layout(
-    {"users": "int32", "items": "int32", "categories": "int32", "behaviours": BEHAVIOURS, "timestamps": "int32"},
+    {"user": "int32", "item": "int32", "category": "int32", "behaviour": BEHAVIOURS, "timestamp": "int32"},
     separator=",",
 )
-_AMAZON = Layout({"users": "text", "items": "text", "ratings": "float32", "timestamps": "int64"}, separator=",")
+_AMAZON = Layout({"user": "text", "item": "text", "rating": "float32", "timestamp": "int64"}, separator=",")
 
 
 def read_user_behavior(path: str | Path) -> Interactions:
@@ -23,7 +23,7 @@ def read_user_behavior(path: str | Path) -> Interactions:
         path: the owner's `UserBehavior.csv` or `UserBehavior.csv.gz`, or the folder that holds it.
     """
     columns = read_columns(find(path, "UserBehavior.csv"), _USER_BEHAVIOR)
-    del columns["categories"]
+    del columns["category"]
     return Interactions.take(columns)
 
 
