@@ -1,76 +1,125 @@
 """Splits: what a model may learn from, and what it is then asked."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grank_kernels.data.histories import Histories
 from grank_kernels.data.interactions import Interactions
 
 
-class Cases(NamedTuple):
-    """What a model is asked: for each of B users, the history it may see and the one item that came next.
+@dataclass(frozen=True)
+class Cases:
+    """What a model is asked: for each of B users, the history it may see and what came after it.
 
     Attributes:
-        users: (B,) int64.
-        offsets: (B + 1,) int64: the history of case b is `items[offsets[b]:offsets[b + 1]]`, oldest first.
-        items: (total,) int64. `(offsets, items)` is also what `mips_topk` takes as `exclude`: the items already seen.
-        targets: (B,) int64.
+        users: (B,) int64, whose histories they are.
+        histories: of B users.
+        targets: of B users, one or more each.
     """
 
     users: Tensor
-    offsets: Tensor
-    items: Tensor
-    targets: Tensor
+    histories: Histories
+    targets: Histories
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def select(self, cases: Tensor) -> "Cases":
+        """These cases, (n,) int64 or a bool mask (B,), in this order."""
+        return Cases(self.users[cases], self.histories.select(cases), self.targets.select(cases))
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
-    """The leave-one-out split: train on all but the last two items of each user, ask for those two.
+class Split:
+    """Train on the one, choose by the second, report the third; every item of the corpus competes.
 
     Attributes:
         num_items: size of the corpus.
-        train_offsets: (num_users + 1,) int64: the rows of each user in `train_items`.
-        train_items: (n,) int64, by user, oldest first.
-        validation: the target is the last item but one, the history the training items.
-        test: the target is the last item, the history everything before it.
+        train: what training may see.
+        validation: for early stopping and settings.
+        test: for reports.
     """
 
     num_items: int
-    train_offsets: Tensor
-    train_items: Tensor
+    train: Histories
     validation: Cases
     test: Cases
 
 
-def leave_one_out(interactions: Interactions) -> LeaveOneOut:
+def leave_one_out(interactions: Interactions, *, positive: float = 4.0) -> Split:
     """Hold out the last item of each user for the test and the one before it for validation.
 
-    The protocol of SASRec, HSTU and UniGRF. Users with fewer than three rows are trained on whole and never asked.
+    The protocol of SASRec, HSTU and UniGRF (arXiv 2504.16454, section 4.1). The history of the test holds the
+    validation item; training sees neither. Users with fewer than three rows are trained on whole and never asked.
+
+    Args:
+        interactions: what a reader returned.
+        positive: the least rating that is positive feedback. Without effect on what is held out.
     """
-    offsets, items = interactions.offsets, interactions.items
-    asked = offsets.diff() >= 3
-    held_out = 2 * asked.long()  # rows that training does not see, per user
-    train_offsets, train_items = _without_last(offsets, items, held_out)
+    all_rows = _histories(interactions, positive)
+    lengths = all_rows.offsets.diff()
+    asked = lengths >= 3
     users = asked.nonzero().squeeze(1)
-    ends = offsets[1:][users]
+    ends = all_rows.offsets[1:]
 
     def cases(drop: int) -> Cases:
-        kept_offsets, kept_items = _without_last(offsets, items, torch.where(asked, drop, offsets.diff()))
-        lengths = kept_offsets.diff()[users]
-        return Cases(users, _offsets(lengths), kept_items, items[ends - drop])
+        starts, stops = all_rows.offsets[users], ends[users] - drop
+        return Cases(users, all_rows.cut(starts, stops), all_rows.cut(stops, stops + 1))
 
-    return LeaveOneOut(interactions.num_items, train_offsets, train_items, cases(2), cases(1))
-
-
-def _without_last(offsets: Tensor, items: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the last `drop[u]` rows from each segment u."""
-    lengths = offsets.diff()
-    place = torch.arange(len(items)) - offsets[:-1].repeat_interleave(lengths)
-    keep = place < (lengths - drop).repeat_interleave(lengths)
-    return _offsets(lengths - drop), items[keep]
+    train = all_rows.cut(all_rows.offsets[:-1], ends - 2 * asked.long())
+    return Split(interactions.num_items, train, cases(2), cases(1))
 
 
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+def half_and_half(
+    interactions: Interactions,
+    *,
+    positive: float = 4.0,
+    least: int = 10,
+    validation: int = 1000,
+    test: int = 1000,
+    seed: int = 0,
+) -> Split:
+    """Hold out whole users: the first half of a user's positive events is the history, the second what is asked for.
+
+    The protocol of TDM (arXiv 1801.02294, section 4.1), which GRank's public results follow. Only ratings from
+    `positive` on count as events; users with fewer than `least` of them take no part. Items keep their ids, so that
+    an item without any positive event is a row of the corpus that nobody ever wants.
+
+    Args:
+        interactions: what a reader returned.
+        positive: the least rating that is an event.
+        least: events that a user must have.
+        validation: users held out for validation.
+        test: users held out for the test.
+        seed: of the draw of users.
+
+    Raises:
+        ValueError: fewer users than are to be held out.
+    """
+    events = _histories(interactions, positive)
+    kept = events.feedback.nonzero().squeeze(1)
+    counts = torch.zeros(len(events), dtype=torch.int64).index_add_(0, events.users[kept], torch.ones_like(kept))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    events = Histories(offsets, events.items[kept], events.feedback[kept])
+    users = (counts >= least).nonzero().squeeze(1)
+    if len(users) <= validation + test:
+        raise ValueError(
+            f"validation and test must leave users to train on, got {validation} + {test} of {len(users)} users with "
+            f"at least {least} events"
+        )
+    users = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(seed))]
+    parts = users.split([validation, test, len(users) - validation - test])
+
+    def cases(chosen: Tensor) -> Cases:
+        chosen = chosen.sort().values
+        starts, stops = events.offsets[chosen], events.offsets[chosen + 1]
+        middle = starts + (stops - starts) // 2
+        return Cases(chosen, events.cut(starts, middle), events.cut(middle, stops))
+
+    return Split(interactions.num_items, events.select(parts[2].sort().values), cases(parts[0]), cases(parts[1]))
+
+
+def _histories(interactions: Interactions, positive: float) -> Histories:
+    return Histories(interactions.offsets, interactions.items, interactions.ratings >= positive)

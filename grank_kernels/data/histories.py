@@ -1,0 +1,103 @@
+"""Ragged histories, and the padded batches that models read."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Padded histories, oldest item first, padding behind the newest.
+
+    Padding on the right needs no mask in causal attention: nothing that counts ever looks to its right.
+
+    Attributes:
+        items: (B, L) int64, padded with -1.
+        feedback: (B, L) bool, whether the user liked it; False where there is padding.
+    """
+
+    items: Tensor
+    feedback: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, L) bool: what is no padding."""
+        return self.items >= 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64."""
+        return self.valid.sum(1)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """The items that users met, one user after the other, oldest first.
+
+    `(offsets, items)` is what `mips_topk` takes as `exclude`: the items already seen.
+
+    Attributes:
+        offsets: (U + 1,) int64: the rows of user u are `offsets[u]:offsets[u + 1]`.
+        items: (n,) int64.
+        feedback: (n,) bool, whether the user liked it.
+    """
+
+    offsets: Tensor
+    items: Tensor
+    feedback: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """(U,) int64."""
+        return self.offsets.diff()
+
+    @property
+    def users(self) -> Tensor:
+        """(n,) int64: whose row it is, a number in [0, U)."""
+        return torch.arange(len(self)).repeat_interleave(self.lengths)
+
+    def cut(self, starts: Tensor, stops: Tensor) -> "Histories":
+        """Rows `starts[i]:stops[i]` as history i; both (U',) int64. They may overlap and come in any order."""
+        lengths = stops - starts
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        rows = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
+        return Histories(offsets, self.items[rows], self.feedback[rows])
+
+    def select(self, users: Tensor) -> "Histories":
+        """The histories of these users, (U',) int64 or a bool mask (U,), in this order."""
+        return self.cut(self.offsets[:-1][users], self.offsets[1:][users])
+
+    def pad(self, length: int | None = None) -> Batch:
+        """The last `length` items of every history, or all of them."""
+        stops, lengths = self.offsets[1:], self.lengths
+        if length is not None:
+            lengths = lengths.clamp(max=length)
+        return self.windows(stops - lengths, stops)
+
+    def windows(self, starts: Tensor, stops: Tensor) -> Batch:
+        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them."""
+        lengths = stops - starts
+        columns = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        valid = columns < lengths.unsqueeze(1)
+        rows = (starts.unsqueeze(1) + columns)[valid]
+        shape = valid.shape
+        items = torch.full(shape, -1, dtype=torch.int64)
+        feedback = torch.zeros(shape, dtype=torch.bool)
+        items[valid], feedback[valid] = self.items[rows], self.feedback[rows]
+        return Batch(items, feedback)
+
+    @classmethod
+    def from_lists(cls, items: list[list[int]], feedback: list[list[bool]] | None = None) -> "Histories":
+        """From one list a user; without `feedback` all of it is liked."""
+        lengths = torch.tensor([0, *map(len, items)])
+        flat = torch.tensor([item for own in items for item in own], dtype=torch.int64)
+        liked = torch.ones(len(flat), dtype=torch.bool)
+        if feedback is not None:
+            if list(map(len, feedback)) != list(map(len, items)):
+                raise ValueError("feedback must have one entry for every item, got lists of other lengths")
+            liked = torch.tensor([entry for own in feedback for entry in own], dtype=torch.bool)
+        return cls(lengths.cumsum(0), flat, liked)

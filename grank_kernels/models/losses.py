@@ -1,0 +1,102 @@
+"""Losses over the whole corpus, without the matrix of logits."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_CHUNK = 128 * 4096
+"""Logits of a chunk: 2 MiB of float32, so that every pass over them but the first finds them in the L2 cache."""
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """Mean cross-entropy of `users @ items.T`; the gradient is made with the loss, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
+        n, N = len(users), len(items)
+        wide = N + 1 if seen is not None else N  # the last column takes what is no item
+        user_grad = torch.empty_like(users)
+        item_grad = torch.zeros_like(items)
+        total = users.new_zeros((), dtype=torch.float64)
+        step = max(1, _CHUNK // wide)
+        buffer = users.new_empty(min(step, n), wide)
+        for begin in range(0, n, step):
+            rows = slice(begin, min(begin + step, n))
+            logits = buffer[: rows.stop - begin]
+            scores = logits[:, :N]
+            torch.mm(users[rows], items.T, out=scores)
+            target = targets[rows, None]
+            at_target = scores.gather(1, target)
+            if seen is not None:
+                logits[:, N] = float("-inf")
+                logits.scatter_(1, seen[rows], float("-inf"))
+                scores.scatter_(1, target, at_target)  # an item that comes again may be seen and wanted
+            top = scores.amax(1, keepdim=True)
+            scores.sub_(top).exp_()
+            mass = scores.sum(1, keepdim=True)
+            total += (mass.log() + top - at_target).sum(dtype=torch.float64)
+            scores.div_(mass * n)
+            scores.scatter_add_(1, target, scores.new_full((1, 1), -1 / n).expand_as(target))
+            torch.mm(scores, items, out=user_grad[rows])
+            item_grad.addmm_(scores.T, users[rows])
+        ctx.save_for_backward(user_grad, item_grad)
+        return (total / n).to(users.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        user_grad, item_grad = ctx.saved_tensors
+        return user_grad * grad, item_grad * grad, None, None
+
+
+def softmax_loss(users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Mean of `-log softmax(users @ items.T)[target]`: cross-entropy over the whole corpus.
+
+    The (n, N) logits exist in pieces of 2 MiB only, and each piece becomes the gradient while it lies in the cache: a
+    third of the time of `F.cross_entropy(users @ items.T, targets)` and of its backward at N = 3,706, and none of its
+    memory. Only the first derivative can be taken.
+
+    Args:
+        users: (n, d) float32.
+        items: (N, d) float32.
+        targets: (n,) int64 in [0, N).
+        seen: (n, S) int64 in [0, N]: items that are no alternative to the target, N for none; the target always is one.
+
+    Returns:
+        A scalar; 0 for n = 0.
+    """
+    if len(users) == 0:
+        return (users.sum() + items.sum()) * 0
+    loss: Tensor = _SoftmaxLoss.apply(users, items, targets, seen)
+    return loss
+
+
+def retrieval_loss(queries: Tensor, items: Tensor, windows: Tensor, asked: Tensor, negatives: int | None) -> Tensor:
+    """The softmax loss of the items of `windows` that are asked for, each against the items not seen before it.
+
+    Args:
+        queries: (n, d) float32, one for each entry of `asked`.
+        items: (N, d) float32, the whole corpus.
+        windows: (B, W) int64, padded with -1.
+        asked: (B, W - 1) bool: whether `windows[:, 1:]` is asked for there.
+        negatives: how many items to draw, uniformly, one draw for all queries; None takes the whole corpus.
+
+    Returns:
+        A scalar.
+    """
+    N = len(items)
+    rows, columns = asked.nonzero(as_tuple=True)
+    targets = windows[:, 1:][rows, columns]
+    if negatives is None or negatives >= N:
+        past = windows[rows].where(torch.arange(windows.shape[1], device=rows.device) <= columns[:, None], -1)
+        return softmax_loss(queries, items, targets, past.where(past >= 0, N))
+    drawn = torch.randint(N, (negatives,), device=rows.device)
+    logits = queries @ items[drawn].T
+    # Uniform draws stand for the N - 1 items that are not the target.
+    logits = logits.masked_fill(drawn == targets[:, None], float("-inf")) + math.log((N - 1) / negatives)
+    at_target = (queries * items[targets]).sum(1, keepdim=True)
+    return F.cross_entropy(torch.cat([at_target, logits], 1), torch.zeros_like(targets))

@@ -1,0 +1,84 @@
+"""SASRec and HSTU: the next item from a history, one pass for every moment of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grank_kernels.data.histories import Batch
+from grank_kernels.models.blocks import Backbone
+from grank_kernels.models.losses import retrieval_loss
+
+
+@dataclass(frozen=True)
+class SequentialConfig:
+    """Settings of a `Sequential` model.
+
+    Attributes:
+        backbone: "transformer" is SASRec (arXiv 1808.09781), "hstu" is HSTU (arXiv 2402.17152), "llama" a Llama block.
+        dim: width of item and user vectors.
+        blocks: attention blocks.
+        heads: heads of each.
+        history: items that the model reads.
+        dropout: of inputs and outputs of blocks.
+        temperature: user and item vectors are normalised, and logits are their products over this.
+        negatives: items drawn for the loss, one draw a batch; None takes the whole corpus.
+    """
+
+    backbone: str = "transformer"
+    dim: int = 64
+    blocks: int = 2
+    heads: int = 1
+    history: int = 200
+    dropout: float = 0.2
+    temperature: float = 0.05
+    negatives: int | None = None
+
+
+class Sequential(nn.Module):
+    """A causal backbone over item vectors whose output at each item is a query for the item after it.
+
+    Trained on the softmax over the whole corpus where it is small enough (the papers draw negatives, as
+    `SequentialConfig.negatives` does), less the items that the user has seen by then, which are never asked for.
+    """
+
+    def __init__(self, num_items: int, config: SequentialConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.history = config.history
+        self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
+        self.backbone = Backbone(
+            config.backbone,
+            dim=config.dim,
+            blocks=config.blocks,
+            heads=config.heads,
+            dropout=config.dropout,
+            length=config.history,
+        )
+
+    def item_vectors(self) -> Tensor:
+        """(N, d) float32, of norm 1: the table to search."""
+        return F.normalize(self.items, dim=1)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items."""
+        outputs = self._outputs(batch.items)
+        newest = (batch.lengths - 1).clamp(min=0)
+        return self._queries(outputs[torch.arange(len(newest)), newest])
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of every item of the windows but the first, given those before it."""
+        history = Batch(batch.items[:, :-1], batch.feedback[:, :-1])
+        asked = batch.items[:, 1:] >= 0
+        queries = self._queries(self._outputs(history.items)[asked])
+        loss = retrieval_loss(queries, self.item_vectors(), batch.items, asked, self.config.negatives)
+        return {"retrieval": loss}
+
+    def _outputs(self, items: Tensor) -> Tensor:
+        x = F.embedding(items.clamp(min=0), self.items) * self.config.dim**0.5
+        outputs: Tensor = self.backbone(x)[0]
+        return outputs
+
+    def _queries(self, outputs: Tensor) -> Tensor:
+        return F.normalize(outputs, dim=-1) / self.config.temperature
