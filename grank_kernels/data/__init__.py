@@ -1,19 +1,31 @@
 """Readers, splits and batches: from the files their owners publish to padded tensors."""
 
+from grank_kernels.data.arrays import read_arrays
 from grank_kernels.data.batching import TrainingWindows
+from grank_kernels.data.datasets import DATASETS, Dataset, read
 from grank_kernels.data.histories import Batch, Histories
-from grank_kernels.data.interactions import Interactions
-from grank_kernels.data.movielens import read_movielens_100k
+from grank_kernels.data.interactions import BEHAVIOURS, Interactions
+from grank_kernels.data.movielens import read_movielens_1m, read_movielens_20m, read_movielens_100k
+from grank_kernels.data.shops import read_amazon, read_user_behavior
 from grank_kernels.data.splits import Cases, Split, half_and_half, leave_one_out
 
 __all__ = [
+    "BEHAVIOURS",
+    "DATASETS",
     "Batch",
     "Cases",
+    "Dataset",
     "Histories",
     "Interactions",
     "Split",
     "TrainingWindows",
     "half_and_half",
     "leave_one_out",
+    "read",
+    "read_amazon",
+    "read_arrays",
+    "read_movielens_1m",
+    "read_movielens_20m",
     "read_movielens_100k",
+    "read_user_behavior",
 ]

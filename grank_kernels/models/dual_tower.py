@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
+from grank_kernels.models.recommender import Recommender
 from grank_kernels.models.targets import later_targets, until
 
 
@@ -33,7 +34,7 @@ class DualTowerConfig:
     horizon: int = 1
 
 
-class DualTower(nn.Module):
+class DualTower(Recommender):
     """An MLP for users and one for items, which meet in an inner product only.
 
     The user tower reads the mean of the history's items, the mean of the liked ones and the newest item. DSSM draws

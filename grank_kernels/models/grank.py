@@ -11,6 +11,7 @@ from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
+from grank_kernels.models.recommender import Recommender
 from grank_kernels.models.targets import later_targets, until
 
 
@@ -79,7 +80,7 @@ class Auxiliary(nn.Module):
         return scores.squeeze(-1)
 
 
-class GRank(nn.Module):
+class GRank(Recommender):
     """Retrieve, then rank, over one item table that every part shares (arXiv 2510.15299).
 
     **Generator**: causal self-attention over the short history, and a query token U behind it whose output is the user
@@ -101,6 +102,7 @@ class GRank(nn.Module):
         super().__init__()
         self.config = config
         self.history = max(config.short_history, config.long_history if config.ranker else 0)
+        self.ranks = config.auxiliary or config.ranker
         self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
         self.query_token = mlp(2 * config.dim, 2 * config.dim, config.dim)
         self.backbone = Backbone(
@@ -127,17 +129,7 @@ class GRank(nn.Module):
         return self._users(x, history, history.lengths.unsqueeze(1), memories).squeeze(1)
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
-        """Second-stage scores of retrieved candidates; without a second stage the logits.
-
-        Args:
-            batch: histories; the newest `history` items count.
-            users: (B, d) from `user_vectors`.
-            candidates: (B, C) int64, the indices that `mips_topk` returned; -1 scores `-inf`.
-            logits: (B, C) float32, the values that it returned.
-
-        Returns:
-            (B, C).
-        """
+        """Logits plus what the Ranker says, or the auxiliary branch where there is no Ranker; see `Recommender.rank`."""
         ids = candidates.clamp(min=0)
         if self.ranker is not None:
             outputs = self.ranker(self.item_vectors(), batch.items, users, ids)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
 from grank_kernels.models.losses import retrieval_loss
+from grank_kernels.models.recommender import Recommender
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SequentialConfig:
     negatives: int | None = None
 
 
-class Sequential(nn.Module):
+class Sequential(Recommender):
     """A causal backbone over item vectors whose output at each item is a query for the item after it.
 
     Trained on the softmax over the whole corpus where it is small enough (the papers draw negatives, as
