@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from grank_kernels.data import Batch, Histories, TrainingWindows
 from grank_kernels.models import DualTower, DualTowerConfig
-from grank_kernels.models.targets import later_targets
+from grank_kernels.models.targets import draw_moments, later_targets, until
 
 N = 30
 CONFIG = DualTowerConfig(dim=8, hidden=16, history=6)
@@ -71,3 +71,16 @@ def test_later_targets_are_among_the_next_items() -> None:
         assert set(drawn[:, 0, moment].tolist()) == wanted
     assert set(drawn[:, 1, 0].tolist()) == {21}
     assert set(drawn[:, 1:, 1:].flatten().tolist()) == {-1}
+
+
+def test_moments_have_an_item_behind_them() -> None:
+    drawn = draw_moments(Histories.from_lists([[5, 6, 7, 8], [9, 10]]).pad(), 200)
+    assert drawn.shape == (2, 200)
+    assert set(drawn[0].tolist()) == {0, 1, 2}
+    assert set(drawn[1].tolist()) == {0}
+
+
+def test_until_pads_behind() -> None:
+    items = torch.tensor([[5, 6, 7], [8, 9, -1]])
+    assert until(items, torch.tensor([2, 0]), 99).tolist() == [[5, 6, 99], [99, 99, 99]]
+    assert until(items, torch.tensor([1, 2]), torch.tensor([[7], [3]])).tolist() == [[5, 7, 7], [8, 9, 3]]

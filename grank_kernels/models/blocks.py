@@ -3,9 +3,9 @@
 Every block does two things with the same weights:
 
 - `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
-- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history and
-  itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
-  same, bit for bit, whoever joins.
+- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history,
+  and itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are
+  the same, bit for bit, whoever joins.
 
 That is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. It scores many
 candidates after one pass over a history, in training as in serving.

@@ -12,7 +12,7 @@ from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.recommender import Recommender
-from grank_kernels.models.targets import later_targets, until
+from grank_kernels.models.targets import draw_moments, later_targets, until
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,14 @@ class GRank(Recommender):
         return self._users(x, history, history.lengths.unsqueeze(1), memories).squeeze(1)
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
-        """Logits plus what the Ranker says, or the auxiliary branch where there is no Ranker; see `Recommender.rank`."""
-        ids = candidates.clamp(min=0)
+        """See `Recommender.rank`: logits plus outputs of the Ranker, or of the auxiliary branch where there is none."""
         if self.ranker is not None:
-            outputs = self.ranker(self.item_vectors(), batch.items, users, ids)
+            outputs = self.ranker(self.item_vectors(), batch.items, users, candidates.clamp(min=0))
         elif self.auxiliary is not None:
             history = batch.newest(self.config.short_history)
             _, memories = self._read(history)
             visible = history.lengths.unsqueeze(1).expand_as(candidates)
-            outputs = self.auxiliary(self._embed(ids), visible, self.backbone, memories)
+            outputs = self.auxiliary(self._embed(candidates), visible, self.backbone, memories)
         else:
             return logits
         ranked: Tensor = (logits + outputs).masked_fill(candidates < 0, float("-inf"))
@@ -157,64 +156,56 @@ class GRank(Recommender):
         config, items = self.config, self.item_vectors()
         window = batch.newest(config.short_history + 1)
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
+        targets = later_targets(window, config.horizon)
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        targets = later_targets(window, config.horizon)
-        rows = torch.arange(len(asked), device=x.device).unsqueeze(1).expand(asked.shape)
-        pasts = until(window.items[rows[asked]], visible[asked])
-        seen = pasts.where(pasts >= 0, len(items))
+        seen = until(window.items[asked.nonzero()[:, 0]], visible[asked], len(items))
         losses = {"retrieval": softmax_loss(users[asked], items, targets[asked], seen)}
-        if self.auxiliary is None and self.ranker is None:
+        if not self.ranks:
             return losses
 
-        # Some moments of each window, where it has as many; `rows` and `moments` index (B, M).
-        moments = torch.rand(asked.shape, device=x.device).masked_fill(~asked, -1.0)
-        moments = moments.topk(min(config.moments, asked.shape[1])).indices
-        rows = rows[:, : moments.shape[1]]
-        there, stops = asked[rows, moments], visible[rows, moments]
-        users = users[rows, moments][there]
-        candidates = stops.new_full((*there.shape, 1 + config.negatives), -1)
-        pasts = until(window.items[rows[there]], stops[there])
-        candidates[there] = self._candidates(users, items, targets[rows, moments][there], pasts)
-
-        def infonce(scores: Tensor) -> Tensor:
-            scores = scores.masked_fill(candidates[there] < 0, float("-inf"))
-            return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.int64))
-
+        at = draw_moments(window, config.moments)
+        rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
+        stops, targets, users = (at + 1).flatten(), targets.gather(1, at).flatten(), users[rows, at.flatten()]
+        candidates = self._candidates(users, items, targets, until(window.items[rows], stops, targets.unsqueeze(1)))
         if self.auxiliary is not None:
-            seen = stops.unsqueeze(2).expand_as(candidates).flatten(1)
-            scores = self.auxiliary(self._embed(candidates.clamp(min=0).flatten(1)), seen, self.backbone, memories)
-            losses["auxiliary"] = config.auxiliary_weight * infonce(scores.view(candidates.shape)[there])
+            tokens = self._embed(candidates.view(len(at), -1))
+            visible = stops.repeat_interleave(candidates.shape[1]).view(len(at), -1)
+            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(candidates.shape)
+            losses["auxiliary"] = config.auxiliary_weight * _infonce(outputs, candidates)
         if self.ranker is not None:
-            older = batch.lengths - window.lengths  # items of the batch's rows that the window begins after
-            seen = (rows[there], (stops + older.unsqueeze(1))[there])
-            scores = self.ranker(items, batch.items, users, candidates[there].clamp(min=0), seen)
-            losses["ranking"] = config.ranking_weight * infonce(scores)
+            stops = stops + (batch.lengths - window.lengths)[rows]  # in the batch, which reaches further back
+            outputs = self.ranker(items, batch.items, users, candidates.clamp(min=0), (rows, stops))
+            losses["ranking"] = config.ranking_weight * _infonce(outputs, candidates)
         return losses
 
     @torch.no_grad()
-    def _candidates(self, users: Tensor, items: Tensor, targets: Tensor, pasts: Tensor) -> Tensor:
+    def _candidates(self, users: Tensor, items: Tensor, targets: Tensor, barred: Tensor) -> Tensor:
         """The target first, then negatives out of the first stage's softmax, without repetition; -1 if they run out."""
-        logits = users @ items.T
-        logits.scatter_(1, pasts.where(pasts >= 0, targets.unsqueeze(1)), float("-inf"))
-        logits.scatter_(1, targets.unsqueeze(1), float("-inf"))
+        logits = (users @ items.T).scatter_(1, barred, float("-inf"))
         noisy = logits - torch.empty_like(logits).exponential_().log()  # Gumbel's noise makes of topk a draw
         drawn = noisy.topk(min(self.config.negatives, len(items)))
-        negatives = drawn.indices.where(drawn.values > float("-inf"), -1)
-        negatives = F.pad(negatives, (0, self.config.negatives - negatives.shape[1]), value=-1)
-        return torch.cat([targets.unsqueeze(1), negatives], 1)
+        return torch.cat([targets.unsqueeze(1), drawn.indices.where(drawn.values > float("-inf"), -1)], 1)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.items) * self.config.dim**0.5
+        """(..., d), of anything where an id is negative."""
+        return F.embedding(ids.clamp(min=0), self.items) * self.config.dim**0.5
 
     def _read(self, history: Batch) -> tuple[Tensor, list[Memory]]:
         """The short history's embeddings, and its memory in each block."""
-        x = self._embed(history.items.clamp(min=0))
+        x = self._embed(history.items)
         return x, self.backbone(x)[1]
 
     def _users(self, x: Tensor, history: Batch, visible: Tensor, memories: list[Memory]) -> Tensor:
         """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         outputs = self.backbone.join(self.query_token(torch.cat(pools, -1)), visible, memories)
-        return F.normalize(outputs, dim=-1) / self.config.temperature
+        users: Tensor = F.normalize(outputs, dim=-1) / self.config.temperature
+        return users
+
+
+def _infonce(outputs: Tensor, candidates: Tensor) -> Tensor:
+    """Cross-entropy of the first candidate among its row's, (R, C); those with a negative id are none."""
+    logits = outputs.masked_fill(candidates < 0, float("-inf"))
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))

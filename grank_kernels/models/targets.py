@@ -21,6 +21,15 @@ def later_targets(window: Batch, horizon: int) -> Tensor:
     return window.items.gather(1, moments + 1 + (torch.rand(left.shape, device=left.device) * left).long())
 
 
-def until(items: Tensor, stops: Tensor) -> Tensor:
-    """The first `stops[i]` items of row i of (n, L), -1 behind them."""
-    return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), -1)
+def draw_moments(window: Batch, number: int) -> Tensor:
+    """Some moments of each window: (B, number) int64 columns, at random, behind each of which there is an item.
+
+    Windows have at least two items.
+    """
+    choice = torch.rand(len(window.items), number, device=window.items.device)
+    return (choice * (window.lengths - 1).unsqueeze(1)).long()
+
+
+def until(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
+    """The first `stops[i]` items of row i of (n, L), and `padding` behind them."""
+    return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), padding)
