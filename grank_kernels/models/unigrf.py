@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
 from grank_kernels.models.losses import retrieval_loss
-from grank_kernels.models.recommender import Recommender
+from grank_kernels.models.recommender import Recommender, at_newest
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,8 @@ class UniGRF(Recommender):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items."""
-        outputs = self._outputs(batch)[:, 1::2]
-        newest = (batch.lengths - 1).clamp(min=0)
-        return self._queries(outputs[torch.arange(len(newest)), newest])
+        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """Logits of positive feedback, (B, C); see `Recommender.rank`. Neither `users` nor `logits` is used."""
