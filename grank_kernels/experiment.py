@@ -15,10 +15,22 @@ from omegaconf.errors import OmegaConfBaseException
 from grank_kernels.config import show_config
 from grank_kernels.data import Interactions, Split, half_and_half, leave_one_out, read
 from grank_kernels.evaluation import DEPTH, feedback_auc, metrics, recommend
-from grank_kernels.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
+from grank_kernels.models import (
+    DualTower,
+    DualTowerConfig,
+    GRank,
+    GRankConfig,
+    Recommender,
+    Sequential,
+    SequentialConfig,
+    UniGRF,
+    UniGRFConfig,
+)
 from grank_kernels.training import TrainingConfig, fit
 
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dual_tower": (DualTower, DualTowerConfig),
+    "grank": (GRank, GRankConfig),
     "sequential": (Sequential, SequentialConfig),
     "unigrf": (UniGRF, UniGRFConfig),
 }

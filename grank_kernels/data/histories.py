@@ -30,6 +30,13 @@ class Batch(NamedTuple):
         """(B,) int64."""
         return self.valid.sum(1)
 
+    def newest(self, length: int) -> "Batch":
+        """The newest `length` items of every history that has more."""
+        if self.items.shape[1] <= length:
+            return self
+        columns = (self.lengths - length).clamp(min=0).unsqueeze(1) + torch.arange(length, device=self.items.device)
+        return Batch(self.items.gather(1, columns), self.feedback.gather(1, columns))
+
 
 @dataclass(frozen=True)
 class Histories:

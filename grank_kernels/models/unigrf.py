@@ -151,7 +151,8 @@ class UniGRF(Recommender):
 
     def _feedback_logits(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
         """Logits of positive feedback on candidates (B, C), each behind the first `visible` (B, C) tokens."""
-        outputs = self.backbone(self._tokens(batch), self._item_tokens(candidates), visible)[1]
+        _, memories = self.backbone(self._tokens(batch))
+        outputs = self.backbone.join(self._item_tokens(candidates), visible, memories)
         logits: Tensor = self.score(outputs).squeeze(-1)
         return logits
 
