@@ -15,7 +15,7 @@ class TrainingWindows:
     and shift at random as far as their number allows, so that an item meets many places in a window over the epochs.
 
     Batches hold about as many items each rather than as many windows: within a few batches' worth of windows at random,
-    windows of like length are put together, so that little of a batch is padding (about 3 % on MovieLens-1M).
+    windows of like length are put together, so that little of a batch is padding (9 % on MovieLens-1M, against half).
 
     An epoch is a pure function of (seed, epoch): a run that was stopped goes on with the batches it would have had.
     """
@@ -77,7 +77,7 @@ class TrainingWindows:
         order = torch.randperm(len(lengths), generator=generator)
         width = int(lengths.max()) if len(lengths) else 1
         batches = []
-        for pool in order.split(max(1, 16 * batch_items // width)):
+        for pool in torch.split(order, max(1, 16 * batch_items // width)):
             pool = pool[lengths[pool].argsort(stable=True)]
             while len(pool):  # the longest of a batch decides how many fit
                 fitting = int((lengths[pool] * torch.arange(1, len(pool) + 1) <= batch_items).sum())

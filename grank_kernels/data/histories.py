@@ -86,9 +86,9 @@ class Histories:
         return self.windows(stops - lengths, stops)
 
     def windows(self, starts: Tensor, stops: Tensor) -> Batch:
-        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them."""
+        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them, one column at least."""
         lengths = stops - starts
-        columns = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        columns = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1)
         valid = columns < lengths.unsqueeze(1)
         rows = (starts.unsqueeze(1) + columns)[valid]
         shape = valid.shape

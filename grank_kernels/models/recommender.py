@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from grank_kernels.data.histories import Batch
@@ -47,3 +48,10 @@ class Recommender(nn.Module, ABC):
             (B, C) float32. Here: the logits, the order of the retrieval.
         """
         return logits
+
+
+def at_newest(outputs: Tensor, batch: Batch) -> Tensor:
+    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 of an empty one, which likes all alike."""
+    lengths = batch.lengths
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return outputs[rows, (lengths - 1).clamp(min=0)].masked_fill((lengths == 0).unsqueeze(1), 0.0)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
 from grank_kernels.models.losses import retrieval_loss
-from grank_kernels.models.recommender import Recommender
+from grank_kernels.models.recommender import Recommender, at_newest
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,8 @@ class Sequential(Recommender):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items."""
-        outputs = self._outputs(batch.items)
-        newest = (batch.lengths - 1).clamp(min=0)
-        return self._queries(outputs[torch.arange(len(newest)), newest])
+        """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
+        return self._queries(at_newest(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of every item of the windows but the first, given those before it."""
