@@ -1,4 +1,5 @@
-"""GRank: what its parts may see of each other, and that training asks what serving answers."""
+"""GRank: what its parts may see of each other (of the attention, see test_blocks), and that training asks what serving
+answers."""
 
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from grank_kernels import mips_topk
 from grank_kernels.data import Batch, Histories, TrainingWindows
 from grank_kernels.models import GRank, GRankConfig, grank
-from grank_kernels.models.blocks import BLOCKS, Backbone
 
 N, D = 40, 16
 CONFIG = GRankConfig(dim=D, heads=2, short_history=8, long_history=12, hidden=24)
@@ -46,42 +46,6 @@ def scores(model: GRank, batch: Batch, candidates: Tensor) -> Tensor:
     users = model.user_vectors(batch)
     logits = (users @ model.item_vectors().T).gather(1, candidates.clamp(min=0))
     return model.rank(batch, users, candidates, logits)
-
-
-@pytest.fixture(params=BLOCKS)
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    backbone = Backbone(request.param, dim=D, blocks=2, heads=2, dropout=0.5, length=8).double().eval()
-    for parameter in backbone.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return backbone
-
-
-def test_a_token_that_joins_is_the_next_of_its_history(backbone: Backbone) -> None:
-    """As if it had been in the causal sequence, behind the rows that it sees and nothing else."""
-    x, tokens = torch.randn(3, 8, D).double(), torch.randn(3, 5, D).double()
-    visible = torch.tensor([[0, 1, 2, 7, 7], [3, 3, 3, 3, 3], [5, 0, 6, 1, 4]])
-    joined = backbone.join(tokens, visible, backbone(x)[1])
-    for b, c in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
-        sequence = torch.cat([x[b, : visible[b, c]], tokens[b, c : c + 1]])
-        torch.testing.assert_close(joined[b, c], backbone(sequence.unsqueeze(0))[0][0, -1])
-
-
-def test_decomposed_attention_is_masked_full_attention() -> None:
-    """One attention over the history and all that joins it, under the mask that the paper draws."""
-    B, T, C, heads = 3, 7, 5, 2
-    attention = BLOCKS["transformer"](D, heads, 0.0, T).attention.double()
-    x, tokens = torch.randn(B, T, D).double(), torch.randn(B, C, D).double()
-    visible = torch.randint(0, T + 1, (B, C))
-    mask = torch.zeros(B, T + C, T + C, dtype=torch.bool)
-    mask[:, :T, :T] = torch.ones(T, T, dtype=torch.bool).tril()
-    mask[:, T:, :T] = torch.arange(T) < visible.unsqueeze(2)
-    mask[:, T:, T:] = torch.eye(C, dtype=torch.bool)
-    qkv = attention.qkv(torch.cat([x, tokens], 1))
-    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    full = attention.out(F.scaled_dot_product_attention(q, k, v, mask.unsqueeze(1)).transpose(1, 2).flatten(2))
-    history, memory = attention(x)
-    torch.testing.assert_close(history, full[:, :T])
-    torch.testing.assert_close(attention.join(tokens, visible, memory), full[:, T:])
 
 
 def test_user_vectors_are_the_same_bits_with_and_without_the_branch(batch: Batch) -> None:

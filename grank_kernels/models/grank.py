@@ -190,7 +190,8 @@ class GRank(Recommender):
 
     def _embed(self, ids: Tensor) -> Tensor:
         """(..., d), of anything where an id is negative."""
-        return F.embedding(ids.clamp(min=0), self.items) * self.config.dim**0.5
+        stretch: float = self.config.dim**0.5
+        return F.embedding(ids.clamp(min=0), self.items) * stretch
 
     def _read(self, history: Batch) -> tuple[Tensor, list[Memory]]:
         """The short history's embeddings, and its memory in each block."""
