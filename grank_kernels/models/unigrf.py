@@ -162,9 +162,10 @@ class UniGRF(Recommender):
         """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
 
         At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of
-        become extra positives; among the others, those with the largest gap between the two scores, min-max normalised in the
-        pool, become hard negatives, liked by retrieval and disliked by ranking. Cross-entropy of target and favourites
-        against the hard negatives is added to the loss over the corpus, in which all items are negatives already.
+        become extra positives; among the others, those with the largest gap between the two scores, min-max normalised
+        in the pool, become hard negatives, liked by retrieval and disliked by ranking. Cross-entropy of target and
+        favourites against the hard negatives is added to the loss over the corpus, in which all items are negatives
+        already.
         """
         config = self.config
         B, moments = len(batch.items), config.enhancer_moments
@@ -201,8 +202,8 @@ class _Weighter(nn.Module):
     """UniGRF's gradient-guided adaptive weighter (section 3.4): the task that converges more slowly weighs more.
 
     Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before,
-    as in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry no
-    gradient, are 1 until two intervals have passed, and are part of a checkpoint.
+    as in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry
+    no gradient, are 1 until two intervals have passed, and are part of a checkpoint.
     """
 
     def __init__(self, tasks: int, interval: int, temperature: float) -> None:
