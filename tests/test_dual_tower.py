@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from grank_kernels.data import Batch, Histories, TrainingWindows
 from grank_kernels.models import DualTower, DualTowerConfig
-from grank_kernels.models.targets import draw_moments, later_targets, until
 
 N = 30
 CONFIG = DualTowerConfig(dim=8, hidden=16, history=6)
@@ -61,26 +60,3 @@ def test_it_learns() -> None:
     with torch.no_grad():
         best = (model.eval().user_vectors(histories.pad()) @ model.item_vectors().T).topk(5).indices
     assert (best % 2 == torch.arange(60).unsqueeze(1) % 2).float().mean() > 0.95
-
-
-def test_later_targets_are_among_the_next_items() -> None:
-    batch = Histories.from_lists([[10, 11, 12, 13, 14], [20, 21], [25]]).pad()
-    assert later_targets(batch, 1).tolist() == [[11, 12, 13, 14], [21, -1, -1, -1], [-1, -1, -1, -1]]
-    drawn = torch.stack([later_targets(batch, 3) for _ in range(200)])
-    for moment, wanted in enumerate(({11, 12, 13}, {12, 13, 14}, {13, 14}, {14})):
-        assert set(drawn[:, 0, moment].tolist()) == wanted
-    assert set(drawn[:, 1, 0].tolist()) == {21}
-    assert set(drawn[:, 1:, 1:].flatten().tolist()) == {-1}
-
-
-def test_moments_have_an_item_behind_them() -> None:
-    drawn = draw_moments(Histories.from_lists([[5, 6, 7, 8], [9, 10]]).pad(), 200)
-    assert drawn.shape == (2, 200)
-    assert set(drawn[0].tolist()) == {0, 1, 2}
-    assert set(drawn[1].tolist()) == {0}
-
-
-def test_until_pads_behind() -> None:
-    items = torch.tensor([[5, 6, 7], [8, 9, -1]])
-    assert until(items, torch.tensor([2, 0]), 99).tolist() == [[5, 6, 99], [99, 99, 99]]
-    assert until(items, torch.tensor([1, 2]), torch.tensor([[7], [3]])).tolist() == [[5, 7, 7], [8, 9, 3]]
