@@ -2,6 +2,7 @@ import torch
 
 from grank_kernels.data import Interactions, TrainingWindows, last_items, leave_one_out
 
+
 def ragged(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([0] + [len(items) for items in lists])
     return lengths.cumsum(0), torch.tensor([item for items in lists for item in items])
