@@ -1,101 +1,211 @@
-"""Fitting a model; Lightning runs the loop."""
+"""Fitting a model; Lightning runs the loop, keeps checkpoints and stops early."""
 
 import logging
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from grank_kernels.data import LeaveOneOut, TrainingWindows
-from grank_kernels.models import GRank
+from grank_kernels.data import Batch, Split, TrainingWindows
+from grank_kernels.evaluation import metrics, recommend
+from grank_kernels.models.recommender import Recommender
+
+_KS = (10, 50)
 
 
-class GRankTraining(lightning.LightningModule):
-    """How a GRank is fitted: AdamW, a linear warm-up and a cosine decay, both losses with equal weight.
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is fitted.
 
-    Weight decay and gradient clipping are the paper's (0.01 and 10); its loss weights are not published.
+    Attributes:
+        epochs: passes over the training items, at most.
+        targets: items that each window is to predict.
+        context: items before them that a window may hold in addition.
+        batch_items: items in a batch, padding included.
+        learning_rate: the highest; it warms up over the first tenth of the steps and falls along a cosine.
+        weight_decay: of AdamW.
+        clip: gradients are clipped to this norm.
+        precision: of Lightning: "32-true", "bf16-mixed" or "16-mixed".
+        matmul: "highest", "high" or "medium": whether float32 products may be made of bfloat16 ones
+            (`torch.set_float32_matmul_precision`), which is what processors with AMX are fast at.
+        validate_every: epochs between two validations.
+        monitor: the validation metric that chooses the checkpoint and stops early.
+        patience: validations without a better one before the run stops; None never stops early.
+        seed: of weights, batches and dropout.
+        devices: processes of distributed data parallel training.
     """
 
-    def __init__(self, model: GRank, *, learning_rate: float, steps: int) -> None:
-        super().__init__()
-        self.model = model
-        self.learning_rate = learning_rate
-        self.steps = steps
+    epochs: int = 20
+    targets: int = 200
+    context: int = 0
+    batch_items: int = 4096
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    precision: str = "32-true"
+    matmul: str = "highest"
+    validate_every: int = 1
+    monitor: str = "ndcg@10"
+    patience: int | None = None
+    seed: int = 0
+    devices: int = 1
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One batch of windows (B, W)."""
-        retrieval, ranking = self.model.losses(batch)
-        self.log_dict({"retrieval": retrieval, "ranking": ranking}, prog_bar=True, batch_size=len(batch))
-        return retrieval + ranking
+
+class _Module(lightning.LightningModule):
+    def __init__(self, model: Recommender, split: Split, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.split, self.config = model, split, config
+
+    def train_dataloader(self) -> TrainingWindows:
+        """The batches of this epoch; the trainer asks anew every epoch."""
+        return TrainingWindows(
+            self.split.train,
+            targets=self.config.targets,
+            context=self.config.context,
+            batch_items=self.config.batch_items,
+            seed=self.config.seed,
+            epoch=self.trainer.current_epoch,
+            rank=self.trainer.global_rank,
+            ranks=self.trainer.world_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Cases of the validation by number, shared out among the processes."""
+        own = torch.arange(self.trainer.global_rank, len(self.split.validation), self.trainer.world_size)
+        return DataLoader(list(own.split(512)), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout and draws depend on seed and epoch alone, so that a resumed run repeats what it lost."""
+        torch.manual_seed((self.config.seed << 20) + self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.model.losses(batch)
+        self.log_dict(
+            dict(losses), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch.items), sync_dist=True
+        )
+        return self.model.objective(losses)
+
+    def validation_step(self, rows: Tensor, batch_idx: int) -> None:
+        cases = self.split.validation.select(rows)
+        ranked = self.config.monitor.startswith("ranked_")
+        found = recommend(self.model, cases, max(_KS), rank=ranked)
+        values = metrics(found.retrieved, cases.targets, _KS)
+        if found.ranked is not None:
+            second = metrics(found.ranked, cases.targets, _KS)
+            values |= {f"ranked_{name}": value for name, value in second.items()}
+        self.log_dict(values, on_epoch=True, batch_size=len(cases), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped after every batch."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=self.steps, pct_start=0.1, cycle_momentum=False
+        optimizer = torch.optim.AdamW(
+            self.parameters(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            betas=(0.9, 0.98),
         )
+        # The number of batches differs a little from epoch to epoch, so the schedule runs over the share of an epoch.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _rate(self, step: int) -> float:
+        done = min(1.0, step / max(1, self.config.epochs * self._steps_an_epoch))
+        warm = 0.1
+        if done < warm:
+            return max(done, 1e-3) / warm
+        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (done - warm) / (1 - warm)))))
 
-def train_grank(
-    split: LeaveOneOut,
+    @property
+    def _steps_an_epoch(self) -> int:
+        if not hasattr(self, "_steps"):
+            self._steps = len(self.train_dataloader())
+        return self._steps
+
+
+def fit(
+    model: Recommender,
+    split: Split,
+    config: TrainingConfig,
     *,
-    epochs: int,
-    seed: int = 0,
-    learning_rate: float = 3e-3,
-    batch_size: int = 32,
-    progress: bool = False,
-    **model: Any,
-) -> GRank:
-    """Build a GRank and fit it to the training part of a split. Nothing is written to disk.
+    folder: str | Path | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Recommender:
+    """Fit a model to the training part of a split and choose its epoch by the validation part.
+
+    With a folder the run writes `last.ckpt` and `best.ckpt` after every epoch and a CSV log, and one that was stopped at
+    any moment goes on from its last whole epoch when it is called again: everything random in an epoch follows from
+    (seed, epoch), so it ends with the same weights, bit for bit, as one that was never stopped (with one number of
+    threads).
 
     Args:
-        split: what to train on.
-        epochs: passes over the training items.
-        seed: fixes initial weights, batches and dropout; with one number of threads, the result.
-        learning_rate: the highest of the schedule.
-        batch_size: windows a step.
+        model: changed in place.
+        split: what to train on and to choose by.
+        config: how.
+        folder: of the run; None writes nothing and keeps the last epoch.
         progress: draw a progress bar.
-        **model: arguments of `GRank`.
+        tensorboard: log for TensorBoard too.
+        callbacks: further ones of Lightning's.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model, with the weights of its best epoch, in evaluation mode, on the CPU.
+
+    Raises:
+        SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
     """
-    torch.manual_seed(seed)
-    grank = GRank(split.num_items, **model)
-    windows = TrainingWindows(
-        split.train_offsets,
-        split.train_items,
-        history=max(grank.generator.history, grank.ranker.history),
-        targets=grank.generator.history,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    callbacks: list[Callback] = []
+    torch.set_float32_matmul_precision(config.matmul)
+    own: list[Callback] = [*callbacks]
     if progress:  # without a terminal, one line an epoch
-        callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else len(windows)))
+        own.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 10**9))
+    if config.patience is not None:
+        own.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
+    loggers: list[Logger] = []
+    last = None
+    if folder is not None:
+        folder = Path(folder)
+        own.append(
+            ModelCheckpoint(folder, "best", config.monitor, save_last=True, mode="max", enable_version_counter=False)
+        )
+        loggers.append(CSVLogger(folder, name="log"))
+        if tensorboard:
+            loggers.append(TensorBoardLogger(folder, name="tensorboard"))
+        last = folder / "last.ckpt"
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="auto",
-            devices=1,
-            gradient_clip_val=10.0,
-            logger=False,
-            enable_checkpointing=False,
+            max_epochs=config.epochs,
+            accelerator="auto" if config.devices == 1 else "cpu",
+            devices=config.devices,
+            precision=config.precision,  # type: ignore[arg-type]
+            gradient_clip_val=config.clip,
+            reload_dataloaders_every_n_epochs=1,
+            use_distributed_sampler=False,
+            check_val_every_n_epoch=config.validate_every,
+            num_sanity_val_steps=0,
+            limit_val_batches=0 if folder is None and config.patience is None else None,
+            logger=loggers or False,
+            enable_checkpointing=folder is not None,
             enable_model_summary=False,
             enable_progress_bar=progress,
-            callbacks=callbacks,
+            callbacks=own,
         )
         try:
-            trainer.fit(GRankTraining(grank, learning_rate=learning_rate, steps=epochs * len(windows)), windows)
+            resume = str(last) if last is not None and last.is_file() else None
+            trainer.fit(_Module(model, split, config), ckpt_path=resume, weights_only=False)
         except SIGTERMException:  # Lightning ends the process with status 0, as if all had gone well
             raise SystemExit(128 + signal.SIGTERM) from None
-    return grank.cpu().eval()
+    if folder is not None:
+        state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model.cpu().eval()

@@ -36,7 +36,7 @@ def ranker() -> Ranker:
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Table, histories, users, candidates."""
     B, L = len(LENGTHS), max(LENGTHS)
-    padding = torch.arange(L) < L - torch.tensor(LENGTHS)[:, None]
+    padding = torch.arange(L) >= torch.tensor(LENGTHS)[:, None]
     history = torch.randint(1, N, (B, L)).masked_fill(padding, -1)
     table = torch.randn(N, D)
     table[0] = torch.nan  # the row that padding would read
@@ -103,7 +103,7 @@ def test_padding_and_other_users_do_not_matter(ranker: Ranker, inputs: tuple[tor
     table, history, users, candidates = inputs
     want = folded_scores(ranker, inputs, backend)
     assert want.isfinite().all()
-    longer = (table, F.pad(history, (5, 0), value=-1), users, candidates)
+    longer = (table, F.pad(history, (0, 5), value=-1), users, candidates)
     assert torch.equal(folded_scores(ranker, longer, backend), want)
     for b in range(len(history)):
         one = slice(b, b + 1)

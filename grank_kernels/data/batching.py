@@ -15,7 +15,7 @@ class TrainingWindows:
     and shift at random as far as their number allows, so that an item meets many places in a window over the epochs.
 
     Batches hold about as many items each rather than as many windows: within a few batches' worth of windows at random,
-    windows of like length are put together, so that little of a batch is padding (about 3 % on MovieLens-1M).
+    windows of like length are put together, so that little of a batch is padding (9 % on MovieLens-1M, against half).
 
     An epoch is a pure function of (seed, epoch): a run that was stopped goes on with the batches it would have had.
     """

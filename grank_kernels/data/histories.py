@@ -30,6 +30,13 @@ class Batch(NamedTuple):
         """(B,) int64."""
         return self.valid.sum(1)
 
+    def newest(self, length: int) -> "Batch":
+        """The newest `length` items of every history that has more."""
+        if self.items.shape[1] <= length:
+            return self
+        columns = (self.lengths - length).clamp(min=0).unsqueeze(1) + torch.arange(length, device=self.items.device)
+        return Batch(self.items.gather(1, columns), self.feedback.gather(1, columns))
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -79,9 +86,9 @@ class Histories:
         return self.windows(stops - lengths, stops)
 
     def windows(self, starts: Tensor, stops: Tensor) -> Batch:
-        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them."""
+        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them, one column at least."""
         lengths = stops - starts
-        columns = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        columns = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1)
         valid = columns < lengths.unsqueeze(1)
         rows = (starts.unsqueeze(1) + columns)[valid]
         shape = valid.shape

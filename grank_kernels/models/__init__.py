@@ -1,5 +1,22 @@
 """Reference models in plain PyTorch."""
 
-from grank_kernels.models.grank import Generator, GRank, Ranker
+from grank_kernels.models.dual_tower import DualTower, DualTowerConfig
+from grank_kernels.models.grank import GRank, GRankConfig
+from grank_kernels.models.ranker import FoldedRanker, Ranker
+from grank_kernels.models.recommender import Recommender
+from grank_kernels.models.sequential import Sequential, SequentialConfig
+from grank_kernels.models.unigrf import UniGRF, UniGRFConfig
 
-__all__ = ["GRank", "Generator", "Ranker"]
+__all__ = [
+    "DualTower",
+    "DualTowerConfig",
+    "FoldedRanker",
+    "GRank",
+    "GRankConfig",
+    "Ranker",
+    "Recommender",
+    "Sequential",
+    "SequentialConfig",
+    "UniGRF",
+    "UniGRFConfig",
+]

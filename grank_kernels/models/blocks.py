@@ -1,18 +1,28 @@
-"""Causal transformer blocks of three families, each with a side stream of candidates.
+"""Causal transformer blocks of three families, which more tokens can join later.
 
-Every block maps `(x, candidates)` to `(x, candidates)` with shared weights:
+Every block does two things with the same weights:
 
-- `x` (B, T, d), the history: row t sees the rows up to t;
-- `candidates` (B, C, d) or None: candidate c sees the first `visible[b, c]` rows of `x`, and itself. Candidates never see
-  each other, and `x` never sees candidates, so `x` comes out the same, bit for bit, whether there are any or none.
+- `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
+- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history and
+  itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
+  same, bit for bit, whoever joins.
 
 That is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. It scores many
-candidates in one pass over a history, in training as in serving.
+candidates after one pass over a history, in training as in serving.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Memory(NamedTuple):
+    """What tokens that join a block look at: keys and values of the history's rows, (B, heads, T, d / heads) each."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class SoftmaxAttention(nn.Module):
@@ -29,25 +39,25 @@ class SoftmaxAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, candidates: Tensor | None, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
         """See the module."""
-        q, k, v = self._project(x, None)
-        y = self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        if candidates is None or visible is None:
-            return y, None
-        cq, ck, cv = self._project(candidates, visible)
-        scale = q.shape[-1] ** -0.5
-        seen = torch.arange(k.shape[2], device=k.device) < visible[:, None, :, None]
-        logits = (cq @ k.mT * scale).masked_fill(~seen, float("-inf"))
-        weights = torch.cat([logits, (cq * ck).sum(-1, keepdim=True) * scale], -1).softmax(-1)
-        return y, self._merge(weights[..., :-1] @ v + weights[..., -1:] * cv)
+        q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
+        return self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)), Memory(k, v)
 
-    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
+        """See the module."""
+        q, k, v = self._project(tokens, visible)
+        q = q * q.shape[-1] ** -0.5
+        hidden = torch.arange(memory.keys.shape[2], device=q.device) >= visible[:, None, :, None]
+        logits = (q @ memory.keys.mT).masked_fill(hidden, float("-inf"))
+        weights = torch.cat([logits, (q * k).sum(-1, keepdim=True)], -1).softmax(-1)
+        return self._merge(weights[..., :-1] @ memory.values + weights[..., -1:] * v)
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, d = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         if self.rotary:
-            places = torch.arange(T, device=x.device).expand(B, T) if positions is None else positions
-            turn = _rotation(places, q.shape[-1])
+            turn = _rotation(positions, q.shape[-1])
             q, k = _rotate(q, turn), _rotate(k, turn)
         return q, k, v
 
@@ -77,12 +87,14 @@ class _PreNormBlock(nn.Module):
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, candidates: Tensor | None, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
         """See the module."""
-        y, d = self.attention(
-            self.attention_norm(x), None if candidates is None else self.attention_norm(candidates), visible
-        )
-        return self._finish(x, y), None if candidates is None else self._finish(candidates, d)
+        attended, memory = self.attention(self.attention_norm(x))
+        return self._finish(x, attended), memory
+
+    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
+        """See the module."""
+        return self._finish(tokens, self.attention.join(self.attention_norm(tokens), visible, memory))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)
@@ -140,27 +152,28 @@ class HSTUBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.uvqk.weight, std=0.02)
 
-    def forward(self, x: Tensor, candidates: Tensor | None, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
         """See the module."""
-        T = x.shape[1]
-        places = torch.arange(T, device=x.device)
+        places = torch.arange(x.shape[1], device=x.device)
         u, v, q, k = self._project(x)
         behind = places[:, None] - places
         bias = self.distance[:, behind.clamp(min=0)]
         weights = F.silu(q @ k.mT + bias).tril() / self.length
-        y = self._finish(x, weights @ v, u)
-        if candidates is None or visible is None:
-            return y, None
-        cu, cv, cq, ck = self._project(candidates)
-        behind = visible[..., None] - places  # a candidate stands right behind the last row that it sees
+        return self._finish(x, weights @ v, u), Memory(k, v)
+
+    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
+        """See the module."""
+        u, v, q, k = self._project(tokens)
+        # A token stands right behind the last row that it sees.
+        behind = visible[..., None] - torch.arange(memory.keys.shape[2], device=q.device)
         bias = self.distance[:, behind.clamp(min=0)].transpose(0, 1)
-        weights = F.silu(cq @ k.mT + bias).masked_fill(behind[:, None] <= 0, 0.0) / self.length
-        own = F.silu((cq * ck).sum(-1, keepdim=True) + self.distance[:, :1, None]) / self.length
-        return y, self._finish(candidates, weights @ v + own * cv, cu)
+        weights = F.silu(q @ memory.keys.mT + bias).masked_fill(behind[:, None] <= 0, 0.0) / self.length
+        own = F.silu((q * k).sum(-1, keepdim=True) + self.distance[:, :1, None]) / self.length
+        return self._finish(tokens, weights @ memory.values + own * v, u)
 
     def _project(self, x: Tensor) -> list[Tensor]:
-        B, T, _ = x.shape
-        parts = F.silu(self.uvqk(self.norm(x))).view(B, T, 4, self.heads, -1).permute(2, 0, 3, 1, 4)
+        B, T, d = x.shape
+        parts = F.silu(self.uvqk(self.norm(x))).view(B, T, 4, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         return list(parts)
 
     def _finish(self, x: Tensor, attended: Tensor, u: Tensor) -> Tensor:
@@ -198,25 +211,32 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, candidates: Tensor | None = None, visible: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the stack.
-
-        Args:
-            x: (B, T, d), T up to `length`.
-            candidates: (B, C, d).
-            visible: (B, C) int64: how many rows of `x` each candidate sees.
-
-        Returns:
-            Outputs of `x` and of `candidates`, None without them.
-        """
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Memory]]:
+        """Histories (B, T, d), T up to `length`, to their outputs and a memory of each block."""
         if self.position is not None:
             x = x + self.position[: x.shape[1]]
-            if candidates is not None and visible is not None:
-                candidates = candidates + self.position[visible]
         x = self.dropout(x)
-        candidates = None if candidates is None else self.dropout(candidates)
+        memories = []
         for block in self.blocks:
-            x, candidates = block(x, candidates, visible)
-        return self.norm(x), None if candidates is None else self.norm(candidates)
+            x, memory = block(x)
+            memories.append(memory)
+        return self.norm(x), memories
+
+    def join(self, tokens: Tensor, visible: Tensor, memories: list[Memory]) -> Tensor:
+        """Outputs of tokens that join histories already read.
+
+        Args:
+            tokens: (B, C, d).
+            visible: (B, C) int64 in [0, T]: how many rows of the history each sees; it stands right behind them.
+            memories: what `forward` returned.
+
+        Returns:
+            (B, C, d).
+        """
+        if self.position is not None:
+            tokens = tokens + F.embedding(visible, self.position)
+        tokens = self.dropout(tokens)
+        for block, memory in zip(self.blocks, memories, strict=True):
+            tokens = block.join(tokens, visible, memory)
+        joined: Tensor = self.norm(tokens)
+        return joined

@@ -42,3 +42,19 @@ def masked_lookup(table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of `table` (N, d) for `ids`, zeros where an id is negative; and the bool mask of the ids that are not."""
     valid = ids >= 0
     return F.embedding(ids.clamp(min=0), table).masked_fill(~valid.unsqueeze(-1), 0.0), valid
+
+
+def prefix_means(x: Tensor, counts: Tensor, visible: Tensor) -> Tensor:
+    """Means over the beginnings of histories.
+
+    Args:
+        x: (B, T, d).
+        counts: (B, T) bool: the rows of x that count.
+        visible: (B, M) int64 in [0, T]: lengths of the beginnings.
+
+    Returns:
+        (B, M, d): of the first `visible` rows the mean of those that count, 0 where none does.
+    """
+    sums = F.pad((x * counts.unsqueeze(-1)).cumsum(1), (0, 0, 1, 0))
+    numbers = F.pad(counts.cumsum(1), (1, 0)).gather(1, visible).clamp(min=1)
+    return sums.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[2])) / numbers.unsqueeze(-1)

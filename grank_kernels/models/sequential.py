@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
 from grank_kernels.models.losses import retrieval_loss
+from grank_kernels.models.recommender import Recommender, at_newest
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SequentialConfig:
     negatives: int | None = None
 
 
-class Sequential(nn.Module):
+class Sequential(Recommender):
     """A causal backbone over item vectors whose output at each item is a query for the item after it.
 
     Trained on the softmax over the whole corpus where it is small enough (the papers draw negatives, as
@@ -62,10 +63,8 @@ class Sequential(nn.Module):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items."""
-        outputs = self._outputs(batch.items)
-        newest = (batch.lengths - 1).clamp(min=0)
-        return self._queries(outputs[torch.arange(len(newest)), newest])
+        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        return self._queries(at_newest(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of every item of the windows but the first, given those before it."""

@@ -1,0 +1,227 @@
+"""An experiment: which data, which model, how it is trained; written as YAML, recorded with what came of it."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf  # typed dataclasses, YAML and `key=value` in one: the field's library for settings
+from omegaconf.errors import OmegaConfBaseException
+
+from grank_kernels.config import show_config
+from grank_kernels.data import Interactions, Split, half_and_half, leave_one_out, read
+from grank_kernels.evaluation import DEPTH, feedback_auc, metrics, recommend
+from grank_kernels.models import (
+    DualTower,
+    DualTowerConfig,
+    GRank,
+    GRankConfig,
+    Recommender,
+    Sequential,
+    SequentialConfig,
+    UniGRF,
+    UniGRFConfig,
+)
+from grank_kernels.training import TrainingConfig, fit
+
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dual_tower": (DualTower, DualTowerConfig),
+    "grank": (GRank, GRankConfig),
+    "sequential": (Sequential, SequentialConfig),
+    "unigrf": (UniGRF, UniGRFConfig),
+}
+"""The models by name, and their settings."""
+
+PROTOCOLS = ("leave_one_out", "half_and_half")
+
+KS = {"leave_one_out": (10, 50, 200), "half_and_half": (10, 50, 200, 500)}
+"""The cuts that each protocol reports."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    Attributes:
+        name: one of `grank_kernels.data.DATASETS`.
+        path: its file or folder; None where the data set does without.
+        protocol: "leave_one_out" or "half_and_half".
+        positive: the least rating that is positive feedback.
+        validation: users held out for validation, for half_and_half.
+        test: users held out for the test, for half_and_half.
+    """
+
+    name: str = "ml-100k"
+    path: str | None = None
+    protocol: str = "leave_one_out"
+    positive: float = 4.0
+    validation: int = 500
+    test: int = 1000
+
+    def split(self, interactions: Interactions) -> Split:
+        """The split that the protocol makes."""
+        if self.protocol == "leave_one_out":
+            return leave_one_out(interactions, positive=self.positive)
+        if self.protocol == "half_and_half":
+            return half_and_half(
+                interactions, positive=self.positive, validation=self.validation, test=self.test
+            )
+        raise ValueError(f"data.protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, model and training.
+
+    Attributes:
+        model: name of the model, one of `MODELS`.
+        settings: its settings, an instance of the dataclass that `MODELS` names.
+        data: what it learns from.
+        training: how it is fitted.
+        k1: how many retrieved items the second stage ranks, one report each; empty for models that only retrieve.
+    """
+
+    model: str
+    settings: Any
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    k1: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Experiment":
+        """Read a YAML file, with `section.key=value` overrides.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no YAML, or has a key or a value that the settings do not take; the message names it.
+        """
+        path = Path(path)
+        try:
+            given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+            name = given.get("model")
+            if name not in MODELS:
+                raise ValueError(f"{path}: model must be one of {', '.join(MODELS)}, got {name!r}")
+            schema = OmegaConf.create(
+                {
+                    "model": name,
+                    "settings": _defaults(MODELS[name][1]),
+                    "data": _defaults(DataConfig),
+                    "training": _defaults(TrainingConfig),
+                    "k1": [],
+                }
+            )
+            OmegaConf.set_struct(schema, True)
+            merged = OmegaConf.merge(schema, given)
+            return cls(
+                model=name,
+                settings=_build(MODELS[name][1], merged.settings),
+                data=_build(DataConfig, merged.data),
+                training=_build(TrainingConfig, merged.training),
+                k1=tuple(merged.k1),
+            )
+        except FileNotFoundError:
+            raise
+        except (OmegaConfBaseException, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write it as YAML, every setting in full."""
+        OmegaConf.save(
+            OmegaConf.create(
+                {
+                    "model": self.model,
+                    "settings": _plain(self.settings),
+                    "data": _plain(self.data),
+                    "training": _plain(self.training),
+                    "k1": list(self.k1),
+                }
+            ),
+            path,
+        )
+
+    def build(self, num_items: int) -> Recommender:
+        """A fresh model, its weights drawn from the seed of the training."""
+        torch.manual_seed(self.training.seed)
+        model: Recommender = MODELS[self.model][0](num_items, self.settings)
+        return model
+
+
+def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train a model, or go on with a run that was stopped, and report on the test part of the split.
+
+    Writes `experiment.yaml`, the checkpoints, a CSV log and `report.json` into the folder.
+
+    Args:
+        experiment: what to do.
+        folder: of the run.
+        progress: draw a progress bar.
+
+    Returns:
+        What `report.json` holds: the metrics, and how they were obtained.
+
+    Raises:
+        ValueError: the folder holds a run of another experiment.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "experiment.yaml"
+    if record.exists() and Experiment.load(record) != experiment:
+        raise ValueError(f"{folder} holds another experiment; take another folder or remove it")
+    experiment.save(record)
+    split = experiment.data.split(read(experiment.data.name, experiment.data.path))
+    model = experiment.build(split.num_items)
+    start = time.perf_counter()
+    fit(model, split, experiment.training, folder=folder, progress=progress)
+    seconds = time.perf_counter() - start
+    report = evaluate(experiment, model, split) | {
+        "seconds_since_start_or_resumption": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "machine": show_config(),
+    }
+    written = folder / "report.json.part"
+    written.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(written, folder / "report.json")
+    return report
+
+
+def load(folder: str | Path, split: Split) -> Recommender:
+    """The model of a run with the weights of its best epoch, in evaluation mode."""
+    folder = Path(folder)
+    model = Experiment.load(folder / "experiment.yaml").build(split.num_items)
+    state = torch.load(folder / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model.eval()
+
+
+def evaluate(experiment: Experiment, model: Recommender, split: Split) -> dict[str, Any]:
+    """The protocol's metrics on the test part: of the retrieval, after the second stage for each k1, and the AUC."""
+    cases, ks = split.test, KS[experiment.data.protocol]
+    found = recommend(model, cases, min(DEPTH, split.num_items), rank=False)
+    report: dict[str, Any] = {"users": len(cases), "retrieved": metrics(found.retrieved, cases.targets, ks)}
+    for k1 in experiment.k1 if model.ranks else ():
+        second = recommend(model, cases, k1).ranked
+        if second is None:
+            raise RuntimeError("a model that ranks returned no ranking")
+        report[f"ranked_{k1}"] = metrics(second, cases.targets, [k for k in ks if k <= k1])
+    liked = cases.targets.feedback
+    if model.ranks and bool(liked.any()) and not bool(liked.all()):
+        report["auc"] = feedback_auc(model, cases)
+    return report
+
+
+def _defaults(config: type[Any]) -> Any:
+    schema = OmegaConf.structured(config)
+    OmegaConf.set_readonly(schema, False)  # the dataclass is frozen, what is merged into its defaults is not
+    return schema
+
+
+def _build(config: type[Any], node: Any) -> Any:
+    return config(**{entry.name: node[entry.name] for entry in fields(config)})
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in fields(config)}

@@ -1,0 +1,80 @@
+"""DSSM's dual tower (Huang et al., CIKM 2013), the baseline that reads a history without its order."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grank_kernels.data.histories import Batch
+from grank_kernels.models.layers import mlp, prefix_means
+from grank_kernels.models.losses import softmax_loss
+from grank_kernels.models.recommender import Recommender
+from grank_kernels.models.targets import later_targets, until
+
+
+@dataclass(frozen=True)
+class DualTowerConfig:
+    """Settings of a `DualTower`.
+
+    Attributes:
+        dim: width of item and user vectors.
+        hidden: width of the hidden layer of each tower.
+        history: items that the user tower reads.
+        dropout: of the user tower's inputs.
+        temperature: user and item vectors are normalised, and logits are their products over this.
+        horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item.
+    """
+
+    dim: int = 64
+    hidden: int = 256
+    history: int = 256
+    dropout: float = 0.2
+    temperature: float = 0.05
+    horizon: int = 1
+
+
+class DualTower(Recommender):
+    """An MLP for users and one for items, which meet in an inner product only.
+
+    The user tower reads the mean of the history's items, the mean of the liked ones and the newest item. DSSM draws
+    negatives; here the softmax is over the whole corpus, as it is for the models compared with it.
+    """
+
+    def __init__(self, num_items: int, config: DualTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.history = config.history
+        self.items = nn.Parameter(torch.randn(num_items, config.dim))
+        self.user_tower = mlp(3 * config.dim, config.hidden, config.dim)
+        self.item_tower = mlp(config.dim, config.hidden, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def item_vectors(self) -> Tensor:
+        """(N, d) float32, of norm 1: the table to search."""
+        return F.normalize(self.item_tower(self.items), dim=1)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, d) float32, of norm 1 / temperature: the queries for `mips_topk` over `item_vectors()`."""
+        history = batch.newest(self.history)
+        return self._users(history, history.lengths.unsqueeze(1)).squeeze(1)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of an item after each moment of the windows, over all items not seen in the window."""
+        window = batch.newest(self.history + 1)
+        history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
+        visible = torch.arange(1, asked.shape[1] + 1, device=asked.device).expand(asked.shape)
+        users = self._users(history, visible)[asked]
+        rows = asked.nonzero()[:, 0]
+        seen = until(window.items[rows], visible[asked])
+        items = self.item_vectors()
+        targets = later_targets(window, self.config.horizon)[asked]
+        return {"retrieval": softmax_loss(users, items, targets, seen.where(seen >= 0, len(items)))}
+
+    def _users(self, history: Batch, visible: Tensor) -> Tensor:
+        """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""
+        x = F.embedding(history.items.clamp(min=0), self.items)
+        pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
+        newest = F.pad(x, (0, 0, 1, 0)).gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        users = self.user_tower(self.dropout(torch.cat([*pools, newest], -1)))
+        return F.normalize(users, dim=-1) / self.config.temperature

@@ -1,0 +1,57 @@
+"""What every model of the package can be asked for."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from grank_kernels.data.histories import Batch
+
+
+class Recommender(nn.Module, ABC):
+    """A model that retrieves by inner product; some of them rank what was retrieved.
+
+    Attributes:
+        history: items of a history that the model reads.
+        ranks: whether `rank` has anything to add to the retrieval's order.
+    """
+
+    history: int
+    ranks: bool = False
+
+    @abstractmethod
+    def item_vectors(self) -> Tensor:
+        """(N, d) float32: the table to search."""
+
+    @abstractmethod
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, d) float32: the queries, from histories of up to `history` items."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses by name, from training windows of up to `history + 1` items."""
+
+    def objective(self, losses: dict[str, Tensor]) -> Tensor:
+        """What training minimises, from what `losses` returned: their sum."""
+        return sum(losses.values(), start=next(iter(losses.values())) * 0)
+
+    def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """Second-stage scores of retrieved candidates.
+
+        Args:
+            batch: histories, of any length; the model reads what it can.
+            users: (B, d) from `user_vectors`.
+            candidates: (B, C) int64, the indices that `mips_topk` returned; -1 scores `-inf`.
+            logits: (B, C) float32, the values that it returned.
+
+        Returns:
+            (B, C) float32. Here: the logits, the order of the retrieval.
+        """
+        return logits
+
+
+def at_newest(outputs: Tensor, batch: Batch) -> Tensor:
+    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 where there is none, which likes all alike."""
+    lengths = batch.lengths
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return outputs[rows, (lengths - 1).clamp(min=0)].masked_fill((lengths == 0).unsqueeze(1), 0.0)

@@ -1,0 +1,229 @@
+"""UniGRF (arXiv 2504.16454): retrieval and ranking in one generative model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grank_kernels.data.histories import Batch
+from grank_kernels.models.blocks import Backbone
+from grank_kernels.models.losses import retrieval_loss
+from grank_kernels.models.recommender import Recommender, at_newest
+
+
+@dataclass(frozen=True)
+class UniGRFConfig:
+    """Settings of UniGRF. The paper publishes none of its values; these are ours.
+
+    Attributes:
+        backbone: "hstu" or "llama", the paper's two.
+        dim: width of item and user vectors.
+        blocks: attention blocks.
+        heads: heads of each.
+        history: items that the model reads, two tokens each.
+        dropout: of inputs and outputs of blocks.
+        temperature: user and item vectors are normalised, and logits are their products over this.
+        negatives: items drawn for the retrieval loss, one draw a batch; None takes the whole corpus.
+        retrieval: train the next item.
+        ranking: train the feedback.
+        enhancer: train retrieval on what ranking thinks of its candidates (section 3.3).
+        weighter: weigh the two tasks by how fast they converge (section 3.4).
+        enhancer_after: steps before the enhancer begins; until then ranking has little to say.
+        enhancer_moments: moments of each window that it looks at.
+        enhancer_pool: the best candidates of retrieval that ranking judges at each moment.
+        hard_negatives: how many of them, by the gap between the two scores, become hard negatives (the paper's m).
+        favourite: from which ranking score on a candidate becomes an extra positive (the paper's alpha).
+        favourite_weight: how much of the label all extra positives share; the rest stays with the target.
+        weighter_interval: steps over which losses are averaged before two averages are compared.
+        weighter_temperature: 1 follows the ratio of the losses closely, a large one weighs the tasks alike.
+    """
+
+    backbone: str = "hstu"
+    dim: int = 64
+    blocks: int = 2
+    heads: int = 1
+    history: int = 200
+    dropout: float = 0.2
+    temperature: float = 0.05
+    negatives: int | None = None
+    retrieval: bool = True
+    ranking: bool = True
+    enhancer: bool = True
+    weighter: bool = True
+    enhancer_after: int = 1000
+    enhancer_moments: int = 4
+    enhancer_pool: int = 32
+    hard_negatives: int = 8
+    favourite: float = 0.9
+    favourite_weight: float = 0.1
+    weighter_interval: int = 100
+    weighter_temperature: float = 1.0
+
+
+class UniGRF(Recommender):
+    """One backbone over the tokens `i1, b1, ..., in, bn` of items and feedback (section 3.2).
+
+    The output at an item is the expected feedback on it: ranking, binary cross-entropy. The output at a feedback is a
+    query for the next item: retrieval, softmax over the corpus. Serving ranks candidates by feeding each as the next
+    item token, all of them in one pass, as the side stream of the blocks.
+
+    A feedback token is the sum of a vector of the feedback and of the item's, so that its output knows the item without
+    an attention step; the paper's is not described further.
+    """
+
+    def __init__(self, num_items: int, config: UniGRFConfig) -> None:
+        super().__init__()
+        if not (config.retrieval or config.ranking):
+            raise ValueError("retrieval or ranking must be True, got False for both")
+        if config.enhancer and not (config.retrieval and config.ranking):
+            raise ValueError("enhancer needs both retrieval and ranking, got one of them switched off")
+        self.config = config
+        self.history = config.history
+        self.ranks = config.ranking
+        self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
+        self.feedback = nn.Parameter(0.02 * torch.randn(2, config.dim))
+        self.backbone = Backbone(
+            config.backbone,
+            dim=config.dim,
+            blocks=config.blocks,
+            heads=config.heads,
+            dropout=config.dropout,
+            length=2 * (config.history + 1),
+        )
+        self.score = nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU(), nn.Linear(config.dim, 1))
+        self.weighter = _Weighter(2, config.weighter_interval, config.weighter_temperature)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps: Tensor
+
+    def item_vectors(self) -> Tensor:
+        """(N, d) float32, of norm 1: the table to search."""
+        return F.normalize(self.items, dim=1)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
+
+    def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """Logits of positive feedback, (B, C); see `Recommender.rank`. Neither `users` nor `logits` is used."""
+        visible = (2 * batch.lengths).unsqueeze(1).expand(candidates.shape)
+        return self._feedback_logits(batch, candidates.clamp(min=0), visible).masked_fill(candidates < 0, -torch.inf)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the next item at every feedback, binary cross-entropy of the feedback at every item."""
+        outputs = self._outputs(batch)
+        losses = {}
+        if self.config.retrieval:
+            asked = batch.items[:, 1:] >= 0
+            queries, vectors = self._queries(outputs[:, 1:-1:2]), self.item_vectors()
+            losses["retrieval"] = retrieval_loss(queries[asked], vectors, batch.items, asked, self.config.negatives)
+            if self.config.enhancer and self.training:
+                self.steps += 1
+                if self.steps > self.config.enhancer_after:
+                    losses["enhanced"] = self._enhanced(batch, queries, vectors)
+        if self.config.ranking:
+            at_items = self.score(outputs[:, ::2][batch.valid]).squeeze(-1)
+            losses["ranking"] = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
+        return losses
+
+    def objective(self, losses: dict[str, Tensor]) -> Tensor:
+        """The tasks' losses under the weights of the weighter (section 3.4), or their sum."""
+        if not (self.config.weighter and self.config.retrieval and self.config.ranking):
+            return super().objective(losses)
+        retrieval = losses["retrieval"] + losses.get("enhanced", 0.0)
+        return self.weighter(torch.stack([retrieval, losses["ranking"]]))
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        outputs: Tensor = self.backbone(self._tokens(batch))[0]
+        return outputs
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """(B, 2 L, d): item, feedback, item, feedback, ..."""
+        items = self._item_tokens(batch.items.clamp(min=0))
+        feedback = items + F.embedding(batch.feedback.long(), self.feedback) * self.config.dim**0.5
+        return torch.stack([items, feedback], 2).flatten(1, 2)
+
+    def _item_tokens(self, items: Tensor) -> Tensor:
+        return F.embedding(items, self.items) * self.config.dim**0.5
+
+    def _queries(self, outputs: Tensor) -> Tensor:
+        return F.normalize(outputs, dim=-1) / self.config.temperature
+
+    def _feedback_logits(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
+        """Logits of positive feedback on candidates (B, C), each behind the first `visible` (B, C) tokens."""
+        _, memories = self.backbone(self._tokens(batch))
+        outputs = self.backbone.join(self._item_tokens(candidates), visible, memories)
+        logits: Tensor = self.score(outputs).squeeze(-1)
+        return logits
+
+    def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
+        """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
+
+        At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of become
+        extra positives; among the others, those with the largest gap between the two scores, min-max normalised in the
+        pool, become hard negatives, liked by retrieval and disliked by ranking. Cross-entropy of target and favourites
+        against the hard negatives is added to the loss over the corpus, in which all items are negatives already.
+        """
+        config = self.config
+        B, moments = len(batch.items), config.enhancer_moments
+        asked = batch.lengths - 1  # moments with a next item; windows have at least two items
+        at = (torch.rand(B, moments, device=asked.device) * asked.unsqueeze(1)).long()
+        target = batch.items.gather(1, at + 1)
+        query = queries.gather(1, at.unsqueeze(-1).expand(-1, -1, queries.shape[-1]))
+        with torch.no_grad():
+            logits = query @ vectors.T
+            past = torch.arange(batch.items.shape[1], device=at.device) <= at.unsqueeze(-1) + 1  # the target, too
+            seen = batch.items.clamp(min=0).unsqueeze(1).expand(-1, moments, -1).where(past, target.unsqueeze(-1))
+            pool = logits.scatter(2, seen, -torch.inf).topk(min(config.enhancer_pool, len(vectors) // 2))
+            visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.indices.shape)
+            self.eval()
+            liked = self._feedback_logits(batch, pool.indices.flatten(1), visible.flatten(1)).sigmoid()
+            self.train()
+            liked = liked.view(pool.indices.shape)
+            favourite = liked > config.favourite
+            low, high = pool.values[..., -1:], pool.values[..., :1]
+            gap = ((pool.values - low) / (high - low + 1e-6) - liked).masked_fill(favourite, -torch.inf)
+            hard = torch.zeros_like(favourite).scatter(2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True)
+            kept = favourite | (hard & ~favourite)
+            share = config.favourite_weight * favourite.any(-1, keepdim=True)
+            label = torch.cat([1.0 - share, share * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)], -1)
+        candidates = torch.cat([target.unsqueeze(-1), pool.indices], -1)
+        scores = torch.einsum("bmd,bmcd->bmc", query, vectors[candidates])
+        scores = torch.cat([scores[..., :1], scores[..., 1:].masked_fill(~kept, -1e9)], -1)
+        return -(label * scores.log_softmax(-1)).sum(-1).mean()
+
+
+class _Weighter(nn.Module):
+    """UniGRF's gradient-guided adaptive weighter (section 3.4): the task that converges more slowly weighs more.
+
+    Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before, as
+    in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry no
+    gradient, are 1 until two intervals have passed, and are part of a checkpoint.
+    """
+
+    def __init__(self, tasks: int, interval: int, temperature: float) -> None:
+        super().__init__()
+        self.interval, self.temperature = interval, temperature
+        for name in ("weights", "total", "previous"):
+            self.register_buffer(name, torch.ones(tasks) if name == "weights" else torch.zeros(tasks))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.weights: Tensor
+        self.total: Tensor
+        self.previous: Tensor
+        self.count: Tensor
+
+    def forward(self, losses: Tensor) -> Tensor:
+        if self.training:
+            self._observe(losses.detach())
+        return (self.weights * losses).sum()
+
+    def _observe(self, losses: Tensor) -> None:
+        self.total += losses
+        self.count += 1
+        if self.count < self.interval:
+            return
+        mean = self.total / self.count
+        if bool((self.previous > 0).all()):
+            self.weights = len(losses) * (mean / self.previous / self.temperature).softmax(0)
+        self.previous, self.total = mean, torch.zeros_like(mean)
+        self.count = torch.zeros_like(self.count)

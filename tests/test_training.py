@@ -1,0 +1,116 @@
+"""Fitting: learning something, resuming exactly, stopping early, stopping when asked to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from grank_kernels.data import Interactions, Split, leave_one_out
+from grank_kernels.evaluation import metrics, recommend
+from grank_kernels.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
+from grank_kernels.training import TrainingConfig, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = TrainingConfig(epochs=4, targets=16, batch_items=128, learning_rate=0.01)
+
+
+def circle(users: int = 40, items: int = 30, length: int = 20) -> Split:
+    """Users who take the items in turns, each from a start of their own, and like every third."""
+    rows = (torch.arange(users).unsqueeze(1) * 7 + torch.arange(length)) % items
+    who = torch.arange(users).repeat_interleave(length)
+    ratings = torch.where(rows.flatten() % 3 == 0, 5, 1)
+    return leave_one_out(Interactions.from_columns(who, rows.flatten(), range(rows.numel()), ratings))
+
+
+def sequential() -> Recommender:
+    torch.manual_seed(1)
+    return Sequential(30, SequentialConfig(dim=16, history=16))
+
+
+def unigrf() -> Recommender:
+    torch.manual_seed(1)
+    return UniGRF(30, UniGRFConfig(dim=16, history=16, enhancer_after=3, enhancer_pool=8, weighter_interval=2))
+
+
+class Interrupt(Callback):
+    """Stops the process's work in the middle of an epoch, as a crash would."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch == self.epoch and batch_idx == 1:
+            raise RuntimeError("interrupted")
+
+
+def test_learns_the_circle() -> None:
+    split = circle()
+    model = fit(sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01), progress=False)
+    assert not model.training
+    found = recommend(model, split.test, 10)
+    assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9  # by chance it would be 1 in 11
+
+
+@pytest.mark.parametrize("make", [sequential, unigrf])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(make: object, epoch: int, tmp_path: Path) -> None:
+    assert callable(make)
+    split = circle()
+    whole = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False, callbacks=[Interrupt(epoch)])
+    assert (tmp_path / "cut" / "last.ckpt").exists() == (epoch > 0)
+    torch.manual_seed(99)  # nothing of this process's state may matter
+    resumed = fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False)
+    for (name, expected), got in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+    again = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)  # done: nothing is trained
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_the_best_epoch_is_kept_and_the_run_stops_early(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=50, targets=16, batch_items=128, learning_rate=0.01, patience=2, monitor="hr@10")
+    fit(sequential(), circle(), config, folder=tmp_path, progress=False, tensorboard=True)
+    last, best = (torch.load(tmp_path / name, weights_only=False) for name in ("last.ckpt", "best.ckpt"))
+    assert best["epoch"] <= last["epoch"] < 49
+    assert list((tmp_path / "log").rglob("metrics.csv"))
+    assert list((tmp_path / "tensorboard").rglob("events*"))
+
+
+def test_bf16_trains(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01, precision="bf16-mixed")
+    split = circle()
+    model = fit(sequential(), split, config, progress=False)
+    found = recommend(model, split.test, 10)
+    assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9
+
+
+_ENDLESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_training import *
+fit(sequential(), circle(), TrainingConfig(epochs=10**6, targets=16, batch_items=128), folder=sys.argv[2], progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_its_status_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _ENDLESS, str(Path(__file__).parent), str(tmp_path)])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "last.ckpt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["epoch"] >= 0
