@@ -67,9 +67,7 @@ class DataConfig:
         if self.protocol == "leave_one_out":
             return leave_one_out(interactions, positive=self.positive)
         if self.protocol == "half_and_half":
-            return half_and_half(
-                interactions, positive=self.positive, validation=self.validation, test=self.test
-            )
+            return half_and_half(interactions, positive=self.positive, validation=self.validation, test=self.test)
         raise ValueError(f"data.protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
 
 

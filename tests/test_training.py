@@ -55,7 +55,9 @@ class Interrupt(Callback):
 
 def test_learns_the_circle() -> None:
     split = circle()
-    model = fit(sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01), progress=False)
+    model = fit(
+        sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01), progress=False
+    )
     assert not model.training
     found = recommend(model, split.test, 10)
     assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9  # by chance it would be 1 in 11

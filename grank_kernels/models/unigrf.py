@@ -183,7 +183,9 @@ class UniGRF(Recommender):
             favourite = liked > config.favourite
             low, high = pool.values[..., -1:], pool.values[..., :1]
             gap = ((pool.values - low) / (high - low + 1e-6) - liked).masked_fill(favourite, -torch.inf)
-            hard = torch.zeros_like(favourite).scatter(2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True)
+            hard = torch.zeros_like(favourite).scatter(
+                2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True
+            )
             kept = favourite | (hard & ~favourite)
             share = config.favourite_weight * favourite.any(-1, keepdim=True)
             label = torch.cat([1.0 - share, share * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)], -1)
