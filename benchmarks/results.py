@@ -63,9 +63,9 @@ TABLES: dict[str, list[Row]] = {
         Row("popularity", "ml-1m/dssm", counts=Popularity),
         Row("item-kNN", "ml-1m/dssm", counts=ItemKNN),
         Row("DSSM", "ml-1m/dssm"),
-        Row("GRank, Generator", "ml-1m/grank", ("settings.auxiliary=false", "settings.ranker=false"), headline=True),
-        Row("GRank, Generator + Ranker", "ml-1m/grank", ("settings.auxiliary=false",), headline=True),
-        Row("GRank, Generator + auxiliary", "ml-1m/grank", ("settings.ranker=false",), headline=True),
+        Row("GRank, Generator", "ml-1m/grank-generator", headline=True),
+        Row("GRank, Generator + Ranker", "ml-1m/grank-ranker", headline=True),
+        Row("GRank, Generator + auxiliary", "ml-1m/grank-auxiliary", headline=True),
         Row("GRank, whole", "ml-1m/grank", headline=True),
     ],
     "beauty leave-one-out": [
