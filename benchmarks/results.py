@@ -163,7 +163,7 @@ def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> 
     for row in rows:
         found = collect(runs, row)
         seconds = found.get("seconds", [])
-        count = max(map(len, found.values()), default=0)
+        count = max((len(found[name]) for name in names if name in found), default=0)
         if count:
             minutes = f"{mean(seconds) / 60:.0f}" if seconds else ""
             lines.append([row.name, str(count), *(cell(found.get(name)) for name in names), minutes])
