@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grank_kernels.quantise import Coarse, certify, quantise, rotation_for
+from grank_kernels.quantise import Coarse, basis_for, certify, quantise
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -84,9 +84,9 @@ class ItemTable:
             raise ValueError(f"rows hold NaN or infinity, first in row {row}; int8 takes finite numbers")
         return cls(numbers, scale, ids)
 
-    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What a search reads: rows (N, d), the scales of int8 rows (N,) float32, external ids (N,) int64."""
-        return self._rows, self._row_scale, self._ids
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
+        """What a search reads: rows (N, d), the scales of int8 rows (N,) float32, external ids (N,) int64, the copy."""
+        return self._rows, self._row_scale, self._ids, self.coarse
 
     def __len__(self) -> int:
         return self._rows.shape[0]
@@ -109,7 +109,8 @@ class ItemTable:
     @property
     def nbytes(self) -> int:
         """Bytes of rows, scales, ids and the int8 copy."""
-        return sum(x.nbytes for x in (*self.operands(), *(self.coarse or ())) if x is not None)
+        *own, coarse = self.operands()
+        return sum(x.nbytes for x in (*own, *(coarse or ())) if x is not None)
 
     def to(self, device: torch.device | str) -> "ItemTable":
         """The table on another device; itself if it is there already."""
@@ -123,9 +124,10 @@ class ItemTable:
         return self._moved(torch.Tensor.pin_memory)
 
     def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "ItemTable":
-        rows, row_scale, ids = (None if x is None else move(x) for x in self.operands())
-        coarse = self.coarse and Coarse(*(None if x is None else move(x) for x in self.coarse))  # type: ignore[arg-type]
-        return ItemTable(rows, row_scale, ids, coarse)  # type: ignore[arg-type]
+        *own, coarse = self.operands()
+        rows, row_scale, ids = (None if x is None else move(x) for x in own)
+        copy = None if coarse is None else Coarse(*(None if x is None else move(x) for x in coarse))  # type: ignore[arg-type]
+        return ItemTable(rows, row_scale, ids, copy)  # type: ignore[arg-type]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of some ids, as they are searched.
@@ -170,7 +172,8 @@ class ItemTable:
     def __repr__(self) -> str:
         ids = ", ids" if self._ids is not None else ""
         name = str(self.dtype).removeprefix("torch.")
-        return f"ItemTable({len(self):_} x {self.dim} {name}, {_megabytes(self.nbytes)}{ids}, {self.device})"
+        coarse = "" if self.coarse is None else " + int8"
+        return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {self.device})"
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -195,12 +198,12 @@ def _parts(rows: torch.Tensor) -> Iterator[slice]:
 
 
 def _coarse_copy(rows: torch.Tensor) -> Coarse:
-    rotation = rotation_for(rows)
+    basis = basis_for(rows)
     numbers = _empty(rows.shape, torch.int8, rows.device)
     scale, error = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
     for part in _parts(rows):
-        numbers[part], scale[part], error[part] = certify(rows[part], rotation)
-    return Coarse(numbers, scale, error, rotation)
+        numbers[part], scale[part], error[part] = certify(rows[part], basis)
+    return Coarse(numbers, scale, error, basis)
 
 
 def _megabytes(nbytes: int) -> str:

@@ -15,20 +15,21 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // As in grank_kernels/quantise.py: WEIGHT, SLACK, LEAST, MOST.
-constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p60;
+constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p50;
 
 // The radius of a query: NaN if the bound does not apply to it.
-float radius_of(const float* q, const float* rotated, int64_t d, const int8_t* q8, float scale) {
-  double squares = 0, off = 0;
+float radius_of(const float* q, const float* turned, int64_t d, const int8_t* q8, float scale) {
+  double squares = 0, turned_squares = 0, off = 0;
   for (int64_t j = 0; j < d; ++j) {
     squares += static_cast<double>(q[j]) * q[j];
-    const double missing = rotated[j] - static_cast<double>(scale) * q8[j];
+    turned_squares += static_cast<double>(turned[j]) * turned[j];
+    const double missing = turned[j] - static_cast<double>(scale) * q8[j];
     off += missing * missing;
   }
   const double norm = std::sqrt(squares);
   if (!(norm >= kLeast && norm <= kMost)) return std::numeric_limits<float>::quiet_NaN();
   const double rounding = (static_cast<double>(d) + 16) * 0x1p-22;
-  return static_cast<float>(std::max(norm, (std::sqrt(off) + rounding * norm) / kWeight) * kSlack);
+  return static_cast<float>(std::max(std::sqrt(turned_squares), (std::sqrt(off) + rounding * norm) / kWeight) * kSlack);
 }
 
 struct Candidate {
@@ -125,10 +126,10 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
         rows_(allocate<uint32_t>(threads_ * candidates_.capacity())) {
     const std::unique_ptr<int8_t[]> q8 = allocate<int8_t>(threads_ * p_.d);
     parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
-      const float* rotated = coarse.queries + b * p_.d;
+      const float* turned = coarse.queries + b * p_.d;
       int8_t* numbers = q8.get() + worker * p_.d;
-      const float scale = quantise(rotated, p_.d, numbers);
-      radius_[b] = radius_of(problem.queries + b * p_.d, rotated, p_.d, numbers, scale);
+      const float scale = quantise(turned, p_.d, numbers);
+      radius_[b] = radius_of(problem.queries + b * p_.d, turned, p_.d, numbers, scale);
       if (std::isnan(radius_[b])) candidates_.give_up(b);
     });
   }

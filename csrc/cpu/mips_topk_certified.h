@@ -22,7 +22,7 @@
 namespace grank {
 
 struct CoarseRows {
-  const float* queries;  // (num_queries, d): the queries as the copy meets them, rotated if it is
+  const float* queries;  // (num_queries, d): the queries in the basis of the copy
   const void* rows;      // (num_rows, d) int8
   int64_t row_stride;    // bytes
   const float* scale;    // (num_rows,)
