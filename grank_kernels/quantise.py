@@ -9,19 +9,19 @@ In real numbers
     |q.x - p~.y~| <= |p| |y - y~| + |p - p~| |y~|
 
 and s is off from q.x by at most g |q| |x|, g = (d + 16) 2^-22: d + d / 128 + 2 roundings of 2^-24 a term, or of 2^-23
-where a machine truncates, and as much again for what float64 rounds: B^T A differs from I by less than 2^-30. With W = 1 / 150 and
-w = max(|x|, |y~|) a row needs one number, and a query one:
+where a machine truncates, and as much again for what float64 rounds: B^T A differs from I by less than 2^-30. With
+W = 1 / 150 and w = max(|x|, |y~|) a row needs one number, and a query one:
 
     error  = |y - y~| + W w                                        `certify`, of the row alone
     radius = max(|p|, (|p - p~| + g |q|) / W)                      `certify_queries`, of the query alone
     |s - query_scale * scale * p8.y8| <= radius * error
 
-W is what |p - p~| / |p| is for Gaussian queries of 128 numbers; there radius is |p|. What else is rounded to float32 is p,
-the coarse score, its sum with a bound and their comparison: ten times at most, by 2^-24 of |p| |y|, which is 2^-13.4 of
-radius * error in all, for which `SLACK` is put on the radius. Underflow takes at most 2^-126 a step, and 2^-126 of a
-number where subnormals are flushed: norms below `LEAST` count as that much, and the slack alone is then above 2^-70 |q|.
-Overflow is impossible below `MOST`, as A and B change a norm by less than 2^11. Rows outside have numbers 0 and keep
-their norm as their error, or infinity; queries outside, whose radius is NaN, are left to the exact scan.
+W is what |p - p~| / |p| is for Gaussian queries of 128 numbers; there radius is |p|. What else is rounded to float32 is
+p, the coarse score, its sum with a bound and their comparison: ten times at most, by 2^-24 of |p| |y|, which is 2^-13.4
+of radius * error in all, for which `SLACK` is put on the radius. Underflow takes at most 2^-126 a step, and 2^-126 of a
+number where subnormals are flushed: norms below `LEAST` count as that much, and the slack alone is then above
+2^-70 |q|. Overflow is impossible below `MOST`, as A and B change a norm by less than 2^11. Rows outside have numbers 0
+and keep their norm as their error, or infinity; queries outside, whose radius is NaN, are left to the exact scan.
 """
 
 import math
@@ -34,9 +34,7 @@ SLACK = 1 + 2.0**-13
 LEAST, MOST = 2.0**-40, 2.0**50  # of a norm
 _MOST_BASIS_WIDTH = 1024  # a basis takes d^2 multiplications a row
 _SAMPLE = 4096  # rows
-_LEAST_VARIANCE = (
-    2.0**-20
-)  # of a direction, as a part of the largest: A and B then change a norm by at most 2^10 sqrt(d)
+_LEAST_VARIANCE = 2.0**-20  # of a direction beside the largest, so that A and B change a norm by less than 2^11
 _GAIN = 0.75
 
 

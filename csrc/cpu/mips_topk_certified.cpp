@@ -113,6 +113,15 @@ MipsTopkProblem coarse_problem(const MipsTopkProblem& problem, const CoarseRows&
   return p;
 }
 
+// Where the best rows are excluded, those that are left lie closer together, and more of them are candidates.
+int64_t most_excluded(const MipsTopkProblem& p) {
+  int64_t most = 0;
+  for (int64_t b = 0; p.exclude_offsets != nullptr && b < p.num_queries; ++b) {
+    most = std::max(most, p.exclude_offsets[b + 1] - p.exclude_offsets[b]);
+  }
+  return std::min<int64_t>(most, 4096);
+}
+
 class CertifiedSearch : public RowScan<CertifiedSearch> {
  public:
   CertifiedSearch(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, int64_t* rescored)
@@ -122,7 +131,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
         rescored_(rescored),
         sample_(sample_of(problem.num_rows, problem.num_queries, problem.k)),
         radius_(allocate<float>(problem.num_queries)),
-        candidates_(problem.num_queries, std::max(problem.k, sample_.rank), threads_),
+        candidates_(problem.num_queries, std::max(problem.k + most_excluded(problem), sample_.rank), threads_),
         rows_(allocate<uint32_t>(threads_ * candidates_.capacity())) {
     const std::unique_ptr<int8_t[]> q8 = allocate<int8_t>(threads_ * p_.d);
     parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
