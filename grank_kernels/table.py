@@ -1,12 +1,13 @@
 """`ItemTable`: the rows a search goes over, in the precision they are searched in."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from grank_kernels.quantise import quantise
+from grank_kernels.quantise import Coarse, certify, quantise, rotation_for
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -17,16 +18,28 @@ class ItemTable:
     Made by `ItemTable.from_rows`. `mips_topk(queries, table, k)` searches it.
     """
 
-    def __init__(self, rows: torch.Tensor, row_scale: torch.Tensor | None, ids: torch.Tensor | None):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        coarse: Coarse | None = None,
+    ):
         """Takes what `from_rows` has checked and converted."""
         self._rows = rows  # (N, d), contiguous
         self._row_scale = row_scale  # (N,) float32, int8 rows only
         self._ids = ids  # (N,) int64, unique, or None: the positions are the ids
+        self.coarse = coarse  # row by row what quantise.certify says of self._rows; None: searches read those alone
         self._by_id: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def from_rows(
-        cls, rows: torch.Tensor, *, ids: torch.Tensor | None = None, dtype: torch.dtype | None = None
+        cls,
+        rows: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        coarse: torch.dtype | None = None,
     ) -> "ItemTable":
         """Copies rows into a table.
 
@@ -35,6 +48,9 @@ class ItemTable:
             ids: (N,) int64, unique, not negative: what searches return instead of positions.
             dtype: float32, float16, bfloat16 or int8; None keeps that of `rows`. int8 is symmetric by row:
                 `scale = max|row| / 127`, numbers rounded half to even.
+            coarse: torch.int8 keeps an int8 copy beside float rows, with a bound of its error for every row. Searches
+                scan the copy and read only those rows that the bound cannot rule out: the same result, bit for bit, as
+                without it, in the time of an int8 search. Rows may hold infinities and NaN, which are always read.
 
         Raises:
             TypeError: an argument is no tensor.
@@ -50,17 +66,18 @@ class ItemTable:
         dtype = rows.dtype if dtype is None else dtype
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is {dtype}; it takes one of {', '.join(map(str, _DTYPES))}")
+        if coarse not in (None, torch.int8) or (coarse is not None and dtype == torch.int8):
+            raise ValueError(f"coarse is {coarse} beside {dtype} rows; it takes None, or torch.int8 beside float rows")
         if ids is not None:
             _check_ids(ids, rows)
             ids = ids.clone(memory_format=torch.contiguous_format)
         rows = rows.detach()
         if dtype != torch.int8:
-            return cls(_empty(rows.shape, dtype, rows.device).copy_(rows), None, ids)
+            rows = _empty(rows.shape, dtype, rows.device).copy_(rows)
+            return cls(rows, None, ids, None if coarse is None else _coarse_copy(rows))
         numbers = _empty(rows.shape, torch.int8, rows.device)
         scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-        step = max(1, (1 << 22) // max(1, rows.shape[1]))  # float32 copies of 16 MB, not of the whole table
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
+        for part in _parts(rows):
             numbers[part], scale[part] = quantise(rows[part].float())
         if not bool(scale.isfinite().all()):
             row = int((~scale.isfinite()).nonzero()[0])
@@ -91,19 +108,24 @@ class ItemTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rows, scales and ids."""
-        return sum(x.nbytes for x in self.operands() if x is not None)
+        """Bytes of rows, scales, ids and the int8 copy."""
+        return sum(x.nbytes for x in (*self.operands(), *(self.coarse or ())) if x is not None)
 
     def to(self, device: torch.device | str) -> "ItemTable":
         """The table on another device; itself if it is there already."""
         device = torch.device(device)
         if device == self.device:
             return self
-        return ItemTable(*(None if x is None else x.to(device) for x in self.operands()))  # type: ignore[arg-type]
+        return self._moved(lambda x: x.to(device))
 
     def pin_memory(self) -> "ItemTable":
         """The table in page-locked host memory, from where queries on a GPU search it chunk by chunk; needs a GPU."""
-        return ItemTable(*(None if x is None else x.pin_memory() for x in self.operands()))  # type: ignore[arg-type]
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "ItemTable":
+        rows, row_scale, ids = (None if x is None else move(x) for x in self.operands())
+        coarse = self.coarse and Coarse(*(None if x is None else move(x) for x in self.coarse))  # type: ignore[arg-type]
+        return ItemTable(rows, row_scale, ids, coarse)  # type: ignore[arg-type]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of some ids, as they are searched.
@@ -163,6 +185,22 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
     room = np.empty(nbytes + line, np.uint8)
     start = -room.ctypes.data % line
     return torch.from_numpy(room[start : start + nbytes]).view(dtype).view(shape)
+
+
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    """So many rows at a time that copies in float32 take 16 MB."""
+    step = max(1, (1 << 22) // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
+
+
+def _coarse_copy(rows: torch.Tensor) -> Coarse:
+    rotation = rotation_for(rows)
+    numbers = _empty(rows.shape, torch.int8, rows.device)
+    scale, error = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
+    for part in _parts(rows):
+        numbers[part], scale[part], error[part] = certify(rows[part], rotation)
+    return Coarse(numbers, scale, error, rotation)
 
 
 def _megabytes(nbytes: int) -> str:
