@@ -12,12 +12,14 @@ Cost: amortised, 4 rows are copied for a row changed. Memory: room for a quarter
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from grank_kernels.quantise import Coarse
 
 PART_BYTES = 1 << 24  # of rows that are converted, written or read at a time
 _NEVER = torch.iinfo(torch.int32).max  # no log sees as many updates: each takes room for a row or leaves a row gone
@@ -44,11 +46,17 @@ class Columns(NamedTuple):
         rows: (N, d) float32, float16, bfloat16 or int8, contiguous.
         row_scale: (N,) float32, int8 rows only.
         ids: (N,) int64; None: the positions are the ids.
+        coarse_rows: (N, d) int8, the certified copy of float rows, with
+        coarse_scale: (N,) float32, and
+        coarse_error: (N,) float32.
     """
 
     rows: torch.Tensor
     row_scale: torch.Tensor | None = None
     ids: torch.Tensor | None = None
+    coarse_rows: torch.Tensor | None = None
+    coarse_scale: torch.Tensor | None = None
+    coarse_error: torch.Tensor | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Columns":
         """The same columns, each changed."""
@@ -101,8 +109,8 @@ class IdIndex:
         return positions
 
 
-class _Log:
-    """Memory that versions share."""
+class Log:
+    """Memory that versions share, each a part of it from the start."""
 
     def __init__(self, like: Columns, capacity: int):
         self.capacity = capacity
@@ -121,45 +129,55 @@ class _Log:
 
 @dataclass
 class Version:
-    """The rows of a table at one time. It never changes, but for its right to append to the log, which it uses once.
+    """The rows of a table at one time. It never changes.
 
     Attributes:
         columns: with one entry a position; a position may have no row.
         live: number of rows.
+        rotation: of the int8 copy, see `quantise.Coarse`.
         number: of updates that the table has seen.
     """
 
     columns: Columns
     live: int
+    rotation: torch.Tensor | None = None
     number: int = 0
     _died: torch.Tensor | None = None  # (size,) int32: the update of the log that removed the row; None: no row is gone
     _updates: int = 0  # of the log
-    _log: _Log | None = None
+    _index: IdIndex | None = None  # made when it is first needed
 
     @property
     def size(self) -> int:
         """Number of positions."""
         return len(self.columns.rows)
 
+    @property
+    def coarse(self) -> Coarse | None:
+        """The certified int8 copy, if there is one."""
+        rows, scale, error = self.columns[3:]
+        return None if rows is None or scale is None or error is None else Coarse(rows, scale, error, self.rotation)
+
     @cached_property
     def alive(self) -> torch.Tensor | None:
         """Which positions have a row, bool (size,); None: all."""
         return None if self._died is None else self._died > self._updates
-
-    @cached_property
-    def _index(self) -> IdIndex:
-        return IdIndex().updated(self.ids(), 0)
 
     def ids(self) -> torch.Tensor:
         """Of every position, int64 (size,)."""
         ids, device = self.columns.ids, self.columns.rows.device
         return torch.arange(self.size, device=device) if ids is None else ids
 
+    def index(self) -> IdIndex:
+        """Of the ids."""
+        if self._index is None:
+            self._index = IdIndex().updated(self.ids(), 0)
+        return self._index
+
     def find(self, ids: torch.Tensor) -> torch.Tensor:
-        """Positions of the rows of ids (int64, any shape); `size` where there is no such row."""
+        """Positions of the rows of some ids (int64, any shape); `size` where there is no such row."""
         if self.columns.ids is None:
             return ids.where((ids >= 0) & (ids < self.size), self.size)
-        positions = self._index.find(ids, self.size)
+        positions = self.index().find(ids, self.size)
         if self._died is None:
             return positions
         there = self._died[positions.clamp(max=self.size - 1)] > self._updates
@@ -180,46 +198,48 @@ class Version:
         kept = self.alive[part].nonzero().squeeze(1)
         return columns.map(lambda x: x[kept])
 
-    def frozen(self) -> "Version":
-        """The same rows without the right to append."""
-        return replace(self, _log=None)
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Version":
+        """The rows, each tensor moved to where `move` puts it."""
+        rotation = None if self.rotation is None else move(self.rotation)
+        return Version(self.compact().map(move), self.live, rotation, self.number)
 
-    def updated(self, added: Columns, gone: torch.Tensor) -> "Version":
-        """The version after an update. For one writer at a time.
 
-        If this raises, for want of memory, the version is as it was but has lost its log: what the failed update left
-        in it must not be seen by the next one.
+def updated(version: Version, log: Log | None, added: Columns, gone: torch.Tensor) -> tuple[Version, Log]:
+    """The version after an update, and the log it is in, to which the next update may append.
 
-        Args:
-            added: rows to append, with their ids.
-            gone: positions of rows that are there no longer.
-        """
-        log, self._log = self._log, None
-        size, live = self.size + len(added.rows), self.live + len(added.rows) - len(gone)
-        if log is None or size > log.capacity or size - live > _slack(live):
-            return self._moved(added, gone, live)
-        index = self._index
-        log.write(self.size, added)
-        if added.ids is not None and len(added.ids):
-            index = index.updated(added.ids, self.size)
-        log.died[gone] = self._updates + 1
-        _wait(log.died.device)
-        columns = log.columns.map(lambda x: x[:size])
-        died = None if live == size else log.died[:size]
-        version = Version(columns, live, self.number + 1, died, self._updates + 1, log)
-        version.__dict__["_index"] = index
-        return version
+    Args:
+        version: the newest of its table.
+        log: in which it is, or None if that must not be written to. If this function raises, for want of memory, the
+            log must not be used again: what the failed update left in it is not to be seen by the next one.
+        added: rows to append, with their ids.
+        gone: positions of rows that are there no longer.
+    """
+    first, size = version.size, version.size + len(added.rows)
+    live = version.live + len(added.rows) - len(gone)
+    if log is None or size > log.capacity or size - live > _slack(live):
+        return _rewritten(version, added, gone, live)
+    index = version.index()
+    if added.ids is not None and len(added.ids):
+        index = index.updated(added.ids, first)
+    log.write(first, added)
+    updates = version._updates + 1
+    log.died[gone] = updates
+    _wait(log.died.device)
+    columns, died = log.columns.map(lambda x: x[:size]), None if live == size else log.died[:size]
+    return Version(columns, live, version.rotation, version.number + 1, died, updates, index), log
 
-    def _moved(self, added: Columns, gone: torch.Tensor, live: int) -> "Version":
-        """`updated`, to a new log."""
-        columns = self.columns._replace(ids=self.ids())
-        alive = torch.ones_like(columns.ids, dtype=torch.bool) if self.alive is None else self.alive.clone()
-        alive[gone] = False
-        log = _Log(columns, live + _slack(live))
-        log.write(0, columns, kept=alive.nonzero().squeeze(1))
-        log.write(live - len(added.rows), added)
-        _wait(log.died.device)
-        return Version(log.columns.map(lambda x: x[:live]), live, self.number + 1, _log=log)
+
+def _rewritten(version: Version, added: Columns, gone: torch.Tensor, live: int) -> tuple[Version, Log]:
+    """`updated`, in a new log."""
+    ids = version.ids()
+    kept = torch.ones_like(ids, dtype=torch.bool) if version.alive is None else version.alive.clone()
+    kept[gone] = False
+    columns = version.columns._replace(ids=ids)
+    log = Log(columns, live + _slack(live))
+    log.write(0, columns, kept.nonzero().squeeze(1))
+    log.write(live - len(added.rows), added)
+    _wait(log.died.device)
+    return Version(log.columns.map(lambda x: x[:live]), live, version.rotation, version.number + 1), log
 
 
 def _slack(live: int) -> int:
