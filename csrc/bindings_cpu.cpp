@@ -42,9 +42,9 @@ void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queri
   }
 }
 
-// What both searches are given: queries (address, number), rows (address, dtype, number, width, stride in bytes, address
-// of scales), address of ids, exclude (addresses of offsets and ids, number of ids), allow (address, stride), k, threads,
-// values, positions.
+// What both searches are given: queries (address, number), rows (address, dtype, number, width, stride in bytes,
+// address of scales), address of ids, exclude (addresses of offsets and ids, number of ids), allow (address, stride),
+// k, threads, values, positions.
 using Queries = std::tuple<uintptr_t, int64_t>;
 using TableRows = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t>;
 using Exclude = std::tuple<uintptr_t, uintptr_t, int64_t>;

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,8 +74,8 @@ def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:
         raise ValueError(f"{name}: offsets must not decrease")
 
 
-def operands_of(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of items, a tensor or a table: rows, the scales of int8 rows, and external ids."""
+def operands_of(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
+    """Of items, a tensor or a table: rows, the scales of int8 rows, external ids, and the certified int8 copy."""
     if isinstance(items, ItemTable):
         return items.operands()
     if not isinstance(items, torch.Tensor):
@@ -82,4 +83,4 @@ def operands_of(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Te
     if items.dtype == torch.int8:
         raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
     check_tensor("items", items, FLOATS, (2,))
-    return items, None, None
+    return items, None, None, None

@@ -6,7 +6,8 @@ import torch
 
 from grank_kernels.backends import BACKENDS
 from grank_kernels.checks import FLOATS, check_device, check_tensor, operands_of, shape_of
-from grank_kernels.dispatch import choose, is_plain
+from grank_kernels.dispatch import choose, is_plain, supports
+from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
 
 Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -65,10 +66,60 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
+    values, indices, _ = _search(queries, items, k, exclude, allow, backend)
+    return TopK(values, indices) if out is None else _write(out, values, indices)
+
+
+def count_rescored(
+    queries: torch.Tensor,
+    items: ItemTable,
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """How many rows in full precision the same search by `mips_topk` reads for every query of a certified table.
+
+    These are the rows that the int8 copy cannot rule out: 2 to 3 k for most tables. All N of them are read for a query
+    that the bound says nothing of, and for all queries where k is above N / 32.
+
+    Args:
+        queries: as `mips_topk` takes them.
+        items: a table with an int8 copy, made with `coarse=torch.int8`.
+        k: as `mips_topk` takes it.
+        exclude: as `mips_topk` takes it.
+        allow: as `mips_topk` takes it.
+        backend: as `mips_topk` takes it.
+
+    Returns:
+        (B,) int64, or a scalar for one query.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: as `mips_topk`, and for items without an int8 copy or a backend that does not use it.
+    """
+    *_, rescored = _search(queries, items, k, exclude, allow, backend)
+    if rescored is None:
+        raise ValueError(
+            "items have no int8 copy that this backend uses; it takes an ItemTable made with coarse=torch.int8"
+        )
+    return rescored
+
+
+def _search(
+    queries: torch.Tensor,
+    items: "torch.Tensor | ItemTable",
+    k: int,
+    exclude: Exclude | None,
+    allow: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Checks the arguments and searches: values, indices and, of a certified search, the rows it rescored."""
     check_tensor("queries", queries, FLOATS, (1, 2))
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
-    rows, row_scale, ids = operands_of(items)
+    rows, row_scale, ids, coarse = operands_of(items)
     (B, d), (N, width) = queries_2d.shape, rows.shape
     if d != width:
         raise ValueError(
@@ -92,15 +143,24 @@ def mips_topk(
     if ids is not None and ids.device != queries.device:
         ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
-    operands = (queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
-    if is_plain(queries_2d, rows):
-        values, positions = BACKENDS[name].mips_topk(*operands)
+    filters = (offsets, excluded, allow)
+    plain = is_plain(queries_2d, rows)
+    results: tuple[torch.Tensor, ...]
+    if coarse is not None and supports("mips_topk_certified", name, queries_2d, rows):
+        if plain:
+            results = BACKENDS[name].mips_topk_certified(queries_2d, rows, coarse, ids, k, *filters)
+        else:
+            results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, ids, k, *filters, name)
+    elif plain:
+        results = BACKENDS[name].mips_topk(queries_2d, rows, row_scale, ids, k, *filters)
     else:
-        values, positions = torch.ops.grank.mips_topk.default(*operands, name)
+        results = torch.ops.grank.mips_topk.default(queries_2d, rows, row_scale, ids, k, *filters, name)
+    values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)
+    rescored = more[0] if more else None
     if one:
-        values, indices = values[0], indices[0]
-    return TopK(values, indices) if out is None else _write(out, values, indices)
+        return values[0], indices[0], None if rescored is None else rescored[0]
+    return values, indices, rescored
 
 
 def _streams(queries: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -194,9 +254,45 @@ def _run(
     return values, positions
 
 
+torch.library.define(
+    "grank::mips_topk_certified",
+    "(Tensor queries, Tensor items, Tensor coarse_rows, Tensor coarse_scale, Tensor coarse_error, Tensor? basis, "
+    "Tensor? ids, SymInt k, Tensor? exclude_offsets, Tensor? exclude_ids, Tensor? allow, str backend) -> "
+    "(Tensor values, Tensor positions, Tensor rescored)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("grank::mips_topk_certified", "default")
+def _run_certified(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse_rows: torch.Tensor,
+    coarse_scale: torch.Tensor,
+    coarse_error: torch.Tensor,
+    basis: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    coarse = Coarse(coarse_rows, coarse_scale, coarse_error, basis)
+    values, positions, rescored = BACKENDS[backend].mips_topk_certified(
+        queries, items, coarse, ids, k, exclude_offsets, exclude_ids, allow
+    )
+    return values, positions, rescored
+
+
 def _fake(queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any) -> Any:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_certified(queries: torch.Tensor, *operands: Any) -> Any:
+    values, positions = _fake(queries, *operands[:2], None, operands[6])
+    return values, positions, queries.new_empty(queries.shape[:1], dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -206,7 +302,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(queries, items, row_scale, positions)
 
 
-def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _setup_context_certified(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, positions, rescored = output
+    ctx.mark_non_differentiable(positions, rescored)
+    ctx.save_for_backward(*inputs[:2], None, positions)
+
+
+def _backward(ctx: Any, grad_values: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     """The gradient of values[b, j] = <queries[b], items[positions[b, j]]>; deterministic, no (B, N) matrix."""
     queries, items, row_scale, positions = ctx.saved_tensors
     (B, k), (N, d) = positions.shape, items.shape
@@ -226,8 +328,10 @@ def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor
         by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).reshape(B * k, d)
         grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False)
         grad_items = grad_items.to(items.device, items.dtype)
-    return grad_queries, grad_items, None, None, None, None, None, None, None
+    return grad_queries, grad_items, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 torch.library.register_fake("grank::mips_topk", _fake)
 torch.library.register_autograd("grank::mips_topk", _backward, setup_context=_setup_context)
+torch.library.register_fake("grank::mips_topk_certified", _fake_certified)
+torch.library.register_autograd("grank::mips_topk_certified", _backward, setup_context=_setup_context_certified)

@@ -79,7 +79,7 @@ def score_candidates(
     Source: GRank (arXiv 2510.15299), the Ranker.
     """
     check_tensor("candidate_ids", candidate_ids, INTEGERS, (2,))
-    rows, row_scale, ids = operands_of(items)
+    rows, row_scale, ids, _ = operands_of(items)
     check_tensor("values", values, FLOATS, (2,))
     B, d, (T, h), dtypes = candidate_ids.shape[0], rows.shape[1], values.shape, (values.dtype,)
     check_operand("keys", keys, dtypes, "(T, d)", (T, d))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grank_kernels import table_file
-from grank_kernels.quantise import Coarse, certify, quantise, rotation_for
+from grank_kernels.quantise import Coarse, basis_for, certify, quantise
 from grank_kernels.table_file import Mapping
 from grank_kernels.table_versions import Columns, Log, Version, empty, updated
 
@@ -66,11 +66,11 @@ class ItemTable:
             raise ValueError(f"coarse is {coarse} beside {dtype} rows; it takes None, or torch.int8 beside float rows")
         if ids is not None:
             _check_ids(ids, rows.shape[:1], rows.device)
-        columns, rotation = _converted(rows, ids, dtype), None
+        columns, basis = _converted(rows, ids, dtype), None
         if coarse is not None:
-            rotation = rotation_for(columns.rows)
-            columns = _with_coarse(columns, rotation)
-        return cls(Version(columns, len(rows), rotation))
+            basis = basis_for(columns.rows)
+            columns = _with_coarse(columns, basis)
+        return cls(Version(columns, len(rows), basis))
 
     # ---- files ----
 
@@ -84,7 +84,7 @@ class ItemTable:
         """
         version = self._version
         shapes = version.columns.map(lambda x: x.new_empty((version.live, *x.shape[1:]), device="meta"))
-        table_file.write(path, shapes, version.parts(), version.rotation)
+        table_file.write(path, shapes, version.parts(), version.basis)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False, verify: bool = True) -> "ItemTable":
@@ -101,8 +101,8 @@ class ItemTable:
             OSError: there is no such file, or it cannot be read.
             ValueError: the file is no table, of another version, truncated or corrupted; the message says which.
         """
-        columns, rotation, mapping = table_file.read(path, mmap, verify)
-        return cls(Version(columns, len(columns.rows), rotation), mapping)
+        columns, basis, mapping = table_file.read(path, mmap, verify)
+        return cls(Version(columns, len(columns.rows), basis), mapping)
 
     @staticmethod
     def write(
@@ -157,7 +157,7 @@ class ItemTable:
             return
         added = _converted(rows, ids, self.dtype)
         if self.coarse is not None:
-            added = _with_coarse(added, self.coarse.rotation)
+            added = _with_coarse(added, self.coarse.basis)
         with self._writing:
             old = self._version.find(ids)
             self._update(added, gone=old[old < self._version.size])
@@ -256,15 +256,16 @@ class ItemTable:
     def __repr__(self) -> str:
         ids = ", ids" if self._version.columns.ids is not None else ""
         name = str(self.dtype).removeprefix("torch.")
+        coarse = "" if self.coarse is None else " + int8"
         where = self.device if self._mapping is None else "memory-mapped"
-        return f"ItemTable({len(self):_} x {self.dim} {name}, {_megabytes(self.nbytes)}{ids}, {where})"
+        return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {where})"
 
     # ---- what the ops read: of a snapshot, or a search would mix versions ----
 
-    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """By position: rows (size, d), the scales of int8 rows (size,) float32, external ids (size,) int64."""
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
+        """By position: rows (size, d), scales of int8 rows (size,) float32, external ids (size,) int64, the int8 copy."""
         rows, row_scale, ids, *_ = self._version.columns
-        return rows, row_scale, ids
+        return rows, row_scale, ids, self.coarse
 
     @property
     def coarse(self) -> Coarse | None:
@@ -325,13 +326,13 @@ def _converted(rows: torch.Tensor, ids: torch.Tensor | None, dtype: torch.dtype)
     return Columns(numbers, scale, ids)
 
 
-def _with_coarse(columns: Columns, rotation: torch.Tensor | None) -> Columns:
+def _with_coarse(columns: Columns, basis: torch.Tensor | None) -> Columns:
     """Float rows with their certified int8 copy."""
     rows = columns.rows
     numbers = empty(rows.shape, torch.int8, rows.device)
     scale, error = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
     for part in _parts(rows):
-        numbers[part], scale[part], error[part] = certify(rows[part], rotation)
+        numbers[part], scale[part], error[part] = certify(rows[part], basis)
     return columns._replace(coarse_rows=numbers, coarse_scale=scale, coarse_error=error)
 
 

@@ -25,7 +25,7 @@ FORMAT, FORMAT_VERSION = "grank_kernels.ItemTable", "1"
 _MOST_HEADER = 1 << 16  # bytes; a table's has about 1000
 _MOST = 1 << 40  # of any size in a header: products of a few stay below what tensors can have
 _ALIGNMENT = 64  # of the data: a cache line
-_ROTATION = "coarse_rotation"
+_BASIS = "coarse_basis"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I8": torch.int8,
@@ -77,7 +77,7 @@ class Mapping:
 
 
 def write(
-    path: str | os.PathLike[str], like: Columns, parts: Iterable[Columns], rotation: torch.Tensor | None = None
+    path: str | os.PathLike[str], like: Columns, parts: Iterable[Columns], basis: torch.Tensor | None = None
 ) -> None:
     """Writes a table to `path`, which is the old file or the whole new one at any time, also if the system fails.
 
@@ -85,9 +85,9 @@ def write(
         path: of the file; it is written under the name `path` + ".partial" and renamed.
         like: the shapes and dtypes of the columns; their device does not matter.
         parts: the rows, piece by piece.
-        rotation: of the int8 copy.
+        basis: of the int8 copy.
     """
-    tensors = like.present() | ({} if rotation is None else {_ROTATION: rotation})
+    tensors = like.present() | ({} if basis is None else {_BASIS: basis})
     layout = _layout(tensors)
     checksums = {name: entry.checksum(name) for name, entry in layout.items()}
     with _replacement(os.fspath(path)) as file:
@@ -105,8 +105,8 @@ def write(
         for part in parts:
             for name, x in part.present().items():
                 append(name, x)
-        if rotation is not None:
-            append(_ROTATION, rotation)
+        if basis is not None:
+            append(_BASIS, basis)
         if any(written[name] != entry.end - entry.begin for name, entry in layout.items()):
             raise ValueError(f"parts hold fewer rows than the {len(like.rows)} that were announced")
         _write(file, memoryview(_header(layout, checksums)), 0)
@@ -185,7 +185,7 @@ def _locked(path: str) -> BinaryIO:
 def read(
     path: str | os.PathLike[str], mapped: bool, verify: bool
 ) -> tuple[Columns, torch.Tensor | None, Mapping | None]:
-    """The columns of a table's file, the rotation of its int8 copy, and the file's mapping if columns stay in it.
+    """The columns of a table's file, the basis of its int8 copy, and the file's mapping if columns stay in it.
 
     Args:
         path: of the file.
@@ -216,8 +216,8 @@ def read(
                     raise ValueError(f"is corrupted: the checksum of {name} is {checksum.hexdigest()}, not {checksums[name]}")
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} {error}") from None
-    rotation = tensors.pop(_ROTATION, None)
-    return Columns(**tensors), rotation, mapping
+    basis = tensors.pop(_BASIS, None)
+    return Columns(**tensors), basis, mapping
 
 
 def streamed(parts: Iterable[Part], read_ahead: Callable[[Part], None]) -> Iterator[Part]:
@@ -284,7 +284,7 @@ def _parsed(file: BinaryIO) -> tuple[int, dict[str, _Entry], dict[str, str]]:
 
 def _entry(name: str, entry: Any) -> _Entry:
     """A tensor's entry in the header."""
-    if name not in (*Columns._fields, _ROTATION):
+    if name not in (*Columns._fields, _BASIS):
         raise ValueError(f"is malformed: tables have no tensor {name!r}")
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = _DTYPES.get(str(fields.get("dtype"))), fields.get("shape"), fields.get("data_offsets")
@@ -310,11 +310,11 @@ def _check_columns(layout: dict[str, _Entry]) -> None:
     if int8:
         takes["row_scale"] = (torch.float32, (N,))
     elif "coarse_rows" in layout:
-        takes |= {"coarse_rows": (torch.int8, (N, d)), _ROTATION: (torch.float64, (d, d))}
+        takes |= {"coarse_rows": (torch.int8, (N, d)), _BASIS: (torch.float64, (2, d, d))}
         takes |= {"coarse_scale": (torch.float32, (N,)), "coarse_error": (torch.float32, (N,))}
     for name, entry in layout.items():
         if takes.get(name) != entry[:2]:
             raise ValueError(f"is malformed: {name} has shape {list(entry.shape)} of {_NAMES[entry.dtype]}")
-    missing = takes.keys() - layout.keys() - {"ids", _ROTATION}
+    missing = takes.keys() - layout.keys() - {"ids", _BASIS}
     if missing:
         raise ValueError(f"is malformed: it has no {min(missing)}")

@@ -134,13 +134,13 @@ class Version:
     Attributes:
         columns: with one entry a position; a position may have no row.
         live: number of rows.
-        rotation: of the int8 copy, see `quantise.Coarse`.
+        basis: of the int8 copy, see `quantise.Coarse`.
         number: of updates that the table has seen.
     """
 
     columns: Columns
     live: int
-    rotation: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
     number: int = 0
     _died: torch.Tensor | None = None  # (size,) int32: the update of the log that removed the row; None: no row is gone
     _updates: int = 0  # of the log
@@ -155,7 +155,7 @@ class Version:
     def coarse(self) -> Coarse | None:
         """The certified int8 copy, if there is one."""
         rows, scale, error = self.columns[3:]
-        return None if rows is None or scale is None or error is None else Coarse(rows, scale, error, self.rotation)
+        return None if rows is None or scale is None or error is None else Coarse(rows, scale, error, self.basis)
 
     @cached_property
     def alive(self) -> torch.Tensor | None:
@@ -200,8 +200,8 @@ class Version:
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Version":
         """The rows, each tensor moved to where `move` puts it."""
-        rotation = None if self.rotation is None else move(self.rotation)
-        return Version(self.compact().map(move), self.live, rotation, self.number)
+        basis = None if self.basis is None else move(self.basis)
+        return Version(self.compact().map(move), self.live, basis, self.number)
 
 
 def updated(version: Version, log: Log | None, added: Columns, gone: torch.Tensor) -> tuple[Version, Log]:
@@ -226,7 +226,7 @@ def updated(version: Version, log: Log | None, added: Columns, gone: torch.Tenso
     log.died[gone] = updates
     _wait(log.died.device)
     columns, died = log.columns.map(lambda x: x[:size]), None if live == size else log.died[:size]
-    return Version(columns, live, version.rotation, version.number + 1, died, updates, index), log
+    return Version(columns, live, version.basis, version.number + 1, died, updates, index), log
 
 
 def _rewritten(version: Version, added: Columns, gone: torch.Tensor, live: int) -> tuple[Version, Log]:
@@ -239,7 +239,7 @@ def _rewritten(version: Version, added: Columns, gone: torch.Tensor, live: int) 
     log.write(0, columns, kept.nonzero().squeeze(1))
     log.write(live - len(added.rows), added)
     _wait(log.died.device)
-    return Version(log.columns.map(lambda x: x[:live]), live, version.rotation, version.number + 1), log
+    return Version(log.columns.map(lambda x: x[:live]), live, version.basis, version.number + 1), log
 
 
 def _slack(live: int) -> int:

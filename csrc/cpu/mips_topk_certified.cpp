@@ -15,20 +15,21 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // As in grank_kernels/quantise.py: WEIGHT, SLACK, LEAST, MOST.
-constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p60;
+constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p50;
 
 // The radius of a query: NaN if the bound does not apply to it.
-float radius_of(const float* q, const float* rotated, int64_t d, const int8_t* q8, float scale) {
-  double squares = 0, off = 0;
+float radius_of(const float* q, const float* turned, int64_t d, const int8_t* q8, float scale) {
+  double squares = 0, turned_squares = 0, off = 0;
   for (int64_t j = 0; j < d; ++j) {
     squares += static_cast<double>(q[j]) * q[j];
-    const double missing = rotated[j] - static_cast<double>(scale) * q8[j];
+    turned_squares += static_cast<double>(turned[j]) * turned[j];
+    const double missing = turned[j] - static_cast<double>(scale) * q8[j];
     off += missing * missing;
   }
   const double norm = std::sqrt(squares);
   if (!(norm >= kLeast && norm <= kMost)) return std::numeric_limits<float>::quiet_NaN();
   const double rounding = (static_cast<double>(d) + 16) * 0x1p-22;
-  return static_cast<float>(std::max(norm, (std::sqrt(off) + rounding * norm) / kWeight) * kSlack);
+  return static_cast<float>(std::max(std::sqrt(turned_squares), (std::sqrt(off) + rounding * norm) / kWeight) * kSlack);
 }
 
 struct Candidate {
@@ -112,6 +113,15 @@ MipsTopkProblem coarse_problem(const MipsTopkProblem& problem, const CoarseRows&
   return p;
 }
 
+// Where the best rows are excluded, those that are left lie closer together, and more of them are candidates.
+int64_t most_excluded(const MipsTopkProblem& p) {
+  int64_t most = 0;
+  for (int64_t b = 0; p.exclude_offsets != nullptr && b < p.num_queries; ++b) {
+    most = std::max(most, p.exclude_offsets[b + 1] - p.exclude_offsets[b]);
+  }
+  return std::min<int64_t>(most, 4096);
+}
+
 class CertifiedSearch : public RowScan<CertifiedSearch> {
  public:
   CertifiedSearch(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, int64_t* rescored)
@@ -121,14 +131,14 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
         rescored_(rescored),
         sample_(sample_of(problem.num_rows, problem.num_queries, problem.k)),
         radius_(allocate<float>(problem.num_queries)),
-        candidates_(problem.num_queries, std::max(problem.k, sample_.rank), threads_),
+        candidates_(problem.num_queries, std::max(problem.k + most_excluded(problem), sample_.rank), threads_),
         rows_(allocate<uint32_t>(threads_ * candidates_.capacity())) {
     const std::unique_ptr<int8_t[]> q8 = allocate<int8_t>(threads_ * p_.d);
     parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
-      const float* rotated = coarse.queries + b * p_.d;
+      const float* turned = coarse.queries + b * p_.d;
       int8_t* numbers = q8.get() + worker * p_.d;
-      const float scale = quantise(rotated, p_.d, numbers);
-      radius_[b] = radius_of(problem.queries + b * p_.d, rotated, p_.d, numbers, scale);
+      const float scale = quantise(turned, p_.d, numbers);
+      radius_[b] = radius_of(problem.queries + b * p_.d, turned, p_.d, numbers, scale);
       if (std::isnan(radius_[b])) candidates_.give_up(b);
     });
   }

@@ -211,8 +211,9 @@ class RowScan {
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }
-      Tile context{derived,   worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row),
-                   tile.list, error};
+      Tile context{
+          derived,   worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row),
+          tile.list, error};
       kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
     }
   }

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from grank_kernels.quantise import Coarse, rotate
+from grank_kernels.quantise import Coarse, in_basis
 
 try:
     from grank_kernels import _cpu
@@ -138,11 +138,11 @@ def mips_topk_certified(
     """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
     search = _Search(queries, items, None, ids, k, exclude_offsets, exclude_ids, allow)
     rescored = torch.empty(len(queries), dtype=torch.int64, device="cpu")
-    rotated = rotate(search.queries, coarse.rotation).contiguous()
+    turned = in_basis(search.queries, coarse.basis).contiguous()
     rows, scale, error = coarse.rows, coarse.scale, coarse.error
     _cpu.mips_topk_certified(
         *search.arguments,
-        (rotated.data_ptr(), rows.data_ptr(), _row_bytes(rows), scale.data_ptr(), error.data_ptr()),
+        (turned.data_ptr(), rows.data_ptr(), _row_bytes(rows), scale.data_ptr(), error.data_ptr()),
         rescored.data_ptr(),
     )
     return search.values, search.positions, rescored

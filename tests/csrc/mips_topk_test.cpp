@@ -1,5 +1,6 @@
-// mips_topk against the plainest loop there is, bit for bit, built under AddressSanitizer and UBSan: every buffer has
-// its exact size, so that a read or write past it is found, and what lies between rows is poisoned.
+// mips_topk and mips_topk_certified against the plainest loop there is, bit for bit, built under AddressSanitizer and
+// UBSan: every buffer has its exact size, so that a read or write past it is found, and what lies between rows is
+// poisoned.
 //
 //   mips_topk_sanitized               runs all cases, exit 1 if one fails
 //   mips_topk_sanitized --list-isa    prints the instruction sets of this processor, one a line; GRANK_CPU_ISA chooses
@@ -18,6 +19,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
+#include "cpu/mips_topk_certified.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -164,6 +166,21 @@ class Case {
   void set_query(int64_t b, int64_t j, float x) { queries_[b * s_.d + j] = x; }
 
   void run() {
+    search([](const grank::MipsTopkProblem& p) { grank::mips_topk(p, grank::active_isa()); });
+    if (s_.dtype == DType::kInt8) return;
+    make_copy();
+    search([this](const grank::MipsTopkProblem& p) {
+      auto rescored = buffer<int64_t>(s_.num_queries);
+      std::fill_n(rescored.get(), s_.num_queries, -77);
+      const grank::CoarseRows copy{queries_.get(), copy_.get(), s_.d, copy_scale_.get(), copy_error_.get()};
+      grank::mips_topk_certified(p, copy, grank::active_isa(), rescored.get());
+      for (int64_t b = 0; b < s_.num_queries; ++b) failures += rescored[b] < 0 || rescored[b] > s_.num_rows;
+    });
+  }
+
+ private:
+  template <typename F>
+  void search(F&& searched_by) {
     auto values = buffer<float>(s_.num_queries * s_.k);
     auto positions = buffer<int64_t>(s_.num_queries * s_.k);
     std::fill_n(values.get(), s_.num_queries * s_.k, std::nanf(""));
@@ -186,12 +203,39 @@ class Case {
     p.threads = s_.threads;
     p.values = values.get();
     p.positions = positions.get();
-    grank::mips_topk(p, grank::active_isa());
+    searched_by(p);
     ++cases;
     compare(values.get(), positions.get());
   }
 
- private:
+  // The certified copy: grank_kernels/quantise.py, without a basis.
+  void make_copy() {
+    copy_ = buffer<int8_t>(s_.num_rows * s_.d);
+    copy_scale_ = buffer<float>(s_.num_rows);
+    copy_error_ = buffer<float>(s_.num_rows);
+    for (int64_t i = 0; i < s_.num_rows; ++i) {
+      const float* x = elements_.data() + i * s_.d;
+      float largest = 0;
+      double squares = 0, copy_squares = 0, off = 0;
+      for (int64_t j = 0; j < s_.d; ++j) {
+        largest = std::max(largest, std::fabs(x[j]));
+        squares += static_cast<double>(x[j]) * x[j];
+      }
+      const double norm = std::sqrt(squares);
+      const bool searched = norm >= 0x1p-40 && norm <= 0x1p50;
+      const float scale = copy_scale_[i] = searched ? largest / 127 : 0.0f;
+      for (int64_t j = 0; j < s_.d; ++j) {
+        const auto number = static_cast<int8_t>(searched ? std::nearbyint(x[j] / scale) : 0);
+        const double copy = static_cast<double>(scale) * number;
+        copy_[i * s_.d + j] = number;
+        copy_squares += copy * copy;
+        off += (x[j] - copy) * (x[j] - copy);
+      }
+      const double error = std::sqrt(off) + std::max({norm, std::sqrt(copy_squares), 0x1p-40}) / 150;
+      copy_error_[i] = norm <= 0x1p50 ? static_cast<float>(error * (1 + 0x1p-20)) : kInf;
+    }
+  }
+
   void make_queries() {
     const int64_t count = s_.num_queries * s_.d;
     queries_ = buffer<float>(count);
@@ -327,6 +371,8 @@ class Case {
   Random random_;
   Buffer<float> queries_, row_scale_;
   Buffer<char> rows_;
+  Buffer<int8_t> copy_;
+  Buffer<float> copy_scale_, copy_error_;
   Buffer<int64_t> ids_, exclude_offsets_, exclude_ids_;
   Buffer<bool> allow_;
   int64_t stride_ = 0, row_bytes_ = 0, allow_stride_ = 0;
@@ -388,11 +434,13 @@ void sampled() {
       run({dtype, Fill::kIntegers, 2, 20000, 2, 500, 0, threads == 4, false, 0, 0.5, threads, 40}, 4);
     }
     run({dtype, Fill::kNumbers, 9, 270000, 2, 300, 0, false, false, 0, 0.5, 3}, 5);
+    run({dtype, Fill::kNumbers, 20, 100000, 32, 40, 0, false, true, 0, 0.5, 3}, 7);
+    run({dtype, Fill::kNumbers, 2, 90000, 5, 20, 3, true, false, 1, 0.01, 3}, 8);
   }
 }
 
 // The sample sees nothing but the k - 1 best rows, so its threshold is above the k-th best and the search has to begin
-// again. Where the sample is taken: sampled_rows() in mips_topk.cpp.
+// again. Where the sample is taken: sampled_rows() in row_scan.cpp.
 void sample_misleads() {
   for (const bool many : {false, true}) {
     const int64_t num_rows = many ? 262144 : 16384, count = many ? 16384 : 1024, k = 90;
