@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from grank_kernels.backends.reference import check_exclude
-from grank_kernels.table_file import Mapping, streamed
+from grank_kernels.mapping import Mapping, streamed
 
 PART_BYTES = 1 << 25
 _LAST = torch.iinfo(torch.int64).max
@@ -56,15 +56,16 @@ def search(
 
 
 def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """At least one part, so that a table without rows is searched too."""
+    """All rows, `PART_BYTES` at a time."""
     step = max(1, PART_BYTES // max(1, rows.shape[1] * rows.itemsize))
-    for start in range(0, max(1, len(rows)), step):
+    for start in range(0, len(rows), step):
         yield slice(start, min(start + step, len(rows)))
 
 
 def _within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
     """Positions counted from the start of a part; -1 for those outside."""
-    return (excluded - part.start).where((excluded >= part.start) & (excluded < part.stop), -1)
+    inside = (excluded >= part.start) & (excluded < part.stop)
+    return (excluded - part.start).masked_fill(~inside, -1)
 
 
 def _best(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from grank_kernels import mapped_search
 from grank_kernels.backends import BACKENDS
-from grank_kernels.checks import FLOATS, check_device, check_tensor, operands_of, shape_of
+from grank_kernels.checks import FLOATS, check_device, check_tensor, shape_of, version_of
 from grank_kernels.dispatch import choose, is_plain, supports
 from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
@@ -122,8 +122,8 @@ def _search(
     check_tensor("queries", queries, FLOATS, (1, 2))
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
-    table = items.snapshot() if isinstance(items, ItemTable) else None  # updates from here on do not show
-    rows, row_scale, ids, coarse = operands_of(items if table is None else table)
+    version = version_of(items)
+    rows, row_scale, ids, coarse = version.operands()
     (B, d), width = queries_2d.shape, rows.shape[1]
     if d != width:
         raise ValueError(
@@ -143,15 +143,13 @@ def _search(
     if exclude is not None:
         offsets, excluded = _exclusions(exclude, B, one, queries.device)
     if allow is not None:
-        _check_allow(allow, B, len(rows) if table is None else len(table), queries.device)
-    alive = None if table is None else table.alive
-    if alive is not None:
-        allow = alive if allow is None else _by_position(allow, alive)
+        _check_allow(allow, B, version.live, queries.device)
+    if version.alive is not None:
+        allow = version.alive if allow is None else _by_position(allow, version.alive)
     if ids is not None and ids.device != queries.device:
         ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
     filters = (offsets, excluded, allow)
-    mapping = None if table is None else table.mapping
     plain = is_plain(queries_2d, rows)
     results: tuple[torch.Tensor, ...]
     if coarse is not None and supports("mips_topk_certified", name, queries_2d, rows):
@@ -161,10 +159,10 @@ def _search(
             results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, ids, k, *filters, name)
     else:
         op = BACKENDS[name].mips_topk if plain else partial(torch.ops.grank.mips_topk.default, backend=name)
-        if mapping is None:
+        if version.mapping is None:
             results = op(queries_2d, rows, row_scale, ids, k, *filters)
         else:
-            results = mapped_search.search(op, mapping, queries_2d, rows, row_scale, ids, k, *filters)
+            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters)
             ids = None  # the result holds them
     values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)

@@ -10,7 +10,6 @@ import torch
 
 from grank_kernels import table_file
 from grank_kernels.quantise import Coarse, basis_for, certify, quantise
-from grank_kernels.table_file import Mapping
 from grank_kernels.table_versions import Columns, Log, Version, empty, updated
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,10 +26,9 @@ class ItemTable:
     order of the rows, which matters to `allow` alone, is that of `ids`; updates change it, `snapshot` keeps it.
     """
 
-    def __init__(self, version: Version, mapping: Mapping | None = None):
+    def __init__(self, version: Version):
         """Takes what `from_rows` and `load` have checked and converted."""
         self._version = version  # replaced as a whole
-        self._mapping = mapping  # the file in which the rows are
         self._log: Log | None = None  # in which the version is, if the table may append to it
         self._writing = threading.Lock()
 
@@ -102,7 +100,7 @@ class ItemTable:
             ValueError: the file is no table, of another version, truncated or corrupted; the message says which.
         """
         columns, basis, mapping = table_file.read(path, mmap, verify)
-        return cls(Version(columns, len(columns.rows), basis), mapping)
+        return cls(Version(columns, len(columns.rows), basis, mapping=mapping))
 
     @staticmethod
     def write(
@@ -156,8 +154,8 @@ class ItemTable:
         if not len(ids):
             return
         added = _converted(rows, ids, self.dtype)
-        if self.coarse is not None:
-            added = _with_coarse(added, self.coarse.basis)
+        if self._version.coarse is not None:
+            added = _with_coarse(added, self._version.basis)
         with self._writing:
             old = self._version.find(ids)
             self._update(added, gone=old[old < self._version.size])
@@ -184,14 +182,14 @@ class ItemTable:
 
     def snapshot(self) -> "ItemTable":
         """The table as it is now, whatever updates come: it shares the rows, and would copy them if it were updated."""
-        return ItemTable(self._version, self._mapping)
+        return ItemTable(self._version)
 
     def _update(self, added: Columns, gone: torch.Tensor) -> None:
         log, self._log = self._log, None  # for good, if the update fails
         self._version, self._log = updated(self._version, log, added, gone)
 
     def _check_updatable(self) -> None:
-        if self._mapping is not None:
+        if self._version.mapping is not None:
             raise ValueError("a memory-mapped table takes no updates; load it with mmap=False")
 
     # ---- what is in it ----
@@ -256,35 +254,20 @@ class ItemTable:
     def __repr__(self) -> str:
         ids = ", ids" if self._version.columns.ids is not None else ""
         name = str(self.dtype).removeprefix("torch.")
-        coarse = "" if self.coarse is None else " + int8"
-        where = self.device if self._mapping is None else "memory-mapped"
+        coarse = "" if self._version.coarse is None else " + int8"
+        where = self.device if self._version.mapping is None else "memory-mapped"
         return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {where})"
 
-    # ---- what the ops read: of a snapshot, or a search would mix versions ----
+    # ---- what the ops read ----
+
+    @property
+    def current(self) -> Version:
+        """The rows as they are now. An op looks here once, or it would mix versions."""
+        return self._version
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
-        """By position: rows (size, d), scales of int8 rows (size,) float32, external ids (size,) int64, the int8 copy."""
-        rows, row_scale, ids, *_ = self._version.columns
-        return rows, row_scale, ids, self.coarse
-
-    @property
-    def coarse(self) -> Coarse | None:
-        """By position: the certified int8 copy, if there is one."""
-        return self._version.coarse
-
-    @property
-    def alive(self) -> torch.Tensor | None:
-        """By position: whether it has a row, bool (size,); None: every one has."""
-        return self._version.alive
-
-    @property
-    def mapping(self) -> Mapping | None:
-        """The file that the rows are read from, if they are not in memory."""
-        return self._mapping
-
-    def find(self, ids: torch.Tensor) -> torch.Tensor:
-        """Positions of the rows of some ids (int64, any shape); the number of positions for ids without a row."""
-        return self._version.find(ids)
+        """By position: rows (size, d), the scales of int8 rows (size,), external ids (size,), the int8 copy."""
+        return self._version.operands()
 
     # ---- elsewhere ----
 

@@ -8,17 +8,14 @@ import contextlib
 import fcntl
 import json
 import math
-import mmap
 import os
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 
+from grank_kernels.mapping import Mapping, streamed
 from grank_kernels.table_versions import PART_BYTES, Columns, empty
 
 FORMAT, FORMAT_VERSION = "grank_kernels.ItemTable", "1"
@@ -32,8 +29,6 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-Part = TypeVar("Part")
-
 
 class _Entry(NamedTuple):
     """Where a tensor stands in a file: its bytes from `begin` to `end`, counted from the end of the header."""
@@ -46,31 +41,6 @@ class _Entry(NamedTuple):
     def checksum(self, name: str) -> "xxhash.xxh3_64":
         """What the checksum of a tensor begins with, so that it covers the tensor's entry in the header too."""
         return xxhash.xxh3_64(f"{name} {_NAMES[self.dtype]} {list(self.shape)}\n".encode())
-
-
-class Mapping:
-    """A file in memory, read-only."""
-
-    def __init__(self, file: BinaryIO):
-        self._memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
-
-    def tensor(self, entry: _Entry, start: int) -> torch.Tensor:
-        """The tensor of an entry, of a file whose header ends at `start`; it must not be written to."""
-        count = math.prod(entry.shape)
-        if count == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            flat = torch.frombuffer(self._memory, dtype=entry.dtype, count=count, offset=start + entry.begin)
-        return flat.view(entry.shape)
-
-    def read_ahead(self, x: torch.Tensor) -> None:
-        """Asks the system to read what lies behind a tensor of this file, and does not wait."""
-        begin = x.data_ptr() - self._address
-        page = begin - begin % mmap.PAGESIZE
-        if x.nbytes > 0:
-            self._memory.madvise(mmap.MADV_WILLNEED, page, begin + x.nbytes - page)
 
 
 # ---- writing ----
@@ -95,7 +65,7 @@ def write(
         written = dict.fromkeys(layout, 0)
 
         def append(name: str, x: torch.Tensor) -> None:
-            data = memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             if written[name] + len(data) > layout[name].end - layout[name].begin:
                 raise ValueError(f"parts hold more rows than the {len(like.rows)} that were announced")
             _write(file, data, start + layout[name].begin + written[name])
@@ -112,9 +82,9 @@ def write(
         _write(file, memoryview(_header(layout, checksums)), 0)
 
 
-def _write(file: BinaryIO, data: memoryview, offset: int) -> None:
+def _write(file: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(file.fileno(), data, offset)
+        written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
 
 
@@ -144,23 +114,27 @@ def _header(layout: dict[str, _Entry], checksums: dict[str, "xxhash.xxh3_64"]) -
 
 
 @contextlib.contextmanager
-def _replacement(path: str) -> Iterator[BinaryIO]:
-    """A file to write what `path` will be when the block ends; if it raises, `path` is as it was.
+def _replacement(path: str) -> Iterator[int]:
+    """The descriptor of an empty file that takes the place of `path` when the block ends; if it raises, nothing does.
 
-    There is one temporary name, so that processes that are killed leave one file at most; its lock lets others wait.
+    There is one temporary name, so that processes that are killed leave one file at most; its lock makes others wait.
     """
     if os.path.isdir(path):
         raise IsADirectoryError(f"path is a folder: {path}")
     temporary = path + ".partial"
-    with _locked(temporary) as file:
-        try:
-            file.truncate()
-            yield file
-            os.fsync(file.fileno())
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    file = _locked(temporary)
+    try:
+        os.truncate(file, 0)
+        yield file
+        os.fsync(file)
+        os.rename(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = path
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(file)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -168,15 +142,20 @@ def _replacement(path: str) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def _locked(path: str) -> BinaryIO:
-    """The file at `path`, made if there is none, of which no other process has the lock."""
+def _locked(path: str) -> int:
+    """The descriptor of the file at `path`, made if there is none, of which nobody else has the lock."""
     while True:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
-        file.close()  # while this one waited, another process has renamed or removed what it had opened
+        except FileNotFoundError:
+            pass  # while this one waited, another has renamed or removed what it had opened
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
 
 
 # ---- reading ----
@@ -199,11 +178,11 @@ def read(
     with open(path, "rb", buffering=0) as file:
         try:
             start, layout, checksums = _parsed(file)
-            mapping = Mapping(file) if mapped else None
+            mapping = Mapping(file) if mapped and layout["rows"].shape[0] > 0 else None
             tensors = {}
             for name, entry in layout.items():
                 if mapping is not None and (name == "rows" or "coarse_rows" not in layout):
-                    tensors[name] = mapping.tensor(entry, start)
+                    tensors[name] = mapping.tensor(entry.dtype, entry.shape, start + entry.begin)
                     parts = streamed(_bytes(tensors[name]), mapping.read_ahead) if verify else iter(())
                 else:
                     tensors[name] = empty(entry.shape, entry.dtype, torch.device("cpu"))
@@ -211,35 +190,24 @@ def read(
                 checksum = entry.checksum(name)
                 for part in parts:
                     if verify:
-                        checksum.update(part.numpy())
+                        checksum.update(part.numpy().data)
                 if verify and checksum.hexdigest() != checksums[name]:
-                    raise ValueError(f"is corrupted: the checksum of {name} is {checksum.hexdigest()}, not {checksums[name]}")
+                    raise ValueError(f"is corrupted: {name} has checksum {checksum.hexdigest()}, not {checksums[name]}")
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} {error}") from None
     basis = tensors.pop(_BASIS, None)
     return Columns(**tensors), basis, mapping
 
 
-def streamed(parts: Iterable[Part], read_ahead: Callable[[Part], None]) -> Iterator[Part]:
-    """Parts of a mapping in their order, of which the next two are being read."""
-    waiting: deque[Part] = deque()
-    for part in parts:
-        read_ahead(part)
-        waiting.append(part)
-        if len(waiting) > 2:
-            yield waiting.popleft()
-    yield from waiting
-
-
 def _bytes(x: torch.Tensor) -> Iterator[torch.Tensor]:
     """The memory of a contiguous tensor, `PART_BYTES` at a time."""
-    return iter(x.reshape(-1).view(torch.uint8).split(PART_BYTES))
+    return iter(torch.split(x.reshape(-1).view(torch.uint8), PART_BYTES))
 
 
 def _filled(parts: Iterator[torch.Tensor], file: BinaryIO, offset: int) -> Iterator[torch.Tensor]:
     """The same memory, after it has been filled from a file."""
     for part in parts:
-        data = memoryview(part.numpy())
+        data = part.numpy().data
         while data:
             read = os.preadv(file.fileno(), [data], offset)
             if read == 0:
@@ -268,17 +236,17 @@ def _parsed(file: BinaryIO) -> tuple[int, dict[str, _Entry], dict[str, str]]:
     if metadata.get("format_version") != FORMAT_VERSION:
         version = metadata.get("format_version")
         raise ValueError(f"has format_version {version!r}; this version of grank_kernels reads {FORMAT_VERSION!r}")
-    layout = {name: _entry(name, entry) for name, entry in header.items()}
+    layout = {str(name): _entry(name, entry) for name, entry in header.items()}
     _check_columns(layout)
     end = 0
     for name, entry in sorted(layout.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end or (start + entry.begin) % entry.dtype.itemsize:
-            raise ValueError(f"is malformed: {name} begins at byte {entry.begin} of the data, which end so far at {end}")
+            raise ValueError(f"is malformed: {name} begins at byte {entry.begin} of the data, not at {end}")
         end = entry.end
     if start + end != size:
         what = "truncated" if size < start + end else "malformed"
         raise ValueError(f"is {what}: it has {size} bytes, and its header says {start + end}")
-    checksums = {name: metadata.get(f"xxh3_64.{name}") for name in layout}
+    checksums = {name: str(metadata.get(f"xxh3_64.{name}")) for name in layout}
     return start, layout, checksums
 
 
@@ -287,17 +255,20 @@ def _entry(name: str, entry: Any) -> _Entry:
     if name not in (*Columns._fields, _BASIS):
         raise ValueError(f"is malformed: tables have no tensor {name!r}")
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = _DTYPES.get(str(fields.get("dtype"))), fields.get("shape"), fields.get("data_offsets")
-    if dtype is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    dtype = _DTYPES.get(str(fields.get("dtype")))
+    shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if dtype is None or shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(f"is malformed: {name} is {entry}")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"is malformed: {name} has {end - begin} bytes for shape {shape} of {_NAMES[dtype]}")
-    return _Entry(dtype, tuple(shape), begin, end)
+        raise ValueError(f"is malformed: {name} has {end - begin} bytes for shape {list(shape)} of {_NAMES[dtype]}")
+    return _Entry(dtype, shape, begin, end)
 
 
-def _are_sizes(x: Any) -> bool:
-    return isinstance(x, list) and all(type(size) is int and 0 <= size < _MOST for size in x)
+def _sizes(x: Any) -> tuple[int, ...] | None:
+    """A list of sizes, or None for anything else."""
+    good = isinstance(x, list) and all(type(size) is int and 0 <= size < _MOST for size in x)
+    return tuple(x) if good else None
 
 
 def _check_columns(layout: dict[str, _Entry]) -> None:
@@ -306,7 +277,7 @@ def _check_columns(layout: dict[str, _Entry]) -> None:
     if rows is None or len(rows.shape) != 2 or rows.dtype in (torch.float64, torch.int64):
         raise ValueError(f"is malformed: rows are {rows}; they take (N, d) of F32, F16, BF16 or I8")
     (N, d), int8 = rows.shape, rows.dtype == torch.int8
-    takes = {"rows": (rows.dtype, (N, d)), "ids": (torch.int64, (N,))}
+    takes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (rows.dtype, (N, d)), "ids": (torch.int64, (N,))}
     if int8:
         takes["row_scale"] = (torch.float32, (N,))
     elif "coarse_rows" in layout:

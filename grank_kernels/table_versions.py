@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from grank_kernels.mapping import Mapping
 from grank_kernels.quantise import Coarse
 
 PART_BYTES = 1 << 24  # of rows that are converted, written or read at a time
@@ -136,12 +137,14 @@ class Version:
         live: number of rows.
         basis: of the int8 copy, see `quantise.Coarse`.
         number: of updates that the table has seen.
+        mapping: the file in which the rows are, if they are not in memory.
     """
 
     columns: Columns
     live: int
     basis: torch.Tensor | None = None
     number: int = 0
+    mapping: Mapping | None = None
     _died: torch.Tensor | None = None  # (size,) int32: the update of the log that removed the row; None: no row is gone
     _updates: int = 0  # of the log
     _index: IdIndex | None = None  # made when it is first needed
@@ -149,7 +152,12 @@ class Version:
     @property
     def size(self) -> int:
         """Number of positions."""
-        return len(self.columns.rows)
+        return self.columns.rows.shape[0]
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
+        """What an op reads, by position: rows, the scales of int8 rows, external ids, the certified int8 copy."""
+        rows, row_scale, ids, *_ = self.columns
+        return rows, row_scale, ids, self.coarse
 
     @property
     def coarse(self) -> Coarse | None:
@@ -226,7 +234,7 @@ def updated(version: Version, log: Log | None, added: Columns, gone: torch.Tenso
     log.died[gone] = updates
     _wait(log.died.device)
     columns, died = log.columns.map(lambda x: x[:size]), None if live == size else log.died[:size]
-    return Version(columns, live, version.basis, version.number + 1, died, updates, index), log
+    return Version(columns, live, version.basis, version.number + 1, None, died, updates, index), log
 
 
 def _rewritten(version: Version, added: Columns, gone: torch.Tensor, live: int) -> tuple[Version, Log]:
