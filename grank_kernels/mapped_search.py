@@ -64,8 +64,8 @@ def _parts(rows: torch.Tensor) -> Iterator[slice]:
 
 def _within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
     """Positions counted from the start of a part; -1 for those outside."""
-    inside = (excluded >= part.start) & (excluded < part.stop)
-    return (excluded - part.start).masked_fill(~inside, -1)
+    shifted: torch.Tensor = excluded - part.start
+    return shifted.masked_fill((shifted < 0) | (excluded >= part.stop), -1)
 
 
 def _best(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
