@@ -1,11 +1,13 @@
 """`mips_topk`: the public function, its checks, the choice of a backend, and the torch op `grank::mips_topk`."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from grank_kernels import mapped_search
 from grank_kernels.backends import BACKENDS
-from grank_kernels.checks import FLOATS, check_device, check_tensor, operands_of, shape_of
+from grank_kernels.checks import FLOATS, check_device, check_tensor, shape_of, version_of
 from grank_kernels.dispatch import choose, is_plain, supports
 from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
@@ -52,7 +54,8 @@ def mips_topk(
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
             int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
             with ids of its own does not hold are ignored.
-        allow: bool (N,), or (B, N): only these rows are eligible.
+        allow: bool (N,), or (B, N): only these rows are eligible. The order of a table's rows is that of `table.ids`;
+            where updates may come in between, take ids and search from one `table.snapshot()`.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
 
@@ -119,8 +122,9 @@ def _search(
     check_tensor("queries", queries, FLOATS, (1, 2))
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
-    rows, row_scale, ids, coarse = operands_of(items)
-    (B, d), (N, width) = queries_2d.shape, rows.shape
+    version = version_of(items)
+    rows, row_scale, ids, coarse = version.operands()
+    (B, d), width = queries_2d.shape, rows.shape[1]
     if d != width:
         raise ValueError(
             f"queries and items differ in width: queries are {shape_of(queries)}, items {shape_of(rows)}; "
@@ -139,7 +143,9 @@ def _search(
     if exclude is not None:
         offsets, excluded = _exclusions(exclude, B, one, queries.device)
     if allow is not None:
-        _check_allow(allow, B, N, queries.device)
+        _check_allow(allow, B, version.live, queries.device)
+    if version.alive is not None:
+        allow = version.alive if allow is None else _by_position(allow, version.alive)
     if ids is not None and ids.device != queries.device:
         ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
@@ -151,10 +157,13 @@ def _search(
             results = BACKENDS[name].mips_topk_certified(queries_2d, rows, coarse, ids, k, *filters)
         else:
             results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, ids, k, *filters, name)
-    elif plain:
-        results = BACKENDS[name].mips_topk(queries_2d, rows, row_scale, ids, k, *filters)
     else:
-        results = torch.ops.grank.mips_topk.default(queries_2d, rows, row_scale, ids, k, *filters, name)
+        op = BACKENDS[name].mips_topk if plain else partial(torch.ops.grank.mips_topk.default, backend=name)
+        if version.mapping is None:
+            results = op(queries_2d, rows, row_scale, ids, k, *filters)
+        else:
+            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters)
+            ids = None  # the result holds them
     values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)
     rescored = more[0] if more else None
@@ -202,6 +211,13 @@ def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
         takes = f"for {B} queries and {N} items it takes ({N},) or ({B}, {N})"
         raise ValueError(f"allow has shape {shape_of(allow)}; {takes}")
     check_device("allow", allow, "queries", device)
+
+
+def _by_position(allow: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """`allow`, which has an entry a row, with an entry a position."""
+    spread = allow.new_zeros((*allow.shape[:-1], len(alive)))
+    spread[..., alive] = allow
+    return spread
 
 
 def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -178,8 +178,8 @@ def _excluded_positions(
     if ids is None:
         known &= excluded < N
         return query[known], excluded[known]
-    by_id, position = ids.sort()
-    place = torch.searchsorted(by_id, excluded).clamp(max=max(N - 1, 0))
+    by_id, position = ids.sort(stable=True)
+    place = (torch.searchsorted(by_id, excluded, right=True) - 1).clamp(min=0)  # of rows replaced, and not, the newest
     known &= by_id[place] == excluded if N else torch.zeros_like(known)
     return query[known], position[place[known]]
 
