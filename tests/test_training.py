@@ -40,6 +40,11 @@ def unigrf() -> Recommender:
     return UniGRF(30, UniGRFConfig(dim=16, history=16, enhancer_after=3, enhancer_pool=8, weighter_interval=2))
 
 
+def fitted(model: Recommender, split: Split, config: TrainingConfig, folder: Path | None = None) -> Recommender:
+    assert fit(model, split, config, folder=folder, progress=False) > 0
+    return model
+
+
 class Interrupt(Callback):
     """Stops the process's work in the middle of an epoch, as a crash would."""
 
@@ -55,7 +60,7 @@ class Interrupt(Callback):
 
 def test_learns_the_circle() -> None:
     split = circle()
-    model = fit(sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01), progress=False)
+    model = fitted(sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01))
     assert not model.training
     found = recommend(model, split.test, 10)
     assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9  # by chance it would be 1 in 11
@@ -66,15 +71,15 @@ def test_learns_the_circle() -> None:
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(make: object, epoch: int, tmp_path: Path) -> None:
     assert callable(make)
     split = circle()
-    whole = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)
+    whole = fitted(make(), split, CONFIG, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False, callbacks=[Interrupt(epoch)])
     assert (tmp_path / "cut" / "last.ckpt").exists() == (epoch > 0)
     torch.manual_seed(99)  # nothing of this process's state may matter
-    resumed = fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False)
+    resumed = fitted(make(), split, CONFIG, tmp_path / "cut")
     for (name, expected), got in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(got, expected), name
-    again = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)  # done: nothing is trained
+    again = fitted(make(), split, CONFIG, tmp_path / "whole")  # done: nothing is trained
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
@@ -90,7 +95,7 @@ def test_the_best_epoch_is_kept_and_the_run_stops_early(tmp_path: Path) -> None:
 def test_bf16_trains(tmp_path: Path) -> None:
     config = TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01, precision="bf16-mixed")
     split = circle()
-    model = fit(sequential(), split, config, progress=False)
+    model = fitted(sequential(), split, config)
     found = recommend(model, split.test, 10)
     assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9
 
@@ -99,7 +104,8 @@ _ENDLESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_training import *
-fit(sequential(), circle(), TrainingConfig(epochs=10**6, targets=16, batch_items=128), folder=sys.argv[2], progress=False)
+config = TrainingConfig(epochs=10**6, targets=16, batch_items=128)
+fit(sequential(), circle(), config, folder=sys.argv[2], progress=False)
 """
 
 

@@ -3,8 +3,8 @@
 Every block does two things with the same weights:
 
 - `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
-- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history and
-  itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
+- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history
+  and itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
   same, bit for bit, whoever joins.
 
 That is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. It scores many
@@ -135,8 +135,8 @@ class HSTUBlock(nn.Module):
         U, V, Q, K = SiLU(norm(X) W)        A = SiLU(Q K^T + r) / length, causal
         Y = X + (norm(A V) * U) Wo
 
-    `r` is one learned number for each distance between positions and head. No softmax: what a row attends to adds up, so
-    the strength of an interest counts, not only its share.
+    `r` is one learned number for each distance between positions and head. No softmax: what a row attends to adds up,
+    so the strength of an interest counts, not only its share.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, length: int) -> None:
@@ -237,6 +237,6 @@ class Backbone(nn.Module):
             tokens = tokens + F.embedding(visible, self.position)
         tokens = self.dropout(tokens)
         for block, memory in zip(self.blocks, memories, strict=True):
-            tokens = block.join(tokens, visible, memory)
+            tokens = block.join(tokens, visible, memory)  # type: ignore[operator]  # torch types it as a tensor
         joined: Tensor = self.norm(tokens)
         return joined

@@ -101,7 +101,7 @@ class UniGRF(Recommender):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
         return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
@@ -131,7 +131,8 @@ class UniGRF(Recommender):
         if not (self.config.weighter and self.config.retrieval and self.config.ranking):
             return super().objective(losses)
         retrieval = losses["retrieval"] + losses.get("enhanced", 0.0)
-        return self.weighter(torch.stack([retrieval, losses["ranking"]]))
+        weighed: Tensor = self.weighter(torch.stack([retrieval, losses["ranking"]]))
+        return weighed
 
     def _outputs(self, batch: Batch) -> Tensor:
         outputs: Tensor = self.backbone(self._tokens(batch))[0]
@@ -141,7 +142,8 @@ class UniGRF(Recommender):
         """(B, 2 L, d): item, feedback, item, feedback, ..."""
         items = self._item_tokens(batch.items.clamp(min=0))
         feedback = items + F.embedding(batch.feedback.long(), self.feedback) * self.config.dim**0.5
-        return torch.stack([items, feedback], 2).flatten(1, 2)
+        tokens: Tensor = torch.stack([items, feedback], 2).flatten(1, 2)
+        return tokens
 
     def _item_tokens(self, items: Tensor) -> Tensor:
         return F.embedding(items, self.items) * self.config.dim**0.5
@@ -159,8 +161,8 @@ class UniGRF(Recommender):
     def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
         """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
 
-        At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of become
-        extra positives; among the others, those with the largest gap between the two scores, min-max normalised in the
+        At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of
+        become extra positives; among the others, those with the largest gap between the two scores, min-max normalised in the
         pool, become hard negatives, liked by retrieval and disliked by ranking. Cross-entropy of target and favourites
         against the hard negatives is added to the loss over the corpus, in which all items are negatives already.
         """
@@ -183,7 +185,9 @@ class UniGRF(Recommender):
             favourite = liked > config.favourite
             low, high = pool.values[..., -1:], pool.values[..., :1]
             gap = ((pool.values - low) / (high - low + 1e-6) - liked).masked_fill(favourite, -torch.inf)
-            hard = torch.zeros_like(favourite).scatter(2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True)
+            hard = torch.zeros_like(favourite).scatter(
+                2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True
+            )
             kept = favourite | (hard & ~favourite)
             share = config.favourite_weight * favourite.any(-1, keepdim=True)
             label = torch.cat([1.0 - share, share * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)], -1)
@@ -196,8 +200,8 @@ class UniGRF(Recommender):
 class _Weighter(nn.Module):
     """UniGRF's gradient-guided adaptive weighter (section 3.4): the task that converges more slowly weighs more.
 
-    Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before, as
-    in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry no
+    Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before,
+    as in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry no
     gradient, are 1 until two intervals have passed, and are part of a checkpoint.
     """
 
