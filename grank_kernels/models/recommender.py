@@ -50,9 +50,7 @@ class Recommender(nn.Module, ABC):
         """
         return logits
 
-    def rank_rows(
-        self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor
-    ) -> Tensor:
+    def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """`rank` as it is served: items are the rows of the table that was searched, where the model can take them.
 
         Args:
