@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Train, evaluate, retrieve, and see what can run here.",
-    epilog="Exit status: 0 done, 1 error, 2 wrong usage, 130 interrupted. GRANK_TRACEBACK=1 shows where an error arose.",
+    epilog="Exit status: 0 done, 1 error, 2 wrong usage, 130 interrupted. GRANK_TRACEBACK=1 shows an error's origin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

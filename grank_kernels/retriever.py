@@ -340,8 +340,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for path in (*beside.iterdir(), beside):
+        for path in beside.iterdir():
+            path.chmod(0o644)  # safetensors lets nobody but its user read
             _to_disk(path)
+        _to_disk(beside)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside)
