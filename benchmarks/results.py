@@ -9,6 +9,7 @@ different rows, on two cores. `write` takes whatever is done and says how many s
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,24 +18,27 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report import COLOURS, markdown_table, write_readme
-from grank_kernels.experiment import Experiment, run
+from grank_kernels.data import read
+from grank_kernels.evaluation import DEPTH, metrics
+from grank_kernels.experiment import KS, Experiment, run
+from grank_kernels.models.neighbours import ItemKNN, Popularity
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class Row(NamedTuple):
-    """One line of a table: an experiment under each of its seeds."""
+    """One line of a table: an experiment under each of its seeds, or what counts alone say about its data."""
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
     headline: bool = False  # three seeds
+    counts: type[Popularity] | type[ItemKNN] | None = None  # in place of the experiment's model
 
     @property
     def slug(self) -> str:
-        return "-".join(
-            [self.config.replace("/", "-"), *(o.split(".", 1)[1].replace("=", "_") for o in self.overrides)]
-        )
+        parts = [self.config.replace("/", "-"), *(o.split(".", 1)[1].replace("=", "_") for o in self.overrides)]
+        return "-".join(parts if self.counts is None else [parts[0], self.counts.__name__.lower()])
 
 
 def ablated(name: str, *switches: str) -> Row:
@@ -43,6 +47,8 @@ def ablated(name: str, *switches: str) -> Row:
 
 TABLES: dict[str, list[Row]] = {
     "ml-1m leave-one-out": [
+        Row("popularity", "ml-1m/sasrec", counts=Popularity),
+        Row("item-kNN", "ml-1m/sasrec", counts=ItemKNN),
         Row("SASRec", "ml-1m/sasrec", headline=True),
         Row("HSTU", "ml-1m/hstu", headline=True),
         Row("UniGRF, HSTU", "ml-1m/unigrf-hstu", headline=True),
@@ -54,6 +60,8 @@ TABLES: dict[str, list[Row]] = {
         ablated("UniGRF, HSTU, ranking only", "retrieval", "enhancer", "weighter"),
     ],
     "ml-1m half-and-half": [
+        Row("popularity", "ml-1m/dssm", counts=Popularity),
+        Row("item-kNN", "ml-1m/dssm", counts=ItemKNN),
         Row("DSSM", "ml-1m/dssm"),
         Row("GRank, Generator", "ml-1m/grank", ("settings.auxiliary=false", "settings.ranker=false"), headline=True),
         Row("GRank, Generator + Ranker", "ml-1m/grank", ("settings.auxiliary=false",), headline=True),
@@ -61,10 +69,14 @@ TABLES: dict[str, list[Row]] = {
         Row("GRank, whole", "ml-1m/grank", headline=True),
     ],
     "beauty leave-one-out": [
+        Row("popularity", "beauty/sasrec", counts=Popularity),
+        Row("item-kNN", "beauty/sasrec", counts=ItemKNN),
         Row("SASRec", "beauty/sasrec"),
         Row("HSTU", "beauty/hstu"),
     ],
     "nowplaying leave-one-out": [
+        Row("popularity", "nowplaying/sasrec", counts=Popularity),
+        Row("item-kNN", "nowplaying/sasrec", counts=ItemKNN),
         Row("SASRec", "nowplaying/sasrec"),
         Row("HSTU", "nowplaying/hstu"),
     ],
@@ -86,7 +98,24 @@ def train(runs: Path, data: dict[str, str], only: str, seeds: Sequence[int]) -> 
             overrides.append(f"data.path={path}")
         experiment = Experiment.load(CONFIGS / f"{row.config}.yaml", overrides)
         print(f"{folder.name}: {table}, {row.name}", flush=True)
-        run(experiment, folder)
+        if row.counts is None:
+            run(experiment, folder)
+        else:
+            count(experiment, row.counts, folder)
+
+
+def count(experiment: Experiment, counts: type[Popularity] | type[ItemKNN], folder: Path) -> None:
+    """The report of a baseline that learns nothing."""
+    split = experiment.data.split(read(experiment.data.name, experiment.data.path))
+    start = time.perf_counter()
+    fitted = counts.fit(split.train, split.num_items)
+    seconds = time.perf_counter() - start
+    cases = split.test
+    found = fitted.recommend(cases.histories, min(DEPTH, split.num_items)).indices
+    figures = metrics(found, cases.targets, KS[experiment.data.protocol])
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"users": len(cases), "retrieved": figures, "seconds": seconds}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def flat(report: dict[str, Any]) -> dict[str, float]:

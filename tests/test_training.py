@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from grank_kernels.data import Interactions, Split, leave_one_out
+from grank_kernels.data import Interactions, Split, TrainingWindows, leave_one_out
 from grank_kernels.evaluation import metrics, recommend
 from grank_kernels.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
 from grank_kernels.training import TrainingConfig, fit
@@ -120,3 +120,33 @@ def test_sigterm_ends_with_its_status_and_leaves_a_checkpoint(tmp_path: Path) ->
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["epoch"] >= 0
+
+
+_TWO_RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_training import *
+from torch import distributed
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, config = sequential(), TrainingConfig(epochs=3, targets=16, batch_items=128, learning_rate=0.01, devices=2)
+    fit(model, circle(), config, folder=sys.argv[2], progress=False)
+    norm = torch.stack([p.detach().double().norm() for p in model.parameters()])
+    both = [torch.empty_like(norm) for _ in range(2)]
+    distributed.all_gather(both, norm)
+    assert torch.equal(*both), both
+    print("rank", distributed.get_rank(), "of", distributed.get_world_size(), "has the weights of the other")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_an_epoch_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(_TWO_RANKS)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 has the weights of the other" in done.stdout
+    steps = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)["global_step"]
+    alone = len(TrainingWindows(circle().train, targets=16, batch_items=128))
+    assert steps == 3 * -(-alone // 2)

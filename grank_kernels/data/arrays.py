@@ -1,6 +1,7 @@
 """Interactions from arrays in an .npz file: what other data is easily brought into."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def read_arrays(path: str | Path) -> Interactions:
         raise ValueError(f"{path}: expected one .npz file, got {', '.join(file.name for file in files)}")
     file = files[0]
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with np.lib.npyio.NpzFile(file) as archive:
             columns = {column: _column(file, archive, column) for column in _NAMES}
-    except (zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ValueError(f"{file}: expected an .npz file, got {error}") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: expected a whole .npz file, got a damaged or foreign one: {error}") from None
     given: Columns = {name: values for name, values in columns.items() if values is not None}
     shapes = {name: np.shape(values) for name, values in given.items()}
     if len(set(shapes.values())) != 1:
