@@ -3,7 +3,7 @@
 import os
 import sys
 
-_EXTRA = ("lightning", "omegaconf", "pandas", "pyarrow", "safetensors", "torchmetrics", "typer")
+_EXTRA = ("lightning", "omegaconf", "pyarrow", "safetensors", "scipy", "tensorboardX", "torchmetrics", "typer")
 
 
 def main() -> None:

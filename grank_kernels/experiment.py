@@ -198,7 +198,7 @@ def load(folder: str | Path, split: Split) -> Recommender:
 
 def evaluate(experiment: Experiment, model: Recommender, split: Split) -> dict[str, Any]:
     """The protocol's metrics on the test part: of the retrieval, after the second stage for each k1, and the AUC."""
-    cases, ks = split.test, KS[experiment.data.protocol]
+    cases, ks = split.test, [k for k in KS[experiment.data.protocol] if k <= split.num_items]
     found = recommend(model, cases, min(DEPTH, split.num_items), rank=False)
     report: dict[str, Any] = {"users": len(cases), "retrieved": metrics(found.retrieved, cases.targets, ks)}
     for k1 in experiment.k1 if model.ranks else ():

@@ -150,8 +150,9 @@ class GRank(Recommender):
         """See `Recommender.rank_rows`: `rank` by the folded Ranker and `score_candidates`, over the table's rows."""
         if self.ranker is None:
             return self.rank(batch, users, candidates, logits)
-        rows = table.rows(batch.items[batch.valid])  # of the histories alone: the table may be large, or of int8
-        places = batch.items.masked_scatter(batch.valid, torch.arange(len(rows), device=rows.device))
+        # Of the histories alone: the table may be large, or of int8. A copy of its own for every place of the batch.
+        rows = table.rows(batch.items.clamp(min=0)).flatten(0, 1)
+        places = torch.arange(len(rows), device=rows.device).view(batch.items.shape).where(batch.valid, -1)
         folded = self.ranker.fold(rows, places, users)
         return logits + score_candidates(candidates, table, **folded._asdict())
 
