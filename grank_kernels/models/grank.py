@@ -12,13 +12,9 @@ from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.recommender import Recommender
-<<<<<<< HEAD
 from grank_kernels.models.targets import Candidates, draw_candidates, draw_moments, later_targets, until
-=======
-from grank_kernels.models.targets import later_targets, until
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
->>>>>>> serve
 
 
 @dataclass(frozen=True)
