@@ -13,6 +13,8 @@ from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.recommender import Recommender
 from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
+from grank_kernels.score_candidates import score_candidates
+from grank_kernels.table import ItemTable
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,17 @@ class GRank(Recommender):
             return logits
         ranked: Tensor = (logits + outputs).masked_fill(candidates < 0, float("-inf"))
         return ranked
+
+    @torch.no_grad()
+    def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """See `Recommender.rank_rows`: `rank` by the folded Ranker and `score_candidates`, over the table's rows."""
+        if self.ranker is None:
+            return self.rank(batch, users, candidates, logits)
+        # Of the histories alone: the table may be large, or of int8. A copy of its own for every place of the batch.
+        rows = table.rows(batch.items.clamp(min=0)).flatten(0, 1)
+        places = torch.arange(len(rows), device=rows.device).view(batch.items.shape).where(batch.valid, -1)
+        folded = self.ranker.fold(rows, places, users)
+        return logits + score_candidates(candidates, table, **folded._asdict())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The paper's L_NTP, L_SA and L_CA, weighted: the InfoNCE losses of the parts there are.
