@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from grank_kernels import mips_topk
 from grank_kernels.data import Batch, Histories, TrainingWindows
 from grank_kernels.models import GRank, GRankConfig, grank
-from grank_kernels.models.targets import Candidates
 
 N, D = 40, 16
 CONFIG = GRankConfig(
@@ -122,27 +121,20 @@ def test_a_second_stage_counts_what_the_first_does_not(name: str, batch: Batch) 
 
 
 @pytest.fixture
-def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every item is a candidate. Windows with 1, 2, 4 or 8 moments have each of theirs as often among 8."""
+def every_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows with 1, 2, 4 or 8 moments have each of theirs as often among 8."""
 
     def moments(window: Batch, number: int) -> Tensor:
         return torch.arange(number) % (window.lengths - 1).unsqueeze(1)
 
-    def candidates(targets: Tensor, pool: Tensor, seen: Tensor, number: int) -> Candidates:
-        rest = torch.arange(N).expand(len(targets), N)
-        barred = (rest == targets.unsqueeze(1)) | (rest.unsqueeze(2) == seen.unsqueeze(1)).any(2)
-        ids = torch.cat([targets.unsqueeze(1), rest], 1)
-        return Candidates(ids, torch.zeros(ids.shape).masked_fill(F.pad(barred, (1, 0)), torch.inf))
-
     monkeypatch.setattr(grank, "draw_moments", moments)
-    monkeypatch.setattr(grank, "draw_candidates", candidates)
 
 
-@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.usefixtures("every_moment")
 @pytest.mark.parametrize("name", ROWS)
 def test_training_asks_what_serving_answers(name: str) -> None:
     """With every moment and every item among the candidates, each loss is a mean over what serving would score."""
-    model = build(replace(ROWS[name], moments=8))
+    model = build(replace(ROWS[name], moments=8, negatives=N))
     histories = some_histories(9, 5, 2, 9, 3)
     losses = model.losses(histories.pad())
     first, second = [], []
@@ -167,10 +159,10 @@ def test_training_asks_what_serving_answers(name: str) -> None:
         )
 
 
-@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.usefixtures("every_moment")
 def test_the_ranker_trains_on_the_long_history() -> None:
     """A window may begin before what the Generator reads; the Ranker's moments lie in the whole of it."""
-    model = build(replace(ROWS["ranker"], moments=8))
+    model = build(replace(ROWS["ranker"], moments=8, negatives=N))
     batch = some_histories(13, 5).pad()
     before = model.losses(batch)
     older = batch.items.clone()
@@ -180,9 +172,9 @@ def test_the_ranker_trains_on_the_long_history() -> None:
     assert not torch.equal(before["ranking"], after["ranking"])
 
 
-@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.usefixtures("every_moment")
 def test_weights_scale_their_losses() -> None:
-    model = build(replace(CONFIG, moments=8))
+    model = build(replace(CONFIG, moments=8, negatives=N))
     batch = some_histories(9, 5).pad()
     before = model.losses(batch)
     model.config = replace(model.config, auxiliary_weight=0.5, ranking_weight=3.0)

@@ -1,6 +1,7 @@
 """What training windows ask."""
 
 import torch
+from torch.nn import functional as F
 
 from grank_kernels.data import Histories
 from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
@@ -29,23 +30,24 @@ def test_until_pads_behind() -> None:
     assert until(items, torch.tensor([1, 2]), torch.tensor([[7], [3]])).tolist() == [[5, 7, 7], [8, 9, 3]]
 
 
-def test_candidates_are_the_target_and_others_of_the_batch() -> None:
-    pool = torch.tensor([1, 1, 1, 2, 3, 3, 4, 5])
-    seen = torch.tensor([[4, -1], [-1, -1], [5, 2]])
-    ids, log_frequency = draw_candidates(torch.tensor([1, 2, 3]), pool, seen, 4000)
-    assert ids[:, 0].tolist() == [1, 2, 3]
-    counts = torch.stack([torch.bincount(row, minlength=6) for row in ids[:, 1:]]) / 4000
-    expected = torch.bincount(pool) / 8
-    assert float((counts - expected).abs().max()) < 0.05  # five standard errors
-    barred = (ids == torch.tensor([[1], [2], [3]])) | (ids == seen[:, :1]) | (ids == seen[:, 1:])
-    barred[:, 0] = False  # the target itself, wherever it comes first
-    assert torch.equal(log_frequency, expected.log()[ids].masked_fill(barred, torch.inf))
+def test_candidates_are_the_target_and_a_draw_from_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 5.0, 4.0]).expand(20_000, 6)
+    targets, barred = torch.full((20_000,), 4), torch.full((20_000, 2), 5)
+    drawn = draw_candidates(targets, logits, barred, 1)
+    assert (drawn[:, 0] == 4).all()
+    counts = torch.bincount(drawn[:, 1], minlength=6) / 20_000
+    torch.testing.assert_close(
+        counts, F.pad(logits[0, :4].softmax(0), (0, 2)), rtol=0.0, atol=0.02
+    )  # 5 standard errors
 
 
-def test_log_q_makes_the_whole_corpus_of_a_sample() -> None:
-    """Softmax over a large sample, after the correction, is the softmax over everything."""
-    pool = torch.arange(8).repeat_interleave(torch.tensor([40, 20, 10, 10, 5, 5, 5, 5]))
-    scores = torch.randn(8, dtype=torch.float64)
-    ids, log_frequency = draw_candidates(torch.zeros(1, dtype=torch.int64), pool, torch.full((1, 1), -1), 200_000)
-    mass = (scores[ids] - log_frequency).exp()[0, 1:].sum() / 200_000
-    torch.testing.assert_close(mass, scores[1:].exp().sum(), rtol=0.02, atol=0.0)
+def test_candidates_run_out() -> None:
+    logits = torch.randn(3, 6)
+    drawn = draw_candidates(torch.tensor([0, 1, 2]), logits, torch.tensor([[3, 3], [1, 5], [2, 2]]), 8)
+    assert drawn.shape == (3, 9)
+    assert [sorted(row) for row in drawn.tolist()] == [
+        [-1, -1, -1, -1, 0, 1, 2, 4, 5],
+        [-1, -1, -1, -1, 0, 1, 2, 3, 4],
+        [-1, -1, -1, 0, 1, 2, 3, 4, 5],
+    ]
+    assert drawn[:, 0].tolist() == [0, 1, 2]

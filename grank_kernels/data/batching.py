@@ -38,7 +38,8 @@ class TrainingWindows:
             histories: what training may see.
             targets: items that a window is to predict.
             context: items before them that a window may hold in addition.
-            batch_items: items in a batch, padding included.
+            batch_items: items in a batch, padding included. Of each window no more than `targets + 1` count: batches
+                are to ask for about as much, whatever context stands before it.
             seed: of the cuts and the order.
             epoch: which epoch to give.
             rank: this process among `ranks`, which share out every epoch; all have as many batches.
@@ -74,12 +75,13 @@ class TrainingWindows:
     def _batches(self, batch_items: int, generator: torch.Generator) -> list[torch.Tensor]:
         lengths = self._stops - self._starts
         order = torch.randperm(len(lengths), generator=generator)
-        width = int(lengths.max()) if len(lengths) else 1
+        sizes = lengths.clamp(max=self._targets + 1)
+        width = int(sizes.max()) if len(sizes) else 1
         batches = []
         for pool in torch.split(order, max(1, 16 * batch_items // width)):
             pool = pool[lengths[pool].argsort(stable=True)]
             while len(pool):  # the longest of a batch decides how many fit
-                fitting = int((lengths[pool] * torch.arange(1, len(pool) + 1) <= batch_items).sum())
+                fitting = int((sizes[pool] * torch.arange(1, len(pool) + 1) <= batch_items).sum())
                 batches.append(pool[: max(1, fitting)])
                 pool = pool[max(1, fitting) :]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -12,7 +12,7 @@ from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.recommender import Recommender
-from grank_kernels.models.targets import Candidates, draw_candidates, draw_moments, later_targets, until
+from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
 
@@ -37,7 +37,7 @@ class GRankConfig:
         auxiliary_weight: of L_SA, where L_NTP has 1.
         ranking_weight: of L_CA.
         moments: how many moments of each training window train the second stages.
-        negatives: how many of the batch's other targets they must tell each target from.
+        negatives: candidates from which they must tell each target.
         horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item; more
             fits an evaluation that asks for all that comes later.
     """
@@ -47,7 +47,7 @@ class GRankConfig:
     blocks: int = 2
     heads: int = 2
     short_history: int = 64
-    long_history: int = 256
+    long_history: int = 128
     hidden: int = 128
     dropout: float = 0.2
     ranker_dropout: float = 0.2
@@ -57,7 +57,7 @@ class GRankConfig:
     auxiliary_weight: float = 0.25
     ranking_weight: float = 0.25
     moments: int = 4
-    negatives: int = 16
+    negatives: int = 32
     horizon: int = 1
 
 
@@ -97,9 +97,7 @@ class GRank(Recommender):
     **Ranker**: single-head cross-attention from each candidate to the long history.
 
     A second stage's score is the first stage's logit, which `mips_topk` has returned anyway, plus the output of its
-    MLP. Both are trained to be the logarithm of how likely the item is, up to a constant, so the sum orders as their
-    geometric mean does. The sum is ours: the paper scores with the MLP alone, and has four billion interactions to
-    learn it from.
+    MLP. The sum is ours: the paper scores with the MLP alone, and has four billion interactions to learn it from.
     """
 
     def __init__(self, num_items: int, config: GRankConfig) -> None:
@@ -164,8 +162,9 @@ class GRank(Recommender):
         paper takes the other targets of the batch as negatives; at a few thousand items the corpus costs no more than
         the attention does, and needs no logQ correction.
 
-        The second stages' negatives are other targets of the batch, as in the paper, with the logQ correction: popular
-        items are drawn more often, and would be learned to be less wanted than they are.
+        The second stages' negatives are drawn from the first stage's own softmax, so they are the candidates to be met
+        in serving. A score is `logit + output`, and after the logQ correction the output alone is left of it: the
+        second stages learn how much likelier an item is than the first stage thought.
         """
         config, items = self.config, self.item_vectors()
         window = batch.newest(config.short_history + 1)
@@ -181,18 +180,17 @@ class GRank(Recommender):
 
         at = draw_moments(window, config.moments)
         rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
-        stops, users = (at + 1).flatten(), users[rows, at.flatten()]
-        seen = until(window.items[rows], stops, -1)
-        candidates = draw_candidates(targets.gather(1, at).flatten(), targets[asked], seen, config.negatives)
-        ids = candidates.ids
+        stops, users, targets = (at + 1).flatten(), users[rows, at.flatten()], targets.gather(1, at).flatten()
+        seen = until(window.items[rows], stops, targets.unsqueeze(1))
+        candidates = draw_candidates(targets, users.detach() @ items.detach().T, seen, config.negatives)
         if self.auxiliary is not None:
-            tokens = self._embed(ids.view(len(at), -1))
-            visible = stops.repeat_interleave(ids.shape[1]).view(len(at), -1)
-            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(ids.shape)
+            tokens = self._embed(candidates.view(len(at), -1))
+            visible = stops.repeat_interleave(candidates.shape[1]).view(len(at), -1)
+            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(candidates.shape)
             losses["auxiliary"] = config.auxiliary_weight * _infonce(outputs, candidates)
         if self.ranker is not None:
             stops = stops + (batch.lengths - window.lengths)[rows]  # in the batch, which reaches further back
-            outputs = self.ranker(items, batch.items, users, ids, (rows, stops))
+            outputs = self.ranker(items, batch.items, users, candidates.clamp(min=0), (rows, stops))
             losses["ranking"] = config.ranking_weight * _infonce(outputs, candidates)
         return losses
 
@@ -214,7 +212,7 @@ class GRank(Recommender):
         return users
 
 
-def _infonce(outputs: Tensor, candidates: Candidates) -> Tensor:
-    """Cross-entropy of the first candidate among its row's, (R, C), after the logQ correction."""
-    logits = outputs - candidates.log_frequency
+def _infonce(outputs: Tensor, candidates: Tensor) -> Tensor:
+    """Cross-entropy of the first candidate among its row's, (R, C); those with a negative id are none."""
+    logits = outputs.masked_fill(candidates < 0, float("-inf"))
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))

@@ -1,7 +1,5 @@
 """What training windows ask at their moments: which item is wanted, among which others, and which are known by then."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,32 +31,24 @@ def draw_moments(window: Batch, number: int) -> Tensor:
     return (choice * (window.lengths - 1).unsqueeze(1)).long()
 
 
-class Candidates(NamedTuple):
-    """What a second stage must tell apart.
-
-    Attributes:
-        ids: (R, 1 + K) int64, the target first.
-        log_frequency: (R, 1 + K), the logarithm of how often an item is drawn; inf for an id that is no alternative.
-    """
-
-    ids: Tensor
-    log_frequency: Tensor
-
-
-def draw_candidates(targets: Tensor, pool: Tensor, seen: Tensor, number: int) -> Candidates:
-    """Each target with `number` negatives, drawn from the targets of the batch.
+@torch.no_grad()
+def draw_candidates(targets: Tensor, logits: Tensor, barred: Tensor, number: int) -> Tensor:
+    """Each target with negatives drawn from a softmax, without repetition.
 
     Args:
         targets: (R,) int64.
-        pool: (n,) int64, all targets of the batch.
-        seen: (R, S) int64, items that are no alternative to the target of their row, padded with -1.
+        logits: (R, N) float, whose softmax is drawn from.
+        barred: (R, S) int64, items that are not drawn; the target is not, either way.
         number: of negatives.
+
+    Returns:
+        (R, 1 + number) int64, the target first; -1 where the negatives run out.
     """
-    drawn = pool[torch.randint(len(pool), (len(targets), number), device=pool.device)]
-    ids = torch.cat([targets.unsqueeze(1), drawn], 1)
-    frequency = torch.bincount(pool)[ids] / len(pool)
-    barred = (drawn == targets.unsqueeze(1)) | (drawn.unsqueeze(2) == seen.unsqueeze(1)).any(2)
-    return Candidates(ids, frequency.log().masked_fill(F.pad(barred, (1, 0)), float("inf")))
+    left = logits.scatter(1, barred, float("-inf")).scatter_(1, targets.unsqueeze(1), float("-inf"))
+    noisy = left - torch.rand_like(left).log_().neg_().log_()  # Gumbel's noise makes of topk a draw
+    drawn = noisy.topk(min(number, logits.shape[1]))
+    negatives = drawn.indices.where(drawn.values > float("-inf"), -1)
+    return F.pad(torch.cat([targets.unsqueeze(1), negatives], 1), (0, number - negatives.shape[1]), value=-1)
 
 
 def until(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
