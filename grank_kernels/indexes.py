@@ -38,8 +38,7 @@ class Index(ABC):
         check_tensor("vectors", vectors, (torch.float32,), (2,))
         if vectors.shape[1] < 1:
             raise ValueError(f"vectors have shape {tuple(vectors.shape)}; they take (N, d) with d at least 1")
-        if not vectors.is_cpu or not bool(vectors.isfinite().all()):
-            raise ValueError(f"vectors must be finite and on the CPU, got {_state(vectors)}")
+        _check_finite("vectors", vectors)
         self.vectors = vectors.detach().contiguous()
 
     def search(self, queries: Tensor, k: int) -> TopK:
@@ -61,8 +60,7 @@ class Index(ABC):
         N, d = self.vectors.shape
         if queries.shape[1] != d:
             raise ValueError(f"queries have shape {tuple(queries.shape)}; they take (B, {d}), the width of the vectors")
-        if not queries.is_cpu or not bool(queries.isfinite().all()):
-            raise ValueError(f"queries must be finite and on the CPU, got {_state(queries)}")
+        _check_finite("queries", queries)
         _check_at_least("k", k, 1)
         if len(queries) == 0 or N == 0:
             found = TopK(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64))
@@ -297,8 +295,11 @@ def _products(queries: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return torch.bmm(F.embedding(ids, table), queries.unsqueeze(2)).squeeze(2)
 
 
-def _state(x: Tensor) -> str:
-    return f"{'finite' if bool(x.isfinite().all()) else 'not finite'} on {x.device}"
+def _check_finite(name: str, x: Tensor) -> None:
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, got {x.device}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinities")
 
 
 def _check_at_least(name: str, value: Any, least: int) -> None:
