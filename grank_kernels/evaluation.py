@@ -84,7 +84,7 @@ def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, ba
     """
     vectors = model.item_vectors()
     retrieved, ranked = [], []
-    for rows in torch.arange(len(cases)).split(batch_size):
+    for rows in torch.split(torch.arange(len(cases)), batch_size):
         histories = cases.histories.select(rows)
         batch = histories.pad(model.history)
         users = model.user_vectors(batch)
@@ -112,7 +112,7 @@ def feedback_auc(model: Recommender, cases: Cases, *, batch_size: int = 256) -> 
     if len(feedback) == 0 or bool(feedback.all()) or not bool(feedback.any()):
         raise ValueError("cases must hold targets of positive and of negative feedback for an AUC, got one kind only")
     scores = []
-    for rows in torch.arange(len(cases)).split(batch_size):
+    for rows in torch.split(torch.arange(len(cases)), batch_size):
         part = cases.select(rows)
         batch, targets = part.histories.pad(model.history), part.targets.pad()
         users = model.user_vectors(batch)

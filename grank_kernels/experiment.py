@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -99,8 +98,8 @@ class Experiment:
         """
         path = Path(path)
         try:
-            given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-            name = given.get("model")
+            given: Any = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+            name = given.get("model") if OmegaConf.is_dict(given) else None
             if name not in MODELS:
                 raise ValueError(f"{path}: model must be one of {', '.join(MODELS)}, got {name!r}")
             schema = OmegaConf.create(
@@ -172,11 +171,9 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
     experiment.save(record)
     split = experiment.data.split(read(experiment.data.name, experiment.data.path))
     model = experiment.build(split.num_items)
-    start = time.perf_counter()
-    fit(model, split, experiment.training, folder=folder, progress=progress)
-    seconds = time.perf_counter() - start
+    seconds = fit(model, split, experiment.training, folder=folder, progress=progress)
     report = evaluate(experiment, model, split) | {
-        "seconds_since_start_or_resumption": round(seconds, 1),
+        "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "machine": show_config(),
     }

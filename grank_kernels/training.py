@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -83,7 +83,7 @@ class _Module(lightning.LightningModule):
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Cases of the validation by number, shared out among the processes."""
         own = torch.arange(self.trainer.global_rank, len(self.split.validation), self.trainer.world_size)
-        return DataLoader(list(own.split(512)), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        return DataLoader(list(torch.split(own, 512)), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
     def on_train_epoch_start(self) -> None:
         """Dropout and draws depend on seed and epoch alone, so that a resumed run repeats what it lost."""
@@ -140,16 +140,16 @@ def fit(
     progress: bool = True,
     tensorboard: bool = False,
     callbacks: Sequence[Callback] = (),
-) -> Recommender:
+) -> float:
     """Fit a model to the training part of a split and choose its epoch by the validation part.
 
-    With a folder the run writes `last.ckpt` and `best.ckpt` after every epoch and a CSV log, and one that was stopped at
-    any moment goes on from its last whole epoch when it is called again: everything random in an epoch follows from
+    With a folder the run writes `last.ckpt` and `best.ckpt` after every epoch and a CSV log, and one that was stopped
+    at any moment goes on from its last whole epoch when it is called again: everything random in an epoch follows from
     (seed, epoch), so it ends with the same weights, bit for bit, as one that was never stopped (with one number of
     threads).
 
     Args:
-        model: changed in place.
+        model: changed in place; ends in evaluation mode, on the CPU, with the weights of its best epoch.
         split: what to train on and to choose by.
         config: how.
         folder: of the run; None writes nothing and keeps the last epoch.
@@ -158,13 +158,14 @@ def fit(
         callbacks: further ones of Lightning's.
 
     Returns:
-        The model, with the weights of its best epoch, in evaluation mode, on the CPU.
+        Seconds spent in training, over all resumptions.
 
     Raises:
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
     """
     torch.set_float32_matmul_precision(config.matmul)
-    own: list[Callback] = [*callbacks]
+    timer = Timer()  # its time is part of the checkpoints
+    own: list[Callback] = [timer, *callbacks]
     if progress:  # without a terminal, one line an epoch
         own.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 10**9))
     if config.patience is not None:
@@ -208,4 +209,5 @@ def fit(
     if folder is not None:
         state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
-    return model.cpu().eval()
+    model.cpu().eval()
+    return timer.time_elapsed("train")

@@ -44,10 +44,11 @@ def test_order_matters(backbone: Backbone) -> None:
 
 def test_history_does_not_notice_candidates(backbone: Backbone) -> None:
     x = rows(B, T)
-    alone, none = backbone(x)
-    assert none is None
-    beside = backbone(x, rows(B, C), torch.randint(0, T + 1, (B, C)))[0]
-    assert torch.equal(alone, beside)
+    alone, memories = backbone(x)
+    before = [part.clone() for memory in memories for part in memory]
+    backbone.join(rows(B, C), torch.randint(0, T + 1, (B, C)), memories)
+    assert torch.equal(alone, backbone(x)[0])
+    assert all(torch.equal(a, part) for a, part in zip(before, (p for m in memories for p in m), strict=True))
 
 
 def test_a_candidate_is_what_it_would_be_as_the_next_row(backbone: Backbone) -> None:
@@ -55,7 +56,7 @@ def test_a_candidate_is_what_it_would_be_as_the_next_row(backbone: Backbone) -> 
     x, candidates = rows(B, T), rows(B, C)
     visible = torch.randint(0, T + 1, (B, C))
     visible[0, 0], visible[1, 1] = 0, T
-    got = backbone(x, candidates, visible)[1]
+    got = backbone.join(candidates, visible, backbone(x)[1])
     for b in range(B):
         for c in range(C):
             row = torch.cat([x[b, : visible[b, c]], candidates[b, c : c + 1]]).unsqueeze(0)
@@ -65,8 +66,9 @@ def test_a_candidate_is_what_it_would_be_as_the_next_row(backbone: Backbone) -> 
 def test_permuting_candidates_permutes_outputs(backbone: Backbone) -> None:
     x, candidates, visible = rows(B, T), rows(B, C), torch.randint(0, T + 1, (B, C))
     order = torch.randperm(C)
-    expected = backbone(x, candidates, visible)[1][:, order]
-    torch.testing.assert_close(backbone(x, candidates[:, order], visible[:, order])[1], expected)
+    memories = backbone(x)[1]
+    expected = backbone.join(candidates, visible, memories)[:, order]
+    torch.testing.assert_close(backbone.join(candidates[:, order], visible[:, order], memories), expected)
 
 
 def test_softmax_attention_is_masked_full_attention() -> None:
@@ -80,8 +82,8 @@ def test_softmax_attention_is_masked_full_attention() -> None:
     both = torch.cat([x, candidates], 1)
     q, k, v = attention.qkv(both).view(B, T + C, 3, 2, -1).permute(2, 0, 3, 1, 4)
     full = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2).flatten(2)
-    y, c = attention(x, candidates, visible)
-    torch.testing.assert_close(torch.cat([y, c], 1), attention.out(full))
+    y, memory = attention(x)
+    torch.testing.assert_close(torch.cat([y, attention.join(candidates, visible, memory)], 1), attention.out(full))
 
 
 def test_hstu_by_its_equations() -> None:
@@ -97,13 +99,13 @@ def test_hstu_by_its_equations() -> None:
                 weight = F.silu(q[t, h] @ k[s, h] + block.distance[h, t - s]) / 6
                 attended[t, h] += weight * v[s, h]
     expected = x + block.out(block.attended_norm(attended.view(1, 6, 4)) * u.reshape(1, 6, 4))
-    torch.testing.assert_close(block(x, None, None)[0], expected)
+    torch.testing.assert_close(block(x)[0], expected)
 
 
 def test_rotary_logits_depend_on_distance_alone() -> None:
     attention = SoftmaxAttention(D, 2, rotary=True).double()
     x = rows(1, 1).expand(1, T, D)  # one vector everywhere: logits differ by distance only
-    q, k, _ = attention._project(x, None)
+    q, k, _ = attention._project(x, torch.arange(T)[None])
     logits = (q @ k.mT)[0]
     for distance in range(1, T):
         diagonal = logits.diagonal(-distance, 1, 2)
@@ -115,5 +117,5 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="backbone must be one of transformer, llama, hstu, got 'gru'"):
         Backbone("gru", dim=8, blocks=1, heads=1, dropout=0.0, length=4)
     for kind in BLOCKS:
-        with pytest.raises(ValueError, match="dim must be a multiple of heads.*got dim=9, heads=2"):
+        with pytest.raises(ValueError, match=r"dim must be a multiple of heads.*got dim=9, heads=2"):
             Backbone(kind, dim=9, blocks=1, heads=2, dropout=0.0, length=4)

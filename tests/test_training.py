@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from grank_kernels.data import Interactions, Split, leave_one_out
+from grank_kernels.data import Interactions, Split, TrainingWindows, leave_one_out
 from grank_kernels.evaluation import metrics, recommend
 from grank_kernels.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
 from grank_kernels.training import TrainingConfig, fit
@@ -40,6 +40,11 @@ def unigrf() -> Recommender:
     return UniGRF(30, UniGRFConfig(dim=16, history=16, enhancer_after=3, enhancer_pool=8, weighter_interval=2))
 
 
+def fitted(model: Recommender, split: Split, config: TrainingConfig, folder: Path | None = None) -> Recommender:
+    assert fit(model, split, config, folder=folder, progress=False) > 0
+    return model
+
+
 class Interrupt(Callback):
     """Stops the process's work in the middle of an epoch, as a crash would."""
 
@@ -55,9 +60,7 @@ class Interrupt(Callback):
 
 def test_learns_the_circle() -> None:
     split = circle()
-    model = fit(
-        sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01), progress=False
-    )
+    model = fitted(sequential(), split, TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01))
     assert not model.training
     found = recommend(model, split.test, 10)
     assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9  # by chance it would be 1 in 11
@@ -68,15 +71,15 @@ def test_learns_the_circle() -> None:
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(make: object, epoch: int, tmp_path: Path) -> None:
     assert callable(make)
     split = circle()
-    whole = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)
+    whole = fitted(make(), split, CONFIG, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False, callbacks=[Interrupt(epoch)])
     assert (tmp_path / "cut" / "last.ckpt").exists() == (epoch > 0)
     torch.manual_seed(99)  # nothing of this process's state may matter
-    resumed = fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False)
+    resumed = fitted(make(), split, CONFIG, tmp_path / "cut")
     for (name, expected), got in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(got, expected), name
-    again = fit(make(), split, CONFIG, folder=tmp_path / "whole", progress=False)  # done: nothing is trained
+    again = fitted(make(), split, CONFIG, tmp_path / "whole")  # done: nothing is trained
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
@@ -92,7 +95,7 @@ def test_the_best_epoch_is_kept_and_the_run_stops_early(tmp_path: Path) -> None:
 def test_bf16_trains(tmp_path: Path) -> None:
     config = TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01, precision="bf16-mixed")
     split = circle()
-    model = fit(sequential(), split, config, progress=False)
+    model = fitted(sequential(), split, config)
     found = recommend(model, split.test, 10)
     assert metrics(found.retrieved, split.test.targets, (1,))["hr@1"] > 0.9
 
@@ -101,7 +104,8 @@ _ENDLESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_training import *
-fit(sequential(), circle(), TrainingConfig(epochs=10**6, targets=16, batch_items=128), folder=sys.argv[2], progress=False)
+config = TrainingConfig(epochs=10**6, targets=16, batch_items=128)
+fit(sequential(), circle(), config, folder=sys.argv[2], progress=False)
 """
 
 
@@ -116,3 +120,33 @@ def test_sigterm_ends_with_its_status_and_leaves_a_checkpoint(tmp_path: Path) ->
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["epoch"] >= 0
+
+
+_TWO_RANKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_training import *
+from torch import distributed
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, config = sequential(), TrainingConfig(epochs=3, targets=16, batch_items=128, learning_rate=0.01, devices=2)
+    fit(model, circle(), config, folder=sys.argv[2], progress=False)
+    norm = torch.stack([p.detach().double().norm() for p in model.parameters()])
+    both = [torch.empty_like(norm) for _ in range(2)]
+    distributed.all_gather(both, norm)
+    assert torch.equal(*both), both
+    print("rank", distributed.get_rank(), "of", distributed.get_world_size(), "has the weights of the other")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_out_an_epoch_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(_TWO_RANKS)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 has the weights of the other" in done.stdout
+    steps = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)["global_step"]
+    alone = len(TrainingWindows(circle().train, targets=16, batch_items=128))
+    assert steps == 3 * -(-alone // 2)

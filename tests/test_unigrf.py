@@ -89,22 +89,35 @@ def test_the_enhancer_trains_retrieval_alone_by_what_ranking_thinks(backbone: st
 
 
 def test_the_enhancer_by_hand() -> None:
-    """Two items in the corpus beside the history: ranking is sure of one, and dislikes the other."""
-    unigrf = model("llama", enhancer_pool=2, hard_negatives=1, favourite=0.9, favourite_weight=0.25, enhancer_moments=3)
+    """Of the best two candidates of retrieval, ranking is sure of one and dislikes the other."""
+    settings = {"enhancer_pool": 2, "hard_negatives": 1, "hard_weight": 3.0, "enhancer_moments": 3}
+    unigrf = model("llama", favourite=0.9, favourite_weight=0.25, **settings)
     batch = Histories.from_lists([[0, 1]]).pad()
     vectors = unigrf.item_vectors()
     queries = unigrf._queries(unigrf._outputs(batch)[:, 1:-1:2])
-    pool = (vectors @ queries[0, 0]).index_fill(0, torch.tensor([0, 1]), -torch.inf).topk(2).indices
-    loved, disliked = int(pool[1]), int(pool[0])
+    logits = vectors @ queries[0, 0]
+    disliked, loved = logits.index_fill(0, torch.tensor([0, 1]), -torch.inf).topk(2).indices.tolist()
 
     def judged(batch: Batch, candidates: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         assert (visible == 2).all()  # behind the first item and its feedback
         return torch.where(candidates == loved, 5.0, -5.0)
 
     unigrf._feedback_logits = judged  # type: ignore[method-assign]
-    logits = vectors[torch.tensor([1, loved, disliked])] @ queries[0, 0]
-    expected = -(torch.tensor([0.75, 0.25, 0.0]) * logits.log_softmax(0)).sum()
+    mass = logits[1:].exp()  # the first has been seen
+    mass[disliked - 1] *= 3
+    expected = mass.sum().log() - 0.75 * logits[1] - 0.25 * logits[loved]
     torch.testing.assert_close(unigrf._enhanced(batch, queries, vectors), expected)
+
+
+@pytest.mark.parametrize("length", [N - 1, N])
+def test_the_enhancer_where_the_corpus_runs_out(length: int) -> None:
+    unigrf = model("llama", enhancer_after=0).train()
+    batch = Histories.from_lists([torch.randperm(N)[:length].tolist() for _ in range(20)]).pad()
+    enhanced = unigrf.losses(batch)["enhanced"]
+    enhanced.backward()
+    assert enhanced.isfinite()
+    assert unigrf.items.grad is not None
+    assert unigrf.items.grad.isfinite().all()
 
 
 def test_the_weighter_favours_the_slower_task() -> None:

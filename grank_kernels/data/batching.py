@@ -77,7 +77,7 @@ class TrainingWindows:
         order = torch.randperm(len(lengths), generator=generator)
         width = int(lengths.max()) if len(lengths) else 1
         batches = []
-        for pool in order.split(max(1, 16 * batch_items // width)):
+        for pool in torch.split(order, max(1, 16 * batch_items // width)):
             pool = pool[lengths[pool].argsort(stable=True)]
             while len(pool):  # the longest of a batch decides how many fit
                 fitting = int((lengths[pool] * torch.arange(1, len(pool) + 1) <= batch_items).sum())

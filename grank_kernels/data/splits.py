@@ -110,7 +110,7 @@ def half_and_half(
             f"at least {least} events"
         )
     users = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(seed))]
-    parts = users.split([validation, test, len(users) - validation - test])
+    parts = torch.split(users, [validation, test, len(users) - validation - test])
 
     def cases(chosen: Tensor) -> Cases:
         chosen = chosen.sort().values

@@ -3,9 +3,9 @@
 Every block does two things with the same weights:
 
 - `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
-- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history and
-  itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are the
-  same, bit for bit, whoever joins.
+- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history
+  and itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are
+  the same, bit for bit, whoever joins.
 
 That is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. It scores many
 candidates after one pass over a history, in training as in serving.
@@ -135,8 +135,8 @@ class HSTUBlock(nn.Module):
         U, V, Q, K = SiLU(norm(X) W)        A = SiLU(Q K^T + r) / length, causal
         Y = X + (norm(A V) * U) Wo
 
-    `r` is one learned number for each distance between positions and head. No softmax: what a row attends to adds up, so
-    the strength of an interest counts, not only its share.
+    `r` is one learned number for each distance between positions and head. No softmax: what a row attends to adds up,
+    so the strength of an interest counts, not only its share.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, length: int) -> None:
@@ -156,20 +156,22 @@ class HSTUBlock(nn.Module):
         """See the module."""
         places = torch.arange(x.shape[1], device=x.device)
         u, v, q, k = self._project(x)
-        behind = places[:, None] - places
-        bias = self.distance[:, behind.clamp(min=0)]
-        weights = F.silu(q @ k.mT + bias).tril() / self.length
-        return self._finish(x, weights @ v, u), Memory(k, v)
+        logits = (q @ k.mT).add_(self._bias(places[:, None] - places))
+        return self._finish(x, F.silu(logits) @ v, u), Memory(k, v)
 
     def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
         """See the module."""
         u, v, q, k = self._project(tokens)
         # A token stands right behind the last row that it sees.
         behind = visible[..., None] - torch.arange(memory.keys.shape[2], device=q.device)
-        bias = self.distance[:, behind.clamp(min=0)].transpose(0, 1)
-        weights = F.silu(q @ memory.keys.mT + bias).masked_fill(behind[:, None] <= 0, 0.0) / self.length
-        own = F.silu((q * k).sum(-1, keepdim=True) + self.distance[:, :1, None]) / self.length
-        return self._finish(tokens, weights @ memory.values + own * v, u)
+        bias = self._bias(behind.masked_fill(behind == 0, -1)).transpose(0, 1)
+        own = F.silu((q * k).sum(-1, keepdim=True) + self.distance[:, :1, None])
+        attended = F.silu((q @ memory.keys.mT).add_(bias)) @ memory.values + own * v
+        return self._finish(tokens, attended, u)
+
+    def _bias(self, behind: Tensor) -> Tensor:
+        """r by distance, (heads, *behind); so low in front that SiLU makes exactly 0 of any logit there."""
+        return self.distance[:, behind.clamp(min=0)].masked_fill(behind < 0, -1e4)
 
     def _project(self, x: Tensor) -> list[Tensor]:
         B, T, d = x.shape
@@ -177,7 +179,7 @@ class HSTUBlock(nn.Module):
         return list(parts)
 
     def _finish(self, x: Tensor, attended: Tensor, u: Tensor) -> Tensor:
-        y = self.attended_norm(attended.transpose(1, 2).flatten(2)) * u.transpose(1, 2).flatten(2)
+        y = self.attended_norm(attended.transpose(1, 2).flatten(2) / self.length) * u.transpose(1, 2).flatten(2)
         finished: Tensor = x + self.out(self.dropout(y))
         return finished
 
@@ -237,6 +239,6 @@ class Backbone(nn.Module):
             tokens = tokens + F.embedding(visible, self.position)
         tokens = self.dropout(tokens)
         for block, memory in zip(self.blocks, memories, strict=True):
-            tokens = block.join(tokens, visible, memory)
+            tokens = block.join(tokens, visible, memory)  # type: ignore[operator]  # torch types it as a tensor
         joined: Tensor = self.norm(tokens)
         return joined

@@ -71,7 +71,9 @@ def softmax_loss(users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | N
     """
     if len(users) == 0:
         return (users.sum() + items.sum()) * 0
-    loss: Tensor = _SoftmaxLoss.apply(users, items, targets, seen)
+    loss: Tensor = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
+        users, items, targets, seen
+    )
     return loss
 
 

@@ -51,7 +51,7 @@ class Recommender(nn.Module, ABC):
 
 
 def at_newest(outputs: Tensor, batch: Batch) -> Tensor:
-    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 where there is none, which likes all alike."""
+    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 of an empty one, which likes all alike."""
     lengths = batch.lengths
     rows = torch.arange(len(lengths), device=lengths.device)
     return outputs[rows, (lengths - 1).clamp(min=0)].masked_fill((lengths == 0).unsqueeze(1), 0.0)

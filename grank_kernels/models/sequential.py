@@ -63,7 +63,7 @@ class Sequential(Recommender):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
         return self._queries(at_newest(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """UniGRF (arXiv 2504.16454): retrieval and ranking in one generative model."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,10 @@ class UniGRFConfig:
         enhancer_moments: moments of each window that it looks at.
         enhancer_pool: the best candidates of retrieval that ranking judges at each moment.
         hard_negatives: how many of them, by the gap between the two scores, become hard negatives (the paper's m).
+        hard_weight: how many times each of these counts in the softmax.
         favourite: from which ranking score on a candidate becomes an extra positive (the paper's alpha).
         favourite_weight: how much of the label all extra positives share; the rest stays with the target.
+        enhancer_weight: of the loss at these moments, where the loss over all moments has 1.
         weighter_interval: steps over which losses are averaged before two averages are compared.
         weighter_temperature: 1 follows the ratio of the losses closely, a large one weighs the tasks alike.
     """
@@ -55,8 +58,10 @@ class UniGRFConfig:
     enhancer_moments: int = 4
     enhancer_pool: int = 32
     hard_negatives: int = 8
+    hard_weight: float = 4.0
     favourite: float = 0.9
     favourite_weight: float = 0.1
+    enhancer_weight: float = 0.2
     weighter_interval: int = 100
     weighter_temperature: float = 1.0
 
@@ -101,7 +106,7 @@ class UniGRF(Recommender):
         return F.normalize(self.items, dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries, from histories of up to `history` items; 0 for an empty one."""
+        """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
         return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ class UniGRF(Recommender):
             if self.config.enhancer and self.training:
                 self.steps += 1
                 if self.steps > self.config.enhancer_after:
-                    losses["enhanced"] = self._enhanced(batch, queries, vectors)
+                    losses["enhanced"] = self.config.enhancer_weight * self._enhanced(batch, queries, vectors)
         if self.config.ranking:
             at_items = self.score(outputs[:, ::2][batch.valid]).squeeze(-1)
             losses["ranking"] = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
@@ -131,7 +136,8 @@ class UniGRF(Recommender):
         if not (self.config.weighter and self.config.retrieval and self.config.ranking):
             return super().objective(losses)
         retrieval = losses["retrieval"] + losses.get("enhanced", 0.0)
-        return self.weighter(torch.stack([retrieval, losses["ranking"]]))
+        weighed: Tensor = self.weighter(torch.stack([retrieval, losses["ranking"]]))
+        return weighed
 
     def _outputs(self, batch: Batch) -> Tensor:
         outputs: Tensor = self.backbone(self._tokens(batch))[0]
@@ -141,10 +147,12 @@ class UniGRF(Recommender):
         """(B, 2 L, d): item, feedback, item, feedback, ..."""
         items = self._item_tokens(batch.items.clamp(min=0))
         feedback = items + F.embedding(batch.feedback.long(), self.feedback) * self.config.dim**0.5
-        return torch.stack([items, feedback], 2).flatten(1, 2)
+        tokens: Tensor = torch.stack([items, feedback], 2).flatten(1, 2)
+        return tokens
 
     def _item_tokens(self, items: Tensor) -> Tensor:
-        return F.embedding(items, self.items) * self.config.dim**0.5
+        tokens: Tensor = F.embedding(items, self.items) * self.config.dim**0.5
+        return tokens
 
     def _queries(self, outputs: Tensor) -> Tensor:
         return F.normalize(outputs, dim=-1) / self.config.temperature
@@ -159,48 +167,55 @@ class UniGRF(Recommender):
     def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
         """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
 
-        At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of become
-        extra positives; among the others, those with the largest gap between the two scores, min-max normalised in the
-        pool, become hard negatives, liked by retrieval and disliked by ranking. Cross-entropy of target and favourites
-        against the hard negatives is added to the loss over the corpus, in which all items are negatives already.
+        At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of
+        become extra positives, which share a part of the label. Among the others, those with the largest gap between
+        the two scores, min-max normalised in the pool, become hard negatives, liked by retrieval and disliked by
+        ranking. In the paper they join the drawn negatives; where the softmax runs over the corpus all items are
+        negatives already, so they count several times.
         """
-        config = self.config
+        config, N = self.config, len(vectors)
         B, moments = len(batch.items), config.enhancer_moments
         asked = batch.lengths - 1  # moments with a next item; windows have at least two items
         at = (torch.rand(B, moments, device=asked.device) * asked.unsqueeze(1)).long()
         target = batch.items.gather(1, at + 1)
         query = queries.gather(1, at.unsqueeze(-1).expand(-1, -1, queries.shape[-1]))
+        past = batch.items.unsqueeze(1).expand(-1, moments, -1)
+        past = past.where(torch.arange(past.shape[2], device=at.device) <= at.unsqueeze(-1), -1)
+        seen = torch.zeros(B, moments, N + 1, dtype=torch.bool, device=at.device)
+        seen = seen.scatter(2, past.where(past >= 0, N), True)[..., :N].scatter(2, target.unsqueeze(-1), False)
+        logits = (query @ vectors.T).masked_fill(seen, -torch.inf)
         with torch.no_grad():
-            logits = query @ vectors.T
-            past = torch.arange(batch.items.shape[1], device=at.device) <= at.unsqueeze(-1) + 1  # the target, too
-            seen = batch.items.clamp(min=0).unsqueeze(1).expand(-1, moments, -1).where(past, target.unsqueeze(-1))
-            pool = logits.scatter(2, seen, -torch.inf).topk(min(config.enhancer_pool, len(vectors) // 2))
-            visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.indices.shape)
-            self.eval()
-            liked = self._feedback_logits(batch, pool.indices.flatten(1), visible.flatten(1)).sigmoid()
-            self.train()
-            liked = liked.view(pool.indices.shape)
-            favourite = liked > config.favourite
-            low, high = pool.values[..., -1:], pool.values[..., :1]
-            gap = ((pool.values - low) / (high - low + 1e-6) - liked).masked_fill(favourite, -torch.inf)
-            hard = torch.zeros_like(favourite).scatter(
-                2, gap.topk(min(config.hard_negatives, gap.shape[2])).indices, True
-            )
-            kept = favourite | (hard & ~favourite)
-            share = config.favourite_weight * favourite.any(-1, keepdim=True)
-            label = torch.cat([1.0 - share, share * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)], -1)
-        candidates = torch.cat([target.unsqueeze(-1), pool.indices], -1)
-        scores = torch.einsum("bmd,bmcd->bmc", query, vectors[candidates])
-        scores = torch.cat([scores[..., :1], scores[..., 1:].masked_fill(~kept, -1e9)], -1)
-        return -(label * scores.log_softmax(-1)).sum(-1).mean()
+            others = logits.scatter(2, target.unsqueeze(-1), -torch.inf)
+            scores, pool = others.topk(min(config.enhancer_pool, N))
+            visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.shape)
+            liked = self._judge(batch, pool.flatten(1), visible.flatten(1)).view(pool.shape)
+            scores = scores.where(scores > -torch.inf, 0.0)  # of a corpus that ran out
+            low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+            favourite = (liked > config.favourite) & others.gather(2, pool).isfinite()
+            gap = ((scores - low) / (high - low + 1e-6) - liked).masked_fill(favourite, -torch.inf)
+            hard = pool.gather(2, gap.topk(min(config.hard_negatives, pool.shape[2])).indices)
+            extra = torch.zeros_like(logits).scatter(2, hard, math.log(config.hard_weight))
+            extra.scatter_(2, pool, extra.gather(2, pool).masked_fill(favourite, 0.0))
+            share = config.favourite_weight * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)
+            label = torch.zeros_like(logits).scatter(2, pool, share)
+            label.scatter_(2, target.unsqueeze(-1), 1 - share.sum(-1, keepdim=True))
+        negative = (logits + extra).logsumexp(-1, keepdim=True) - logits
+        return (label * negative.masked_fill(seen, 0.0)).sum(-1).mean()
+
+    def _judge(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
+        """Ranking's probability that each candidate is liked, without dropout."""
+        self.eval()
+        liked = self._feedback_logits(batch, candidates, visible).sigmoid()
+        self.train()
+        return liked
 
 
 class _Weighter(nn.Module):
     """UniGRF's gradient-guided adaptive weighter (section 3.4): the task that converges more slowly weighs more.
 
-    Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before, as
-    in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry no
-    gradient, are 1 until two intervals have passed, and are part of a checkpoint.
+    Weights are `n softmax(r / T)` with r the ratio of each task's mean loss over the last interval to the one before,
+    as in dynamic weight averaging (arXiv 1803.10704), whose form we take since the paper's is not published. They carry
+    no gradient, are 1 until two intervals have passed, and are part of a checkpoint.
     """
 
     def __init__(self, tasks: int, interval: int, temperature: float) -> None:

@@ -1,0 +1,238 @@
+"""The figures of docs/results.md: trains every row, several seeds of the headline rows, and writes the tables.
+
+python -m benchmarks.results train --data ml-1m=DIR [--only unigrf] [--seeds 0 1 2] [--runs build/runs]
+python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] [--svg docs/results.svg]
+
+`train` goes on where it was stopped and skips what is done; rows land one by one. One thread each: start it twice, with
+different rows, on two cores. `write` takes whatever is done and says how many seeds stand behind each figure.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.report import COLOURS, markdown_table, write_readme
+from grank_kernels.data import read
+from grank_kernels.evaluation import DEPTH, metrics
+from grank_kernels.experiment import KS, Experiment, run
+from grank_kernels.models.neighbours import ItemKNN, Popularity
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class Row(NamedTuple):
+    """One line of a table: an experiment under each of its seeds, or what counts alone say about its data."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    headline: bool = False  # three seeds
+    counts: type[Popularity] | type[ItemKNN] | None = None  # in place of the experiment's model
+
+    @property
+    def slug(self) -> str:
+        parts = [self.config.replace("/", "-"), *(o.split(".", 1)[1].replace("=", "_") for o in self.overrides)]
+        return "-".join(parts if self.counts is None else [parts[0], self.counts.__name__.lower()])
+
+
+def ablated(name: str, *switches: str) -> Row:
+    return Row(name, "ml-1m/unigrf-hstu", tuple(f"settings.{switch}=false" for switch in switches))
+
+
+TABLES: dict[str, list[Row]] = {
+    "ml-1m leave-one-out": [
+        Row("popularity", "ml-1m/sasrec", counts=Popularity),
+        Row("item-kNN", "ml-1m/sasrec", counts=ItemKNN),
+        Row("SASRec", "ml-1m/sasrec", headline=True),
+        Row("HSTU", "ml-1m/hstu", headline=True),
+        Row("UniGRF, HSTU", "ml-1m/unigrf-hstu", headline=True),
+        Row("UniGRF, Llama", "ml-1m/unigrf-llama", headline=True),
+        ablated("UniGRF, HSTU, no enhancer", "enhancer"),
+        ablated("UniGRF, HSTU, no weighter", "weighter"),
+        ablated("UniGRF, HSTU, neither", "enhancer", "weighter"),
+        ablated("UniGRF, HSTU, retrieval only", "ranking", "enhancer", "weighter"),
+        ablated("UniGRF, HSTU, ranking only", "retrieval", "enhancer", "weighter"),
+    ],
+    "ml-1m half-and-half": [
+        Row("popularity", "ml-1m/dssm", counts=Popularity),
+        Row("item-kNN", "ml-1m/dssm", counts=ItemKNN),
+        Row("DSSM", "ml-1m/dssm"),
+        Row("GRank, Generator", "ml-1m/grank", ("settings.auxiliary=false", "settings.ranker=false"), headline=True),
+        Row("GRank, Generator + Ranker", "ml-1m/grank", ("settings.auxiliary=false",), headline=True),
+        Row("GRank, Generator + auxiliary", "ml-1m/grank", ("settings.ranker=false",), headline=True),
+        Row("GRank, whole", "ml-1m/grank", headline=True),
+    ],
+    "beauty leave-one-out": [
+        Row("popularity", "beauty/sasrec", counts=Popularity),
+        Row("item-kNN", "beauty/sasrec", counts=ItemKNN),
+        Row("SASRec", "beauty/sasrec"),
+        Row("HSTU", "beauty/hstu"),
+    ],
+    "nowplaying leave-one-out": [
+        Row("popularity", "nowplaying/sasrec", counts=Popularity),
+        Row("item-kNN", "nowplaying/sasrec", counts=ItemKNN),
+        Row("SASRec", "nowplaying/sasrec"),
+        Row("HSTU", "nowplaying/hstu"),
+    ],
+}
+
+
+def train(runs: Path, data: dict[str, str], only: str, seeds: Sequence[int]) -> None:
+    torch.set_num_threads(1)
+    wanted = [(table, row, seed) for seed in seeds for table, rows in TABLES.items() for row in rows]
+    for table, row, seed in wanted:
+        folder = runs / f"{row.slug}-seed_{seed}"
+        if only not in f"{table} {row.slug}" or (seed != seeds[0] and not row.headline):
+            continue
+        if (folder / "report.json").exists():
+            continue
+        overrides = [*row.overrides, f"training.seed={seed}"]
+        path = data.get(row.config.split("/")[0])
+        if path is not None:
+            overrides.append(f"data.path={path}")
+        experiment = Experiment.load(CONFIGS / f"{row.config}.yaml", overrides)
+        print(f"{folder.name}: {table}, {row.name}", flush=True)
+        if row.counts is None:
+            run(experiment, folder)
+        else:
+            count(experiment, row.counts, folder)
+
+
+def count(experiment: Experiment, counts: type[Popularity] | type[ItemKNN], folder: Path) -> None:
+    """The report of a baseline that learns nothing."""
+    split = experiment.data.split(read(experiment.data.name, experiment.data.path))
+    start = time.perf_counter()
+    fitted = counts.fit(split.train, split.num_items)
+    seconds = time.perf_counter() - start
+    cases = split.test
+    found = fitted.recommend(cases.histories, min(DEPTH, split.num_items)).indices
+    figures = metrics(found, cases.targets, KS[experiment.data.protocol])
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"users": len(cases), "retrieved": figures, "seconds": seconds}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def flat(report: dict[str, Any]) -> dict[str, float]:
+    """`{"retrieved": {"hr@10": x}, "auc": y}` to `{"retrieved hr@10": x, "auc": y}`."""
+    figures = {}
+    for name, value in report.items():
+        if isinstance(value, dict):
+            figures |= {f"{name} {metric}": figure for metric, figure in value.items() if isinstance(figure, float)}
+        elif isinstance(value, float):
+            figures[name] = value
+    return figures
+
+
+def collect(runs: Path, row: Row) -> dict[str, list[float]]:
+    """The figures of every seed that is done, by name."""
+    found: dict[str, list[float]] = {}
+    for path in sorted(runs.glob(f"{row.slug}-seed_*/report.json")):
+        for name, value in flat(json.loads(path.read_text())).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def cell(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.4f}".replace(" 0.", " .") if len(values) > 1 else ""
+    return f"{mean(values):.4f}".replace("0.", ".", 1) + spread
+
+
+def leave_one_out_table(runs: Path, rows: list[Row]) -> str:
+    header = ["", "n", "HR@10", "NDCG@10", "HR@50", "NDCG@50", "HR@200", "NDCG@200", "MRR", "AUC", "minutes"]
+    names = [f"retrieved {metric}@{k}" for k in (10, 50, 200) for metric in ("hr", "ndcg")] + ["retrieved mrr", "auc"]
+    return _table(runs, rows, header, names)
+
+
+def half_and_half_table(runs: Path, rows: list[Row], first: str) -> str:
+    """Of the retrieval, or after the second stage over k1 candidates."""
+    ks = (10, 50, 200, 500) if first == "retrieved" else (10, 50, *((200,) if first != "ranked_100" else ()))
+    header = ["", "n", *(f"{metric}@{k}" for k in ks for metric in ("Recall", "NDCG")), "minutes"]
+    return _table(runs, rows, header, [f"{first} {metric}@{k}" for k in ks for metric in ("recall", "ndcg")])
+
+
+def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> str:
+    lines = []
+    for row in rows:
+        found = collect(runs, row)
+        seconds = found.get("seconds", [])
+        count = max(map(len, found.values()), default=0)
+        if count:
+            minutes = f"{mean(seconds) / 60:.0f}" if seconds else ""
+            lines.append([row.name, str(count), *(cell(found.get(name)) for name in names), minutes])
+    return markdown_table(header, lines)
+
+
+def draw(path: Path, runs: Path) -> None:
+    """Two panels: HR@10 of leave-one-out, Recall@50 of half-and-half after the second stage where there is one."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.hashsalt": "grank", "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none"}
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
+    for panel, table, title, choices in (
+        (panels[0], "ml-1m leave-one-out", "HR@10, leave-one-out", ["retrieved hr@10"]),
+        (panels[1], "ml-1m half-and-half", "Recall@50, half and half", ["ranked_200 recall@50", "retrieved recall@50"]),
+    ):
+        bars = {}
+        for row in reversed(TABLES[table]):
+            found = collect(runs, row)
+            values = next((found[name] for name in choices if name in found), None)
+            if values:
+                bars[row.name] = mean(values)
+        colours = [COLOURS["ours" if name.startswith(("UniGRF", "GRank")) else "peer"] for name in bars]
+        panel.barh(list(bars), list(bars.values()), color=colours, height=0.72)
+        for y, value in enumerate(bars.values()):
+            panel.text(value, y, f" {value:.3f}", va="center", fontsize=8, color="#404040")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlim(0, max(bars.values(), default=1) * 1.2)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    figure.suptitle("MovieLens-1M, full corpus: measured", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def write(runs: Path, page: Path, svg: Path | None) -> None:
+    for table, rows in TABLES.items():
+        if table.endswith("leave-one-out"):
+            write_readme(page, table, leave_one_out_table(runs, rows))
+        else:
+            for first in ("retrieved", "ranked_100", "ranked_200", "ranked_500"):
+                write_readme(page, f"{table} {first}", half_and_half_table(runs, rows, first))
+    if svg is not None:
+        draw(svg, runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "write"):
+        command = commands.add_parser(name)
+        command.add_argument("--runs", type=Path, default=Path("build/runs"))
+        if name == "train":
+            command.add_argument("--data", nargs="*", default=[], metavar="FOLDER_OF_CONFIGS=PATH")
+            command.add_argument("--only", default="", help="part of a table's or a row's name")
+            command.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+        else:
+            command.add_argument("--page", type=Path, default=Path("docs/results.md"))
+            command.add_argument("--svg", type=Path)
+    options = parser.parse_args()
+    if options.command == "train":
+        train(options.runs, dict(entry.split("=", 1) for entry in options.data), options.only, options.seeds)
+    else:
+        write(options.runs, options.page, options.svg)
+
+
+if __name__ == "__main__":
+    main()
