@@ -63,9 +63,9 @@ TABLES: dict[str, list[Row]] = {
         Row("popularity", "ml-1m/dssm", counts=Popularity),
         Row("item-kNN", "ml-1m/dssm", counts=ItemKNN),
         Row("DSSM", "ml-1m/dssm"),
-        Row("GRank, Generator", "ml-1m/grank", ("settings.auxiliary=false", "settings.ranker=false"), headline=True),
-        Row("GRank, Generator + Ranker", "ml-1m/grank", ("settings.auxiliary=false",), headline=True),
-        Row("GRank, Generator + auxiliary", "ml-1m/grank", ("settings.ranker=false",), headline=True),
+        Row("GRank, Generator", "ml-1m/grank-generator", headline=True),
+        Row("GRank, Generator + Ranker", "ml-1m/grank-ranker", headline=True),
+        Row("GRank, Generator + auxiliary", "ml-1m/grank-auxiliary", headline=True),
         Row("GRank, whole", "ml-1m/grank", headline=True),
     ],
     "beauty leave-one-out": [
@@ -163,7 +163,7 @@ def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> 
     for row in rows:
         found = collect(runs, row)
         seconds = found.get("seconds", [])
-        count = max(map(len, found.values()), default=0)
+        count = max((len(found[name]) for name in names if name in found), default=0)
         if count:
             minutes = f"{mean(seconds) / 60:.0f}" if seconds else ""
             lines.append([row.name, str(count), *(cell(found.get(name)) for name in names), minutes])

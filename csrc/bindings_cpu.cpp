@@ -10,6 +10,7 @@
 #include "cpu/candidate_cross_attention.h"
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
+#include "cpu/mips_topk_certified.h"
 #include "cpu/score_candidates.h"
 
 namespace py = pybind11;
@@ -41,32 +42,58 @@ void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queri
   }
 }
 
-void mips_topk(uintptr_t queries, int64_t num_queries, uintptr_t rows, int dtype, int64_t num_rows, int64_t d,
-               int64_t row_stride, uintptr_t row_scale, uintptr_t ids, uintptr_t exclude_offsets, uintptr_t exclude_ids,
-               int64_t num_exclude_ids, uintptr_t allow, int64_t allow_stride, int64_t k, int threads, uintptr_t values,
-               uintptr_t positions) {
-  const py::gil_scoped_release release;
-  const grank::MipsTopkProblem problem{pointer<const float>(queries),
-                                       num_queries,
-                                       pointer<const void>(rows),
-                                       static_cast<grank::DType>(dtype),
-                                       num_rows,
-                                       d,
-                                       row_stride,
-                                       pointer<const float>(row_scale),
-                                       pointer<const int64_t>(ids),
-                                       pointer<const int64_t>(exclude_offsets),
-                                       pointer<const int64_t>(exclude_ids),
-                                       pointer<const bool>(allow),
-                                       allow_stride,
-                                       k,
-                                       threads,
-                                       pointer<float>(values),
-                                       pointer<int64_t>(positions)};
-  if (exclude_offsets != 0) {
-    check_exclude(problem.exclude_offsets, problem.exclude_ids, num_queries, num_exclude_ids, ids ? -1 : num_rows);
+// What both searches are given: queries (address, number), rows (address, dtype, number, width, stride in bytes,
+// address of scales), address of ids, exclude (addresses of offsets and ids, number of ids), allow (address, stride),
+// k, threads, values, positions.
+using Queries = std::tuple<uintptr_t, int64_t>;
+using TableRows = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t>;
+using Exclude = std::tuple<uintptr_t, uintptr_t, int64_t>;
+using Allow = std::tuple<uintptr_t, int64_t>;
+using TopK = std::tuple<int64_t, int, uintptr_t, uintptr_t>;
+
+grank::MipsTopkProblem search_problem(const Queries& queries, const TableRows& rows, uintptr_t ids,
+                                      const Exclude& exclude, const Allow& allow, const TopK& best) {
+  grank::MipsTopkProblem p{};
+  p.queries = pointer<const float>(std::get<0>(queries));
+  p.num_queries = std::get<1>(queries);
+  p.rows = pointer<const void>(std::get<0>(rows));
+  p.dtype = static_cast<grank::DType>(std::get<1>(rows));
+  p.num_rows = std::get<2>(rows);
+  p.d = std::get<3>(rows);
+  p.row_stride = std::get<4>(rows);
+  p.row_scale = pointer<const float>(std::get<5>(rows));
+  p.ids = pointer<const int64_t>(ids);
+  p.exclude_offsets = pointer<const int64_t>(std::get<0>(exclude));
+  p.exclude_ids = pointer<const int64_t>(std::get<1>(exclude));
+  p.allow = pointer<const bool>(std::get<0>(allow));
+  p.allow_stride = std::get<1>(allow);
+  p.k = std::get<0>(best);
+  p.threads = std::get<1>(best);
+  p.values = pointer<float>(std::get<2>(best));
+  p.positions = pointer<int64_t>(std::get<3>(best));
+  if (p.exclude_offsets != nullptr) {
+    check_exclude(p.exclude_offsets, p.exclude_ids, p.num_queries, std::get<2>(exclude), ids ? -1 : p.num_rows);
   }
-  grank::mips_topk(problem, grank::active_isa());
+  return p;
+}
+
+void mips_topk(const Queries& queries, const TableRows& rows, uintptr_t ids, const Exclude& exclude, const Allow& allow,
+               const TopK& best) {
+  const py::gil_scoped_release release;
+  grank::mips_topk(search_problem(queries, rows, ids, exclude, allow, best), grank::active_isa());
+}
+
+// coarse: addresses of the queries as the int8 copy meets them, and of its rows, stride in bytes, scales, errors.
+void mips_topk_certified(const Queries& queries, const TableRows& rows, uintptr_t ids, const Exclude& exclude,
+                         const Allow& allow, const TopK& best,
+                         const std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t>& coarse,
+                         uintptr_t rescored) {
+  const py::gil_scoped_release release;
+  const grank::CoarseRows copy{pointer<const float>(std::get<0>(coarse)), pointer<const void>(std::get<1>(coarse)),
+                               std::get<2>(coarse), pointer<const float>(std::get<3>(coarse)),
+                               pointer<const float>(std::get<4>(coarse))};
+  grank::mips_topk_certified(search_problem(queries, rows, ids, exclude, allow, best), copy, grank::active_isa(),
+                             pointer<int64_t>(rescored));
 }
 
 void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows,
@@ -172,6 +199,7 @@ void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, in
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of grank_kernels; addresses in, nothing out.";
   m.def("mips_topk", &mips_topk);
+  m.def("mips_topk_certified", &mips_topk_certified);
   m.def("score_candidates", &score_candidates);
   m.def("candidate_cross_attention", &candidate_cross_attention);
   m.def("candidate_cross_attention_backward", &candidate_cross_attention_backward);

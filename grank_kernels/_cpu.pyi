@@ -2,24 +2,23 @@ _Sequence = tuple[int, int, int]
 _Tensor = tuple[int, int, int, int]
 
 def mips_topk(
-    queries: int,
-    num_queries: int,
-    rows: int,
-    dtype: int,
-    num_rows: int,
-    d: int,
-    row_stride: int,
-    row_scale: int,
+    queries: tuple[int, int],
+    rows: tuple[int, int, int, int, int, int],
     ids: int,
-    exclude_offsets: int,
-    exclude_ids: int,
-    num_exclude_ids: int,
-    allow: int,
-    allow_stride: int,
-    k: int,
-    threads: int,
-    values: int,
-    positions: int,
+    exclude: tuple[int, int, int],
+    allow: tuple[int, int],
+    best: tuple[int, int, int, int],
+    /,
+) -> None: ...
+def mips_topk_certified(
+    queries: tuple[int, int],
+    rows: tuple[int, int, int, int, int, int],
+    ids: int,
+    exclude: tuple[int, int, int],
+    allow: tuple[int, int],
+    best: tuple[int, int, int, int],
+    coarse: tuple[int, int, int, int, int],
+    rescored: int,
     /,
 ) -> None: ...
 def score_candidates(

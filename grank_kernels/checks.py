@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from grank_kernels.table import ItemTable
+from grank_kernels.table_versions import Columns, Version
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
@@ -73,13 +74,13 @@ def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:
         raise ValueError(f"{name}: offsets must not decrease")
 
 
-def operands_of(items: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of items, a tensor or a table: rows, the scales of int8 rows, and external ids."""
+def version_of(items: Any) -> Version:
+    """Of items, a tensor or a table: the rows as they are now, whatever updates come while they are searched."""
     if isinstance(items, ItemTable):
-        return items.operands()
+        return items.current
     if not isinstance(items, torch.Tensor):
         raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
     if items.dtype == torch.int8:
         raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
     check_tensor("items", items, FLOATS, (2,))
-    return items, None, None
+    return Version(Columns(items), items.shape[0])

@@ -1,22 +1,27 @@
-"""A first look, on real data: `python -m grank_kernels.demo` trains, retrieves, re-ranks, and times the search."""
+"""A first look, on real data: `python -m grank_kernels.demo` trains GRank, serves it, and times the search."""
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grank_kernels import ItemTable, mips_topk
-from grank_kernels.data import Interactions, LeaveOneOut, leave_one_out, read_movielens_100k
-from grank_kernels.evaluation import Recommendations, hit_and_ndcg, most_popular, recommend
-from grank_kernels.training import train_grank
+from grank_kernels.data import Interactions, Split
+from grank_kernels.evaluation import metrics
+from grank_kernels.experiment import DataConfig, Experiment, run
+from grank_kernels.models import GRankConfig
+from grank_kernels.models.neighbours import Popularity
+from grank_kernels.retriever import Retriever
+from grank_kernels.training import TrainingConfig
 
-_K = 10  # of HR@k and NDCG@k
+_KS = (10, 50)  # of HR@k and NDCG@k
 _TIMED_K = 100
 
 
@@ -24,64 +29,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m grank_kernels.demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training items (default: %(default)s)")
-    parser.add_argument("--k1", type=int, default=100, help="items retrieved and re-ranked (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training items (default: %(default)s)")
+    parser.add_argument("--k1", type=int, default=200, help="items retrieved and re-ranked (default: %(default)s)")
     parser.add_argument("--table", type=int, default=1_000_000, help="rows of the timed table (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="u.data file of MovieLens-100K, or its folder (default: from PyPI)")
+    parser.add_argument("--data", help="u.data file of MovieLens-100K, or its folder (default: from PyPI)")
     options = parser.parse_args(arguments)
-    for name, least in (("epochs", 1), ("k1", _K), ("table", _TIMED_K)):
+    for name, least in (("epochs", 1), ("k1", max(_KS)), ("table", _TIMED_K)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(options, name)}")
+    # One thread, so that the figures do not depend on the number of cores, and a busy machine does not stall.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        interactions = read_movielens_100k(options.data)
+        _recommend(_experiment(options.data, options.epochs, options.k1, options.seed))
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    _recommend(interactions, options.epochs, options.k1, options.seed)
+    finally:
+        torch.set_num_threads(threads)
     _time_search(options.table, options.seed)
     return 0
 
 
-def _recommend(interactions: Interactions, epochs: int, k1: int, seed: int) -> None:
-    split = leave_one_out(interactions)
+def _experiment(path: str | None, epochs: int, k1: int, seed: int) -> Experiment:
+    model = GRankConfig(dim=64, short_history=64, long_history=200)
+    training = TrainingConfig(epochs=epochs, targets=64, context=136, learning_rate=4e-3, seed=seed)
+    return Experiment("grank", model, DataConfig("ml-100k", path), training, k1=(k1,))
+
+
+def _recommend(experiment: Experiment) -> None:
+    interactions = experiment.data.read()
+    split = experiment.data.split(interactions)
+    epochs, (k1,) = experiment.training.epochs, experiment.k1
     print(
         f"MovieLens-100K: {interactions.num_users:,} users, {interactions.num_items:,} films, {len(interactions):,} "
         "ratings.\nLeave-one-out: each user's last film is the test, the one before it validation, the rest trains.\n"
-        f"\nTraining a small GRank (Generator and Ranker together), {epochs} epochs, seed {seed} ...",
+        f"\nTraining GRank, Generator, auxiliary branch and Ranker together, {epochs} epochs, seed "
+        f"{experiment.training.seed} ...",
         flush=True,
     )
-    start = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so the figures do not depend on the number of cores, and a busy machine does not stall
-    model = train_grank(split, epochs=epochs, seed=seed, progress=True)
-    torch.set_num_threads(threads)
-    print(f"\ntrained in {time.perf_counter() - start:.0f} s on one thread\n")
-
-    lists = recommend(model, split.test, k1)
-    popular = most_popular(split.test, split.train_items, split.num_items, _K)
-    print(f"Test: the whole corpus is ranked for {len(split.test.users):,} users, less what each has seen.")
-    rows = [
-        ("popularity", popular),
-        (f"stage 1: Generator -> mips_topk, k1 = {k1}", lists.first),
-        (f"stage 2: Ranker over those {k1}", lists.second),
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(experiment, folder)
+        retriever = Retriever.from_run(folder, interactions)
+    print(f"\ntrained in {report['seconds']:.0f} s on one thread\n")
+    print(f"Test: the whole corpus is ranked for {len(split.test):,} users, less what each has seen.")
+    popular = Popularity.fit(split.train, split.num_items).recommend(split.test.histories, max(_KS))
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("popularity", metrics(popular.indices, split.test.targets, _KS)),
+        ("stage 1: Generator -> mips_topk", report["retrieved"]),
+        (f"stage 2: Ranker over the best {k1}", report[f"ranked_{k1}"]),
     ]
-    metrics = [(name, hit_and_ndcg(items, split.test.targets, _K)) for name, items in rows]
-    _table(("", f"HR@{_K}", f"NDCG@{_K}"), [(name, f"{m.hr:.4f}", f"{m.ndcg:.4f}") for name, m in metrics])
-    _show_users(interactions, split, lists)
+    names = [f"{name}@{k}" for k in _KS for name in ("hr", "ndcg")]
+    _table(("", *map(str.upper, names)), [(row, *(f"{found[name]:.4f}" for name in names)) for row, found in rows])
+    _show_users(interactions, split, retriever, k1)
 
 
-def _show_users(interactions: Interactions, split: LeaveOneOut, lists: Recommendations) -> None:
+def _show_users(interactions: Interactions, split: Split, retriever: Retriever, k1: int) -> None:
     """Histories, recommendations and held-out films of the first, the middle and the last user, whoever they are."""
-    users, offsets, seen, targets = split.test
-    for case in sorted({0, len(users) // 2, len(users) - 1}):
-        history = seen[offsets[case] : offsets[case + 1]].tolist()
-        ranked = lists.second[case].tolist()
-        target = int(targets[case])
-        place = f"place {ranked.index(target) + 1}" if target in ranked else "not retrieved"
-        print(f"\nuser {interactions.user_ids[users[case]]}, {len(history)} films seen")
-        print("  last seen     " + "; ".join(interactions.titles[item] for item in history[-3:]))
-        print("  recommended   " + "; ".join(interactions.titles[item] for item in ranked[:5] if item >= 0))
-        print(f"  watched next  {interactions.titles[target]} ({place})")
+    title = retriever.catalogue.title
+    for number in sorted({0, len(split.test) // 2, len(split.test) - 1}):
+        case = split.test.select(torch.tensor([number]))
+        seen, target = (retriever.catalogue.of(x.items.numpy()) for x in (case.histories, case.targets))
+        ranked = retriever.retrieve(case.histories, k1, k1).ids[0].tolist()
+        place = f"place {ranked.index(target[0]) + 1}" if target[0] in ranked else "not retrieved"
+        print(f"\nuser {interactions.user_ids[case.users[0]]}, {len(seen)} films seen")
+        print("  last seen     " + "; ".join(map(title, seen[-3:])))
+        print("  recommended   " + "; ".join(title(film) for film in ranked[:5] if film >= 0))
+        print(f"  watched next  {title(target[0])} ({place})")
 
 
 def _time_search(rows: int, seed: int) -> None:

@@ -19,7 +19,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
     """
     if backend is None:
         for name in BACKENDS:
-            if _unsupported(op, name, tensors) is None:
+            if supports(op, name, *tensors):
                 return name
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
@@ -27,6 +27,11 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
     return backend
+
+
+def supports(op: str, backend: str, *tensors: torch.Tensor) -> bool:
+    """Whether a backend can run `op` for these tensors."""
+    return _unsupported(op, backend, tensors) is None
 
 
 def _unsupported(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> str | None:

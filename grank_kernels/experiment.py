@@ -61,6 +61,10 @@ class DataConfig:
     validation: int = 500
     test: int = 1000
 
+    def read(self) -> Interactions:
+        """The data set."""
+        return read(self.name, self.path)
+
     def split(self, interactions: Interactions) -> Split:
         """The split that the protocol makes."""
         if self.protocol == "leave_one_out":
@@ -169,7 +173,7 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
     if record.exists() and Experiment.load(record) != experiment:
         raise ValueError(f"{folder} holds another experiment; take another folder or remove it")
     experiment.save(record)
-    split = experiment.data.split(read(experiment.data.name, experiment.data.path))
+    split = experiment.data.split(experiment.data.read())
     model = experiment.build(split.num_items)
     seconds = fit(model, split, experiment.training, folder=folder, progress=progress)
     report = evaluate(experiment, model, split) | {
@@ -194,7 +198,7 @@ def load(folder: str | Path, split: Split) -> Recommender:
 
 def evaluate(experiment: Experiment, model: Recommender, split: Split) -> dict[str, Any]:
     """The protocol's metrics on the test part: of the retrieval, after the second stage for each k1, and the AUC."""
-    cases, ks = split.test, KS[experiment.data.protocol]
+    cases, ks = split.test, [k for k in KS[experiment.data.protocol] if k <= split.num_items]
     found = recommend(model, cases, min(DEPTH, split.num_items), rank=False)
     report: dict[str, Any] = {"users": len(cases), "retrieved": metrics(found.retrieved, cases.targets, ks)}
     for k1 in experiment.k1 if model.ranks else ():

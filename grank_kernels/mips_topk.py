@@ -1,12 +1,15 @@
 """`mips_topk`: the public function, its checks, the choice of a backend, and the torch op `grank::mips_topk`."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from grank_kernels import mapped_search
 from grank_kernels.backends import BACKENDS
-from grank_kernels.checks import FLOATS, check_device, check_tensor, operands_of, shape_of
-from grank_kernels.dispatch import choose, is_plain
+from grank_kernels.checks import FLOATS, check_device, check_tensor, shape_of, version_of
+from grank_kernels.dispatch import choose, is_plain, supports
+from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
 
 Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +54,8 @@ def mips_topk(
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
             int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
             with ids of its own does not hold are ignored.
-        allow: bool (N,), or (B, N): only these rows are eligible.
+        allow: bool (N,), or (B, N): only these rows are eligible. The order of a table's rows is that of `table.ids`;
+            where updates may come in between, take ids and search from one `table.snapshot()`.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
 
@@ -65,11 +69,62 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
+    values, indices, _ = _search(queries, items, k, exclude, allow, backend)
+    return TopK(values, indices) if out is None else _write(out, values, indices)
+
+
+def count_rescored(
+    queries: torch.Tensor,
+    items: ItemTable,
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """How many rows in full precision the same search by `mips_topk` reads for every query of a certified table.
+
+    These are the rows that the int8 copy cannot rule out: 2 to 3 k for most tables. All N of them are read for a query
+    that the bound says nothing of, and for all queries where k is above N / 32.
+
+    Args:
+        queries: as `mips_topk` takes them.
+        items: a table with an int8 copy, made with `coarse=torch.int8`.
+        k: as `mips_topk` takes it.
+        exclude: as `mips_topk` takes it.
+        allow: as `mips_topk` takes it.
+        backend: as `mips_topk` takes it.
+
+    Returns:
+        (B,) int64, or a scalar for one query.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: as `mips_topk`, and for items without an int8 copy or a backend that does not use it.
+    """
+    *_, rescored = _search(queries, items, k, exclude, allow, backend)
+    if rescored is None:
+        raise ValueError(
+            "items have no int8 copy that this backend uses; it takes an ItemTable made with coarse=torch.int8"
+        )
+    return rescored
+
+
+def _search(
+    queries: torch.Tensor,
+    items: "torch.Tensor | ItemTable",
+    k: int,
+    exclude: Exclude | None,
+    allow: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Checks the arguments and searches: values, indices and, of a certified search, the rows it rescored."""
     check_tensor("queries", queries, FLOATS, (1, 2))
     one = queries.dim() == 1
     queries_2d = queries[None] if one else queries
-    rows, row_scale, ids = operands_of(items)
-    (B, d), (N, width) = queries_2d.shape, rows.shape
+    version = version_of(items)
+    rows, row_scale, ids, coarse = version.operands()
+    (B, d), width = queries_2d.shape, rows.shape[1]
     if d != width:
         raise ValueError(
             f"queries and items differ in width: queries are {shape_of(queries)}, items {shape_of(rows)}; "
@@ -88,19 +143,33 @@ def mips_topk(
     if exclude is not None:
         offsets, excluded = _exclusions(exclude, B, one, queries.device)
     if allow is not None:
-        _check_allow(allow, B, N, queries.device)
+        _check_allow(allow, B, version.live, queries.device)
+    if version.alive is not None:
+        allow = version.alive if allow is None else _by_position(allow, version.alive)
     if ids is not None and ids.device != queries.device:
         ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
-    operands = (queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
-    if is_plain(queries_2d, rows):
-        values, positions = BACKENDS[name].mips_topk(*operands)
+    filters = (offsets, excluded, allow)
+    plain = is_plain(queries_2d, rows)
+    results: tuple[torch.Tensor, ...]
+    if coarse is not None and supports("mips_topk_certified", name, queries_2d, rows):
+        if plain:
+            results = BACKENDS[name].mips_topk_certified(queries_2d, rows, coarse, ids, k, *filters)
+        else:
+            results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, ids, k, *filters, name)
     else:
-        values, positions = torch.ops.grank.mips_topk.default(*operands, name)
+        op = BACKENDS[name].mips_topk if plain else partial(torch.ops.grank.mips_topk.default, backend=name)
+        if version.mapping is None:
+            results = op(queries_2d, rows, row_scale, ids, k, *filters)
+        else:
+            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters)
+            ids = None  # the result holds them
+    values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)
+    rescored = more[0] if more else None
     if one:
-        values, indices = values[0], indices[0]
-    return TopK(values, indices) if out is None else _write(out, values, indices)
+        return values[0], indices[0], None if rescored is None else rescored[0]
+    return values, indices, rescored
 
 
 def _streams(queries: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -142,6 +211,13 @@ def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
         takes = f"for {B} queries and {N} items it takes ({N},) or ({B}, {N})"
         raise ValueError(f"allow has shape {shape_of(allow)}; {takes}")
     check_device("allow", allow, "queries", device)
+
+
+def _by_position(allow: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """`allow`, which has an entry a row, with an entry a position."""
+    spread = allow.new_zeros((*allow.shape[:-1], len(alive)))
+    spread[..., alive] = allow
+    return spread
 
 
 def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -194,9 +270,45 @@ def _run(
     return values, positions
 
 
+torch.library.define(
+    "grank::mips_topk_certified",
+    "(Tensor queries, Tensor items, Tensor coarse_rows, Tensor coarse_scale, Tensor coarse_error, Tensor? basis, "
+    "Tensor? ids, SymInt k, Tensor? exclude_offsets, Tensor? exclude_ids, Tensor? allow, str backend) -> "
+    "(Tensor values, Tensor positions, Tensor rescored)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("grank::mips_topk_certified", "default")
+def _run_certified(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse_rows: torch.Tensor,
+    coarse_scale: torch.Tensor,
+    coarse_error: torch.Tensor,
+    basis: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    coarse = Coarse(coarse_rows, coarse_scale, coarse_error, basis)
+    values, positions, rescored = BACKENDS[backend].mips_topk_certified(
+        queries, items, coarse, ids, k, exclude_offsets, exclude_ids, allow
+    )
+    return values, positions, rescored
+
+
 def _fake(queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any) -> Any:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_certified(queries: torch.Tensor, *operands: Any) -> Any:
+    values, positions = _fake(queries, *operands[:2], None, operands[6])
+    return values, positions, queries.new_empty(queries.shape[:1], dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -206,7 +318,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(queries, items, row_scale, positions)
 
 
-def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _setup_context_certified(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, positions, rescored = output
+    ctx.mark_non_differentiable(positions, rescored)
+    ctx.save_for_backward(*inputs[:2], None, positions)
+
+
+def _backward(ctx: Any, grad_values: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     """The gradient of values[b, j] = <queries[b], items[positions[b, j]]>; deterministic, no (B, N) matrix."""
     queries, items, row_scale, positions = ctx.saved_tensors
     (B, k), (N, d) = positions.shape, items.shape
@@ -226,8 +344,10 @@ def _backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> tuple[torch.Tensor
         by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).reshape(B * k, d)
         grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False)
         grad_items = grad_items.to(items.device, items.dtype)
-    return grad_queries, grad_items, None, None, None, None, None, None, None
+    return grad_queries, grad_items, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 torch.library.register_fake("grank::mips_topk", _fake)
 torch.library.register_autograd("grank::mips_topk", _backward, setup_context=_setup_context)
+torch.library.register_fake("grank::mips_topk_certified", _fake_certified)
+torch.library.register_autograd("grank::mips_topk_certified", _backward, setup_context=_setup_context_certified)

@@ -14,10 +14,11 @@ from grank_kernels.checks import (
     check_offsets,
     check_operand,
     check_tensor,
-    operands_of,
+    version_of,
 )
 from grank_kernels.dispatch import choose, is_plain
 from grank_kernels.table import ItemTable
+from grank_kernels.table_versions import Version
 
 ACTIVATIONS = ("relu", "silu", "gelu")
 _TENSORS = ("candidate_ids", "items", "keys", "values", "cu_seqlens", "user_hidden", "item_weight", "out_weight")
@@ -79,7 +80,8 @@ def score_candidates(
     Source: GRank (arXiv 2510.15299), the Ranker.
     """
     check_tensor("candidate_ids", candidate_ids, INTEGERS, (2,))
-    rows, row_scale, ids = operands_of(items)
+    version = version_of(items)
+    rows, row_scale, ids, _ = version.operands()
     check_tensor("values", values, FLOATS, (2,))
     B, d, (T, h), dtypes = candidate_ids.shape[0], rows.shape[1], values.shape, (values.dtype,)
     check_operand("keys", keys, dtypes, "(T, d)", (T, d))
@@ -100,7 +102,7 @@ def score_candidates(
                 f"score_candidates has no gradient, and {name} would get none: call it under torch.no_grad(); "
                 "candidate_cross_attention is for training"
             )
-    positions = candidate_ids if ids is None else _positions(candidate_ids, items)
+    positions = candidate_ids if ids is None else _positions(candidate_ids, version)
     name = choose("score_candidates", backend, rows, keys, values)
     operands = (
         positions.long(), rows, row_scale, keys, values, cu_seqlens.long(), user_hidden, item_weight, out_weight,
@@ -112,11 +114,11 @@ def score_candidates(
     return scores
 
 
-def _positions(candidate_ids: torch.Tensor, table: Any) -> torch.Tensor:
-    """Of a table's own ids; those that it does not hold become `len(table)`, which is out of range for the op too."""
-    positions: torch.Tensor = table.find(candidate_ids)
+def _positions(candidate_ids: torch.Tensor, version: Version) -> torch.Tensor:
+    """Of a table's own ids; those that it does not hold become `version.size`, out of range for the op too."""
+    positions = version.find(candidate_ids)
     if candidate_ids.is_cpu and is_plain(candidate_ids):  # while the id is at hand
-        unknown = (positions == len(table)) & (candidate_ids >= 0)
+        unknown = (positions == version.size) & (candidate_ids >= 0)
         if bool(unknown.any()):
             raise ValueError(f"candidate_ids: {int(candidate_ids[unknown][0])} is not in the table")
     return positions.where(candidate_ids >= 0, -1)

@@ -162,6 +162,7 @@ def fit(
 
     Raises:
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
+        KeyboardInterrupt: it was interrupted; the run can be resumed.
     """
     torch.set_float32_matmul_precision(config.matmul)
     timer = Timer()  # its time is part of the checkpoints
@@ -206,6 +207,10 @@ def fit(
             trainer.fit(_Module(model, split, config), ckpt_path=resume, weights_only=False)
         except SIGTERMException:  # Lightning ends the process with status 0, as if all had gone well
             raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit as stop:  # and with status 1 when it is interrupted
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
     if folder is not None:
         state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})

@@ -421,7 +421,7 @@ def test_compiled_module_takes_what_the_launcher_gives(monkeypatch: pytest.Monke
     compiled = pytest.importorskip("grank_kernels._cuda", reason="built without nvcc")
     monkeypatch.setattr(cuda, "_stream_of", lambda device: nullcontext(0))
     problem = scoring([], 5, dtype=torch.float16, table=torch.int8)
-    rows, row_scale, _ = problem.items.operands()  # type: ignore[union-attr]
+    rows, row_scale, *_ = problem.items.operands()  # type: ignore[union-attr]
     operands = (problem.keys, problem.values, problem.cu_seqlens, problem.user_hidden, problem.item_weight)
     scores = cuda.score_candidates(problem.candidate_ids, rows, row_scale, *operands, problem.out_weight, 0, 1, "gelu")
     assert scores.shape == (0, 5)

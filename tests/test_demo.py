@@ -11,12 +11,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Small ratings with a pattern: 60 users, 40 films, each user takes the films in turns."""
+    """Small ratings with a pattern: 60 users, 80 films, each user takes the films in turns."""
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = [(u, (7 * u + t) % 40 + 1, 3, t) for u in range(1, 61) for t in range(15)]
+    rows = [(u, (7 * u + t) % 80 + 1, 3, t) for u in range(1, 61) for t in range(15)]
     (folder / "u.data").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
-    (folder / "u.item").write_text("".join(f"{i}|Film {i} (1999)|\n" for i in range(1, 41)))
+    (folder / "u.item").write_text("".join(f"{i}|Film {i} (1999)|\n" for i in range(1, 81)))
     return folder
 
 
@@ -25,11 +25,11 @@ def test_demo_end_to_end(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    arguments = ["--data", str(data), "--epochs", "20", "--k1", "20", "--table", "3000", "--seed", "1"]
+    arguments = ["--data", str(data), "--epochs", "20", "--k1", "60", "--table", "3000", "--seed", "1"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert list(Path.cwd().iterdir()) == []  # no logs, no checkpoints
-    assert "60 users, 40 films, 900 ratings" in out
+    assert "60 users, 80 films, 900 ratings" in out
     popularity, first, second = (
         [float(number) for number in re.findall(r" (\d\.\d{4})", line)]
         for line in out.splitlines()
@@ -53,7 +53,7 @@ def test_demo_without_data_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "expected a u.data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value"), [("epochs", "0"), ("k1", "9"), ("table", "99")])
+@pytest.mark.parametrize(("name", "value"), [("epochs", "0"), ("k1", "49"), ("table", "99")])
 def test_demo_refuses_nonsense(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([f"--{name}", value])

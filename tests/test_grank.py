@@ -1,4 +1,5 @@
-"""GRank: what its parts may see of each other, and that training asks what serving answers."""
+"""GRank: what its parts may see of each other (of the attention, see test_blocks), and that training asks what serving
+answers."""
 
 from dataclasses import replace
 
@@ -9,11 +10,13 @@ from torch.nn import functional as F
 
 from grank_kernels import mips_topk
 from grank_kernels.data import Batch, Histories, TrainingWindows
-from grank_kernels.models import GRank, GRankConfig
-from grank_kernels.models.blocks import BLOCKS, Backbone
+from grank_kernels.models import GRank, GRankConfig, grank
+from grank_kernels.models.targets import Candidates
 
 N, D = 40, 16
-CONFIG = GRankConfig(dim=D, heads=2, short_history=8, long_history=12, hidden=24)
+CONFIG = GRankConfig(
+    dim=D, heads=2, short_history=8, long_history=12, hidden=24, auxiliary_weight=1.0, ranking_weight=1.0
+)
 ROWS = {
     "full": CONFIG,
     "auxiliary": replace(CONFIG, ranker=False),
@@ -48,42 +51,6 @@ def scores(model: GRank, batch: Batch, candidates: Tensor) -> Tensor:
     return model.rank(batch, users, candidates, logits)
 
 
-@pytest.fixture(params=BLOCKS)
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    backbone = Backbone(request.param, dim=D, blocks=2, heads=2, dropout=0.5, length=8).double().eval()
-    for parameter in backbone.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return backbone
-
-
-def test_a_token_that_joins_is_the_next_of_its_history(backbone: Backbone) -> None:
-    """As if it had been in the causal sequence, behind the rows that it sees and nothing else."""
-    x, tokens = torch.randn(3, 8, D).double(), torch.randn(3, 5, D).double()
-    visible = torch.tensor([[0, 1, 2, 7, 7], [3, 3, 3, 3, 3], [5, 0, 6, 1, 4]])
-    joined = backbone.join(tokens, visible, backbone(x)[1])
-    for b, c in torch.cartesian_prod(torch.arange(3), torch.arange(5)).tolist():
-        sequence = torch.cat([x[b, : visible[b, c]], tokens[b, c : c + 1]])
-        torch.testing.assert_close(joined[b, c], backbone(sequence.unsqueeze(0))[0][0, -1])
-
-
-def test_decomposed_attention_is_masked_full_attention() -> None:
-    """One attention over the history and all that joins it, under the mask that the paper draws."""
-    B, T, C, heads = 3, 7, 5, 2
-    attention = BLOCKS["transformer"](D, heads, 0.0, T).attention.double()
-    x, tokens = torch.randn(B, T, D).double(), torch.randn(B, C, D).double()
-    visible = torch.randint(0, T + 1, (B, C))
-    mask = torch.zeros(B, T + C, T + C, dtype=torch.bool)
-    mask[:, :T, :T] = torch.ones(T, T, dtype=torch.bool).tril()
-    mask[:, T:, :T] = torch.arange(T) < visible.unsqueeze(2)
-    mask[:, T:, T:] = torch.eye(C, dtype=torch.bool)
-    qkv = attention.qkv(torch.cat([x, tokens], 1))
-    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    full = attention.out(F.scaled_dot_product_attention(q, k, v, mask.unsqueeze(1)).transpose(1, 2).flatten(2))
-    history, memory = attention(x)
-    torch.testing.assert_close(history, full[:, :T])
-    torch.testing.assert_close(attention.join(tokens, visible, memory), full[:, T:])
-
-
 def test_user_vectors_are_the_same_bits_with_and_without_the_branch(batch: Batch) -> None:
     full = build(CONFIG).float()
     pure = GRank(N, ROWS["pure"]).eval()
@@ -91,7 +58,8 @@ def test_user_vectors_are_the_same_bits_with_and_without_the_branch(batch: Batch
     assert not missing.missing_keys
     assert any("auxiliary" in key for key in missing.unexpected_keys)
     assert torch.equal(full.user_vectors(batch), pure.user_vectors(batch))
-    losses, alone = full.losses(batch), pure.losses(batch)
+    windows = some_histories(16, 12, 2).pad()
+    losses, alone = full.losses(windows), pure.losses(windows)
     assert set(losses) == {"retrieval", "auxiliary", "ranking"}
     assert set(alone) == {"retrieval"}
     assert torch.equal(losses["retrieval"], alone["retrieval"])
@@ -153,33 +121,56 @@ def test_a_second_stage_counts_what_the_first_does_not(name: str, batch: Batch) 
     assert (model.user_vectors(disliked)[:5] != model.user_vectors(batch)[:5]).any(1).all()
 
 
+@pytest.fixture
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every item is a candidate. Windows with 1, 2, 4 or 8 moments have each of theirs as often among 8."""
+
+    def moments(window: Batch, number: int) -> Tensor:
+        return torch.arange(number) % (window.lengths - 1).unsqueeze(1)
+
+    def candidates(targets: Tensor, pool: Tensor, seen: Tensor, number: int) -> Candidates:
+        rest = torch.arange(N).expand(len(targets), N)
+        barred = (rest == targets.unsqueeze(1)) | (rest.unsqueeze(2) == seen.unsqueeze(1)).any(2)
+        ids = torch.cat([targets.unsqueeze(1), rest], 1)
+        return Candidates(ids, torch.zeros(ids.shape).masked_fill(F.pad(barred, (1, 0)), torch.inf))
+
+    monkeypatch.setattr(grank, "draw_moments", moments)
+    monkeypatch.setattr(grank, "draw_candidates", candidates)
+
+
+@pytest.mark.usefixtures("nothing_drawn")
 @pytest.mark.parametrize("name", ROWS)
 def test_training_asks_what_serving_answers(name: str) -> None:
     """With every moment and every item among the candidates, each loss is a mean over what serving would score."""
-    model = build(replace(ROWS[name], moments=8, negatives=N))
-    histories = some_histories(9, 7, 2, 9, 4)
+    model = build(replace(ROWS[name], moments=8))
+    histories = some_histories(9, 5, 2, 9, 3)
     losses = model.losses(histories.pad())
     first, second = [], []
     for own in histories.pad().items.tolist():
         own = [item for item in own if item >= 0]
+        second.append([])
         for stop in range(1, len(own)):
             past = Histories.from_lists([own[:stop]], [[item % 3 > 0 for item in own[:stop]]]).pad()
             users = model.user_vectors(past)
             logits = users @ model.item_vectors().T
             outputs = model.rank(past, users, torch.arange(N).unsqueeze(0), logits) - logits
             unseen = torch.ones(N, dtype=torch.bool).scatter(0, past.items[0], False)
-            for scored, found in ((logits, first), (outputs, second)):
+            for scored, found in ((logits, first), (outputs, second[-1])):
                 found.append(F.cross_entropy(scored[0].where(unseen, -torch.inf), torch.tensor(own[stop])))
     torch.testing.assert_close(losses["retrieval"], torch.stack(first).mean())
     if name == "full":
         name = "ranker"  # which is what ranks, if there is one
     if name != "pure":
-        torch.testing.assert_close(losses[{"ranker": "ranking"}.get(name, name)], torch.stack(second).mean())
+        torch.testing.assert_close(
+            losses[{"ranker": "ranking"}.get(name, name)],
+            torch.stack([torch.stack(moments).mean() for moments in second]).mean(),
+        )
 
 
+@pytest.mark.usefixtures("nothing_drawn")
 def test_the_ranker_trains_on_the_long_history() -> None:
     """A window may begin before what the Generator reads; the Ranker's moments lie in the whole of it."""
-    model = build(replace(ROWS["ranker"], moments=8, negatives=N))
+    model = build(replace(ROWS["ranker"], moments=8))
     batch = some_histories(13, 5).pad()
     before = model.losses(batch)
     older = batch.items.clone()
@@ -189,9 +180,10 @@ def test_the_ranker_trains_on_the_long_history() -> None:
     assert not torch.equal(before["ranking"], after["ranking"])
 
 
+@pytest.mark.usefixtures("nothing_drawn")
 def test_weights_scale_their_losses() -> None:
-    model = build(replace(CONFIG, moments=8, negatives=N))
-    batch = some_histories(9, 6).pad()
+    model = build(replace(CONFIG, moments=8))
+    batch = some_histories(9, 5).pad()
     before = model.losses(batch)
     model.config = replace(model.config, auxiliary_weight=0.5, ranking_weight=3.0)
     after = model.losses(batch)
@@ -200,9 +192,9 @@ def test_weights_scale_their_losses() -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_parameter_learns(name: str, batch: Batch) -> None:
+def test_every_parameter_learns(name: str) -> None:
     model = build(ROWS[name])
-    sum(model.losses(batch).values()).backward()
+    model.objective(model.losses(some_histories(16, 12, 2).pad())).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
@@ -218,7 +210,7 @@ def test_it_learns() -> None:
     for epoch in range(30):
         for windows in TrainingWindows(histories, targets=8, context=5, batch_items=200, epoch=epoch):
             optimizer.zero_grad()
-            sum(model.losses(windows).values()).backward()
+            model.objective(model.losses(windows)).backward()
             optimizer.step()
     model.eval()
     batch = histories.pad()

@@ -39,7 +39,7 @@ def test_dtype_of_the_rows_is_kept(source: str) -> None:
 def assert_quantised(rows: torch.Tensor) -> None:
     table = ItemTable.from_rows(rows, dtype=torch.int8)
     numbers, scale = quantise(rows.float().numpy())
-    kept, kept_scale, ids = table.operands()
+    kept, kept_scale, ids, _ = table.operands()
     assert (kept.dtype, kept.shape, ids) == (torch.int8, rows.shape, None)
     assert kept_scale is not None
     assert kept_scale.dtype == torch.float32

@@ -420,7 +420,7 @@ def test_no_gradient_is_wanted_under_no_grad(backend: str) -> None:
 
 
 def op_arguments(problem: Scoring, backend: str) -> tuple[Any, ...]:
-    rows, row_scale, _ = checks.operands_of(problem.items)
+    rows, row_scale, *_ = checks.version_of(problem.items).operands()
     given = (
         problem.candidate_ids,
         rows,

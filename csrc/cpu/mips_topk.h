@@ -48,4 +48,7 @@ struct MipsTopkProblem {
 // Throws std::bad_alloc, with nothing written to the outputs.
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa);
 
+// The same of the rows list[0 .. count) alone, all of them different.
+void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count);
+
 }  // namespace grank

@@ -35,59 +35,34 @@ Key* radix_sort(Key* keys, Key* scratch, int64_t count) {
 }  // namespace
 
 Reservoirs::Reservoirs(int64_t num_queries, int64_t most, int workers, const int64_t* ids)
-    : num_queries_(num_queries),
-      workers_(workers),
-      capacity_(room_for(most)),
+    : SharedBuffers(num_queries, room_for(most), workers),
       better_{ids},
-      keys_(allocate<Key>(num_queries * capacity_)),
-      reservoirs_(static_cast<size_t>(num_queries)),
-      thresholds_(static_cast<size_t>(num_queries), kNoThreshold),
-      staged_(allocate<Key>(workers * num_queries * kStaged)),
-      staged_count_(static_cast<size_t>(workers * num_queries), 0) {}
+      thresholds_(static_cast<size_t>(num_queries), kNoThreshold) {}
 
 void Reservoirs::begin(int64_t keep) {
   keep_ = keep;
-  limit_ = room_for(keep);
-}
-
-void Reservoirs::share(int64_t query, const Key* staged, int64_t count) {
-  Reservoir& r = reservoirs_[query];
-  while (__atomic_test_and_set(&r.locked, __ATOMIC_ACQUIRE)) {
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (r.count == limit_) compact(query);
-    if (is_wanted(query, staged[i])) keys(query)[r.count++] = staged[i];
-  }
-  __atomic_clear(&r.locked, __ATOMIC_RELEASE);
+  for (int64_t query = 0; query < num_queries(); ++query) buffer(query).limit = room_for(keep);
 }
 
 void Reservoirs::compact(int64_t query) {
-  Key* k = keys(query);
-  std::nth_element(k, k + keep_ - 1, k + reservoirs_[query].count, better_);
-  reservoirs_[query].count = keep_;
+  Key* k = entries(query);
+  std::nth_element(k, k + keep_ - 1, k + count(query), better_);
+  buffer(query).count = keep_;
   __atomic_store_n(&thresholds_[query], k[keep_ - 1], __ATOMIC_RELAXED);
 }
 
-void Reservoirs::end(int64_t query) {
-  for (int worker = 0; worker < workers_; ++worker) {
-    uint8_t& count = staged_count_[worker * num_queries_ + query];
-    share(query, &staged_[(worker * num_queries_ + query) * kStaged], count);
-    count = 0;
-  }
-}
-
 void Reservoirs::restart(int64_t query) {
-  if (reservoirs_[query].count >= keep_) {
+  if (count(query) >= keep_) {
     compact(query);
   } else {
     thresholds_[query] = kNoThreshold;
   }
-  reservoirs_[query].count = 0;
+  buffer(query).count = 0;
 }
 
 const Key* Reservoirs::best(int64_t query, int64_t n, Key* scratch) {
-  Key* k = keys(query);
-  const int64_t count = reservoirs_[query].count;
+  Key* k = entries(query);
+  const int64_t count = this->count(query);
   if (count < kRadixCount) {
     std::partial_sort(k, k + n, k + count, better_);
     return k;

@@ -34,9 +34,83 @@ std::unique_ptr<T[]> allocate(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // uninitialised, unlike make_unique
 }
 
-// Threads collect a few candidates of each query on their own before they share them, so that a lock is taken once for
-// several and memory is 8 * (k + max(k, 64)) bytes a query for all threads together, plus 72 bytes a query and thread.
-class Reservoirs {
+// Where the threads of a scan put what they find of a query, for a Derived that says what is wanted
+// (bool is_wanted(int64_t query, Entry) const) and makes room in a full buffer (void compact(int64_t query)).
+//
+// Threads collect a few entries of each query on their own before they share them, so that a lock is taken once for
+// several. Memory: `capacity` entries a query, and kStaged a query and thread.
+template <typename Entry, typename Derived>
+class SharedBuffers {
+ public:
+  // Adds an entry of an eligible row. Returns true if the query's threshold may have risen.
+  bool add(int worker, int64_t query, Entry entry) {
+    uint8_t& count = staged_count_[worker * num_queries_ + query];
+    Entry* staged = &staged_[(worker * num_queries_ + query) * kStaged];
+    staged[count++] = entry;
+    if (count < kStaged) return false;
+    share(query, staged, count);
+    count = 0;
+    return true;
+  }
+  // Shares what the threads still hold; called between scans, when no thread adds.
+  void end(int64_t query) {
+    for (int worker = 0; worker < workers_; ++worker) {
+      uint8_t& count = staged_count_[worker * num_queries_ + query];
+      share(query, &staged_[(worker * num_queries_ + query) * kStaged], count);
+      count = 0;
+    }
+  }
+
+  // After a scan: the number of entries there are.
+  int64_t count(int64_t query) const { return buffers_[query].count; }
+  int64_t capacity() const { return capacity_; }
+
+ protected:
+  SharedBuffers(int64_t num_queries, int64_t capacity, int workers)
+      : num_queries_(num_queries),
+        workers_(workers),
+        capacity_(capacity),
+        entries_(allocate<Entry>(num_queries * capacity)),
+        buffers_(static_cast<size_t>(num_queries)),
+        staged_(allocate<Entry>(workers * num_queries * kStaged)),
+        staged_count_(static_cast<size_t>(workers * num_queries), 0) {}
+
+  struct Buffer {
+    bool locked = false;  // a spin lock: what it guards takes a few hundred nanoseconds
+    int64_t count = 0;
+    int64_t limit = 0;  // entries that there is room for, at most the capacity
+  };
+
+  Entry* entries(int64_t query) const { return entries_.get() + query * capacity_; }
+  Buffer& buffer(int64_t query) { return buffers_[query]; }
+  int64_t num_queries() const { return num_queries_; }
+
+ private:
+  static constexpr int kStaged = 8;
+
+  void share(int64_t query, const Entry* staged, int64_t count) {
+    Buffer& b = buffers_[query];
+    auto& derived = static_cast<Derived&>(*this);
+    while (__atomic_test_and_set(&b.locked, __ATOMIC_ACQUIRE)) {
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (b.count == b.limit) derived.compact(query);
+      if (derived.is_wanted(query, staged[i])) entries(query)[b.count++] = staged[i];
+    }
+    __atomic_clear(&b.locked, __ATOMIC_RELEASE);
+  }
+
+  const int64_t num_queries_;
+  const int workers_;
+  const int64_t capacity_;
+  const std::unique_ptr<Entry[]> entries_;
+  std::vector<Buffer> buffers_;
+  const std::unique_ptr<Entry[]> staged_;
+  std::vector<uint8_t> staged_count_;
+};
+
+// The best of every query: its capacity is k + max(k, 64) keys.
+class Reservoirs : public SharedBuffers<Key, Reservoirs> {
  public:
   Reservoirs(int64_t num_queries, int64_t most, int workers, const int64_t* ids);
 
@@ -49,52 +123,21 @@ class Reservoirs {
 
   // Begins a scan of which the `keep` best are wanted of every query, `keep` being at most the constructor's `most`.
   void begin(int64_t keep);
-  // Adds a candidate of an eligible row. Returns true if the query's threshold may have risen.
-  bool add(int worker, int64_t query, Key key) {
-    uint8_t& count = staged_count_[worker * num_queries_ + query];
-    Key* staged = &staged_[(worker * num_queries_ + query) * kStaged];
-    staged[count++] = key;
-    if (count < kStaged) return false;
-    share(query, staged, count);
-    count = 0;
-    return true;
-  }
-  // Shares what the threads still hold; called between scans, when no thread adds.
-  void end(int64_t query);
 
-  // After a scan: the number of candidates there are, and the best `n` of them (n at most that), best first.
-  int64_t count(int64_t query) const { return reservoirs_[query].count; }
+  // After a scan: the best `n` of the candidates (n at most their number), best first. `scratch` has room for all.
   const Key* best(int64_t query, int64_t n, Key* scratch);
-  // Room that best() needs.
-  int64_t capacity() const { return capacity_; }
 
   // Empties a query's reservoir. If it holds as many as were to be kept, the worst of the best `keep` becomes the
   // threshold of the next scan.
   void restart(int64_t query);
 
- private:
-  static constexpr int kStaged = 8;
-
-  struct Reservoir {
-    bool locked = false;  // a spin lock: what it guards takes a few hundred nanoseconds
-    int64_t count = 0;
-  };
-
-  Key* keys(int64_t query) { return keys_.get() + query * capacity_; }
-  void share(int64_t query, const Key* staged, int64_t count);
+  // Leaves the best `keep`, the worst of which is the threshold from now on.
   void compact(int64_t query);
 
-  const int64_t num_queries_;
-  const int workers_;
-  const int64_t capacity_;
+ private:
   const Better better_;
   int64_t keep_ = 0;
-  int64_t limit_ = 0;  // of a reservoir in this scan
-  const std::unique_ptr<Key[]> keys_;
-  std::vector<Reservoir> reservoirs_;
   std::vector<Key> thresholds_;
-  const std::unique_ptr<Key[]> staged_;
-  std::vector<uint8_t> staged_count_;
 };
 
 }  // namespace grank

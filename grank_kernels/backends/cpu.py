@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from grank_kernels.quantise import Coarse, in_basis
+
 try:
     from grank_kernels import _cpu
 except ImportError as error:  # the package works without its native library, see unavailable()
@@ -63,6 +65,43 @@ def _row_bytes(x: torch.Tensor) -> int:
     return x.stride(0) * x.itemsize
 
 
+class _Search:
+    """What the searching kernels are told of a call, and the outputs they write."""
+
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        k: int,
+        exclude_offsets: torch.Tensor | None,
+        exclude_ids: torch.Tensor | None,
+        allow: torch.Tensor | None,
+    ) -> None:
+        (B, d), N = queries.shape, items.shape[0]
+        queries = queries.float().contiguous()
+        items = _rows_contiguous(items)
+        if exclude_offsets is not None and exclude_ids is not None:
+            exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
+        if allow is not None and allow.stride(-1) != 1:
+            allow = allow.contiguous()
+        if ids is not None and N == 0:
+            ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
+        self.queries = queries
+        self.values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
+        self.positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
+        self.alive = (items, row_scale, ids, exclude_offsets, exclude_ids, allow)
+        self.arguments = (
+            (queries.data_ptr(), B),
+            (items.data_ptr(), _DTYPES[items.dtype], N, d, _row_bytes(items), _address(row_scale)),
+            _address(ids),
+            (_address(exclude_offsets), _address(exclude_ids), 0 if exclude_ids is None else len(exclude_ids)),
+            (_address(allow), allow.stride(0) if allow is not None and allow.dim() == 2 else 0),
+            (k, torch.get_num_threads(), self.values.data_ptr(), self.positions.data_ptr()),
+        )
+
+
 def mips_topk(
     queries: torch.Tensor,
     items: torch.Tensor,
@@ -74,25 +113,39 @@ def mips_topk(
     allow: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
-    (B, d), N = queries.shape, items.shape[0]
-    queries = queries.float().contiguous()
-    items = _rows_contiguous(items)
-    if exclude_offsets is not None and exclude_ids is not None:
-        exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
-    if allow is not None and allow.stride(-1) != 1:
-        allow = allow.contiguous()
-    if ids is not None and N == 0:
-        ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
-    values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
-    positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
-    _cpu.mips_topk(
-        queries.data_ptr(), B, items.data_ptr(), _DTYPES[items.dtype], N, d, _row_bytes(items),
-        _address(row_scale), _address(ids),
-        _address(exclude_offsets), _address(exclude_ids), 0 if exclude_ids is None else len(exclude_ids),
-        _address(allow), allow.stride(0) if allow is not None and allow.dim() == 2 else 0,
-        k, torch.get_num_threads(), values.data_ptr(), positions.data_ptr(),
-    )  # fmt: skip
-    return values, positions
+    search = _Search(queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow)
+    _cpu.mips_topk(*search.arguments)
+    return search.values, search.positions
+
+
+def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `mips_topk_certified` cannot run for these tensors."""
+    if items.shape[1] > _MAX_INT8_WIDTH:
+        return f"the int8 copy has width {items.shape[1]}; int32 sums take at most {_MAX_INT8_WIDTH}"
+    return mips_topk_unsupported(queries, items)
+
+
+def mips_topk_certified(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse: Coarse,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
+    search = _Search(queries, items, None, ids, k, exclude_offsets, exclude_ids, allow)
+    rescored = torch.empty(len(queries), dtype=torch.int64, device="cpu")
+    turned = in_basis(search.queries, coarse.basis).contiguous()
+    rows, scale, error = coarse.rows, coarse.scale, coarse.error
+    _cpu.mips_topk_certified(
+        *search.arguments,
+        (turned.data_ptr(), rows.data_ptr(), _row_bytes(rows), scale.data_ptr(), error.data_ptr()),
+        rescored.data_ptr(),
+    )
+    return search.values, search.positions, rescored
 
 
 def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:

@@ -3,7 +3,7 @@
 The functions named like an op say, in their docstrings, what every backend's function of that name is given and owes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from itertools import pairwise
 from typing import ParamSpec, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from grank_kernels.checks import check_offsets
-from grank_kernels.quantise import quantise
+from grank_kernels.quantise import Coarse, certify_queries, quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
 CHUNK_SCORES = 1 << 22  # scores held at a time
@@ -47,17 +47,9 @@ def mips_topk(
     values = torch.empty(B, 0, dtype=torch.float32, device=device)
     positions = torch.empty(B, 0, dtype=torch.int64, device=device)
     eligible = torch.empty(B, 0, dtype=torch.bool, device=device)
-    step = max(1, CHUNK_SCORES // max(B, 1))
-    for start in range(0, N, step):
-        stop = min(N, start + step)
+    for start, stop in _chunks(B, N):
         scores = _scores(queries, items[start:stop], None if row_scale is None else row_scale[start:stop])
-        allowed = ~scores.isnan()
-        if allow is not None:
-            allowed &= allow[..., start:stop]
-        if excluded is not None:
-            query, position = excluded
-            inside = (position >= start) & (position < stop)
-            allowed[query[inside], position[inside] - start] = False
+        allowed = _allowed(~scores.isnan(), allow, excluded, start, stop)
         values = torch.cat([values, scores.masked_fill(~allowed, -torch.inf) + 0.0], 1)  # -0.0 becomes 0.0
         positions = torch.cat([positions, torch.arange(start, stop, device=device).expand(B, -1)], 1)
         eligible = torch.cat([eligible, allowed], 1)
@@ -68,13 +60,85 @@ def mips_topk(
     return F.pad(values, missing, value=-torch.inf), F.pad(positions, missing, value=-1)
 
 
+def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `mips_topk_certified` cannot run for these tensors."""
+    return mips_topk_unsupported(queries, items)
+
+
+def mips_topk_certified(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse: Coarse,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mips_topk` of the rows, bit for bit, and how many of them were scored for each query, `rescored` (B,) int64.
+
+    Only rows are scored whose upper bound by the int8 copy (quantise.py) reaches the k-th largest lower bound.
+    """
+    B, N = len(queries), len(items)
+    excluded = _excluded_positions(exclude_offsets, exclude_ids, ids, B, N)
+    numbers, query_scale, radius = certify_queries(queries, coarse.basis)
+    chunks = list(_chunks(B, N))
+
+    def bounds(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        score = _int8_scores(numbers, query_scale, coarse.rows[start:stop], coarse.scale[start:stop])
+        off = radius[:, None] * coarse.error[start:stop]  # NaN: nothing is known
+        allowed = _allowed(torch.ones_like(score, dtype=torch.bool), allow, excluded, start, stop)
+        lower = (score - off).nan_to_num(-torch.inf, neginf=-torch.inf).masked_fill(~allowed, -torch.inf)
+        return lower, (score + off).nan_to_num(torch.inf, posinf=torch.inf).masked_fill(~allowed, torch.nan)
+
+    lowest = torch.full((B, k), -torch.inf, device=queries.device)
+    for start, stop in chunks:
+        lowest = torch.cat([lowest, bounds(start, stop)[0]], 1).topk(k).values
+    candidates = [torch.empty(2, 0, dtype=torch.int64, device=queries.device)]  # (query, position)
+    for start, stop in chunks:
+        query, place = (bounds(start, stop)[1] >= lowest[:, -1:]).nonzero(as_tuple=True)
+        candidates.append(torch.stack([query, start + place]))
+    query, position = torch.cat(candidates, 1)
+    values = torch.empty(B, k, dtype=torch.float32, device=queries.device)
+    positions = torch.empty(B, k, dtype=torch.int64, device=queries.device)
+    for b in range(B):
+        mine = position[query == b]
+        own_ids = None if ids is None else ids[mine]
+        value, place = mips_topk(queries[b : b + 1], items[mine], None, own_ids, k, None, None, None)
+        values[b] = value[0]
+        positions[b] = F.pad(mine, (0, 1), value=-1)[place[0]]  # place -1 is the last, which says -1 again
+    return values, positions, query.bincount(minlength=B)
+
+
+def _chunks(B: int, N: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of so many rows that their scores are `CHUNK_SCORES`."""
+    step = max(1, CHUNK_SCORES // max(B, 1))
+    for start in range(0, N, step):
+        yield start, min(N, start + step)
+
+
+def _allowed(
+    allowed: torch.Tensor,
+    allow: torch.Tensor | None,
+    excluded: tuple[torch.Tensor, torch.Tensor] | None,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """(B, stop - start): what the filters leave of `allowed`, which is written to."""
+    if allow is not None:
+        allowed &= allow[..., start:stop]
+    if excluded is not None:
+        query, position = excluded
+        inside = (position >= start) & (position < stop)
+        allowed[query[inside], position[inside] - start] = False
+    return allowed
+
+
 def _scores(queries: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
     """(B, n) float32, each a function of its query and its row alone, bit for bit."""
     queries = queries.float()
     if row_scale is not None:
-        numbers, query_scale = quantise(queries)
-        sums = numbers.double() @ rows.double().T  # integers below 2^53: exact in any order
-        return sums.float() * (query_scale[:, None] * row_scale)
+        return _int8_scores(*quantise(queries), rows, row_scale)
     columns = rows.T.float().contiguous()
     total = torch.zeros(len(queries), len(rows), dtype=torch.float32, device=queries.device)
     for begin in range(0, queries.shape[1], SEGMENT):
@@ -83,6 +147,13 @@ def _scores(queries: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor |
             partial += queries[:, j, None] * columns[j]
         total += partial
     return total
+
+
+def _int8_scores(
+    numbers: torch.Tensor, query_scale: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor
+) -> torch.Tensor:
+    sums = numbers.double() @ rows.double().T  # integers below 2^53: exact in any order
+    return sums.float() * (query_scale[:, None] * row_scale)
 
 
 def _best_first(values: torch.Tensor, eligible: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -107,8 +178,8 @@ def _excluded_positions(
     if ids is None:
         known &= excluded < N
         return query[known], excluded[known]
-    by_id, position = ids.sort()
-    place = torch.searchsorted(by_id, excluded).clamp(max=max(N - 1, 0))
+    by_id, position = ids.sort(stable=True)
+    place = (torch.searchsorted(by_id, excluded, right=True) - 1).clamp(min=0)  # of rows replaced, and not, the newest
     known &= by_id[place] == excluded if N else torch.zeros_like(known)
     return query[known], position[place[known]]
 

@@ -40,7 +40,7 @@ def read_arrays(path: str | Path) -> Interactions:
         raise ValueError(f"{path}: expected one .npz file, got {', '.join(file.name for file in files)}")
     file = files[0]
     try:
-        with np.lib.npyio.NpzFile(file) as archive:
+        with np.lib.npyio.NpzFile(file) as archive:  # type: ignore[arg-type]  # it opens paths, too
             columns = {column: _column(file, archive, column) for column in _NAMES}
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file}: expected a whole .npz file, got a damaged or foreign one: {error}") from None

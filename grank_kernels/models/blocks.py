@@ -170,7 +170,7 @@ class HSTUBlock(nn.Module):
         return self._finish(tokens, attended, u)
 
     def _bias(self, behind: Tensor) -> Tensor:
-        """r by distance, (heads, *behind); so low in front that SiLU makes exactly 0 of any logit there."""
+        """The bias r by distance, (heads, *behind); so low in front that SiLU makes exactly 0 of any logit there."""
         return self.distance[:, behind.clamp(min=0)].masked_fill(behind < 0, -1e4)
 
     def _project(self, x: Tensor) -> list[Tensor]:

@@ -65,11 +65,9 @@ class DualTower(Recommender):
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
         visible = torch.arange(1, asked.shape[1] + 1, device=asked.device).expand(asked.shape)
         users = self._users(history, visible)[asked]
-        rows = asked.nonzero()[:, 0]
-        seen = until(window.items[rows], visible[asked])
         items = self.item_vectors()
-        targets = later_targets(window, self.config.horizon)[asked]
-        return {"retrieval": softmax_loss(users, items, targets, seen.where(seen >= 0, len(items)))}
+        seen = until(window.items[asked.nonzero()[:, 0]], visible[asked], len(items))
+        return {"retrieval": softmax_loss(users, items, later_targets(window, self.config.horizon)[asked], seen)}
 
     def _users(self, history: Batch, visible: Tensor) -> Tensor:
         """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""

@@ -12,7 +12,9 @@ from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.recommender import Recommender
-from grank_kernels.models.targets import later_targets, until
+from grank_kernels.models.targets import Candidates, draw_candidates, draw_moments, later_targets, until
+from grank_kernels.score_candidates import score_candidates
+from grank_kernels.table import ItemTable
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class GRankConfig:
         auxiliary_weight: of L_SA, where L_NTP has 1.
         ranking_weight: of L_CA.
         moments: how many moments of each training window train the second stages.
-        negatives: candidates from which they must tell the target.
+        negatives: how many of the batch's other targets they must tell each target from.
         horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item; more
             fits an evaluation that asks for all that comes later.
     """
@@ -52,10 +54,10 @@ class GRankConfig:
     temperature: float = 0.05
     auxiliary: bool = True
     ranker: bool = True
-    auxiliary_weight: float = 1.0
-    ranking_weight: float = 1.0
-    moments: int = 2
-    negatives: int = 32
+    auxiliary_weight: float = 0.25
+    ranking_weight: float = 0.25
+    moments: int = 4
+    negatives: int = 16
     horizon: int = 1
 
 
@@ -95,7 +97,9 @@ class GRank(Recommender):
     **Ranker**: single-head cross-attention from each candidate to the long history.
 
     A second stage's score is the first stage's logit, which `mips_topk` has returned anyway, plus the output of its
-    MLP. The sum is ours: the paper scores with the MLP alone, and has four billion interactions to learn it from.
+    MLP. Both are trained to be the logarithm of how likely the item is, up to a constant, so the sum orders as their
+    geometric mean does. The sum is ours: the paper scores with the MLP alone, and has four billion interactions to
+    learn it from.
     """
 
     def __init__(self, num_items: int, config: GRankConfig) -> None:
@@ -129,19 +133,29 @@ class GRank(Recommender):
         return self._users(x, history, history.lengths.unsqueeze(1), memories).squeeze(1)
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
-        """Logits plus what the Ranker says, or the auxiliary branch where there is no Ranker; see `Recommender.rank`."""
-        ids = candidates.clamp(min=0)
+        """See `Recommender.rank`: logits plus outputs of the Ranker, or of the auxiliary branch where there is none."""
         if self.ranker is not None:
-            outputs = self.ranker(self.item_vectors(), batch.items, users, ids)
+            outputs = self.ranker(self.item_vectors(), batch.items, users, candidates.clamp(min=0))
         elif self.auxiliary is not None:
             history = batch.newest(self.config.short_history)
             _, memories = self._read(history)
             visible = history.lengths.unsqueeze(1).expand_as(candidates)
-            outputs = self.auxiliary(self._embed(ids), visible, self.backbone, memories)
+            outputs = self.auxiliary(self._embed(candidates), visible, self.backbone, memories)
         else:
             return logits
         ranked: Tensor = (logits + outputs).masked_fill(candidates < 0, float("-inf"))
         return ranked
+
+    @torch.no_grad()
+    def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """See `Recommender.rank_rows`: `rank` by the folded Ranker and `score_candidates`, over the table's rows."""
+        if self.ranker is None:
+            return self.rank(batch, users, candidates, logits)
+        # Of the histories alone: the table may be large, or of int8. A copy of its own for every place of the batch.
+        rows = table.rows(batch.items.clamp(min=0)).flatten(0, 1)
+        places = torch.arange(len(rows), device=rows.device).view(batch.items.shape).where(batch.valid, -1)
+        folded = self.ranker.fold(rows, places, users)
+        return logits + score_candidates(candidates, table, **folded._asdict())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The paper's L_NTP, L_SA and L_CA, weighted: the InfoNCE losses of the parts there are.
@@ -150,71 +164,57 @@ class GRank(Recommender):
         paper takes the other targets of the batch as negatives; at a few thousand items the corpus costs no more than
         the attention does, and needs no logQ correction.
 
-        The second stages' negatives are drawn from the first stage's own softmax, so they are the candidates to be met
-        in serving. With the logQ correction a score is `logit + output - logQ`, of which the output alone is left: the
-        second stages learn how much likelier the target is than the first stage thought.
+        The second stages' negatives are other targets of the batch, as in the paper, with the logQ correction: popular
+        items are drawn more often, and would be learned to be less wanted than they are.
         """
         config, items = self.config, self.item_vectors()
         window = batch.newest(config.short_history + 1)
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
+        targets = later_targets(window, config.horizon)
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        targets = later_targets(window, config.horizon)
-        rows = torch.arange(len(asked), device=x.device).unsqueeze(1).expand(asked.shape)
-        pasts = until(window.items[rows[asked]], visible[asked])
-        seen = pasts.where(pasts >= 0, len(items))
+        seen = until(window.items[asked.nonzero()[:, 0]], visible[asked], len(items))
         losses = {"retrieval": softmax_loss(users[asked], items, targets[asked], seen)}
-        if self.auxiliary is None and self.ranker is None:
+        if not self.ranks:
             return losses
 
-        # Some moments of each window, where it has as many; `rows` and `moments` index (B, M).
-        moments = torch.rand(asked.shape, device=x.device).masked_fill(~asked, -1.0)
-        moments = moments.topk(min(config.moments, asked.shape[1])).indices
-        rows = rows[:, : moments.shape[1]]
-        there, stops = asked[rows, moments], visible[rows, moments]
-        users = users[rows, moments][there]
-        candidates = stops.new_full((*there.shape, 1 + config.negatives), -1)
-        pasts = until(window.items[rows[there]], stops[there])
-        candidates[there] = self._candidates(users, items, targets[rows, moments][there], pasts)
-
-        def infonce(scores: Tensor) -> Tensor:
-            scores = scores.masked_fill(candidates[there] < 0, float("-inf"))
-            return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.int64))
-
+        at = draw_moments(window, config.moments)
+        rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
+        stops, users = (at + 1).flatten(), users[rows, at.flatten()]
+        seen = until(window.items[rows], stops, -1)
+        candidates = draw_candidates(targets.gather(1, at).flatten(), targets[asked], seen, config.negatives)
+        ids = candidates.ids
         if self.auxiliary is not None:
-            seen = stops.unsqueeze(2).expand_as(candidates).flatten(1)
-            scores = self.auxiliary(self._embed(candidates.clamp(min=0).flatten(1)), seen, self.backbone, memories)
-            losses["auxiliary"] = config.auxiliary_weight * infonce(scores.view(candidates.shape)[there])
+            tokens = self._embed(ids.view(len(at), -1))
+            visible = stops.repeat_interleave(ids.shape[1]).view(len(at), -1)
+            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(ids.shape)
+            losses["auxiliary"] = config.auxiliary_weight * _infonce(outputs, candidates)
         if self.ranker is not None:
-            older = batch.lengths - window.lengths  # items of the batch's rows that the window begins after
-            seen = (rows[there], (stops + older.unsqueeze(1))[there])
-            scores = self.ranker(items, batch.items, users, candidates[there].clamp(min=0), seen)
-            losses["ranking"] = config.ranking_weight * infonce(scores)
+            stops = stops + (batch.lengths - window.lengths)[rows]  # in the batch, which reaches further back
+            outputs = self.ranker(items, batch.items, users, ids, (rows, stops))
+            losses["ranking"] = config.ranking_weight * _infonce(outputs, candidates)
         return losses
 
-    @torch.no_grad()
-    def _candidates(self, users: Tensor, items: Tensor, targets: Tensor, pasts: Tensor) -> Tensor:
-        """The target first, then negatives out of the first stage's softmax, without repetition; -1 if they run out."""
-        logits = users @ items.T
-        logits.scatter_(1, pasts.where(pasts >= 0, targets.unsqueeze(1)), float("-inf"))
-        logits.scatter_(1, targets.unsqueeze(1), float("-inf"))
-        noisy = logits - torch.empty_like(logits).exponential_().log()  # Gumbel's noise makes of topk a draw
-        drawn = noisy.topk(min(self.config.negatives, len(items)))
-        negatives = drawn.indices.where(drawn.values > float("-inf"), -1)
-        negatives = F.pad(negatives, (0, self.config.negatives - negatives.shape[1]), value=-1)
-        return torch.cat([targets.unsqueeze(1), negatives], 1)
-
     def _embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.items) * self.config.dim**0.5
+        """(..., d), of anything where an id is negative."""
+        stretch: float = self.config.dim**0.5
+        return F.embedding(ids.clamp(min=0), self.items) * stretch
 
     def _read(self, history: Batch) -> tuple[Tensor, list[Memory]]:
         """The short history's embeddings, and its memory in each block."""
-        x = self._embed(history.items.clamp(min=0))
+        x = self._embed(history.items)
         return x, self.backbone(x)[1]
 
     def _users(self, x: Tensor, history: Batch, visible: Tensor, memories: list[Memory]) -> Tensor:
         """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         outputs = self.backbone.join(self.query_token(torch.cat(pools, -1)), visible, memories)
-        return F.normalize(outputs, dim=-1) / self.config.temperature
+        users: Tensor = F.normalize(outputs, dim=-1) / self.config.temperature
+        return users
+
+
+def _infonce(outputs: Tensor, candidates: Candidates) -> Tensor:
+    """Cross-entropy of the first candidate among its row's, (R, C), after the logQ correction."""
+    logits = outputs - candidates.log_frequency
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))

@@ -102,7 +102,8 @@ class Ranker(nn.Module):
     def _read(self, table: Tensor, history: Tensor) -> Tensor:
         """What keys and values are made of, (B, L, d)."""
         x = self.stretch * F.embedding(history.clamp(min=0), table).masked_fill((history < 0).unsqueeze(-1), 0.0)
-        return x + self.history_mlp(x)
+        read: Tensor = x + self.history_mlp(x)
+        return read
 
     def _ages(self, stops: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """How many items are newer, and which of them count: both (R, length), where `stops` (R,) have been seen."""

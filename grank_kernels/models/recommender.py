@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grank_kernels.data.histories import Batch
+from grank_kernels.table import ItemTable
 
 
 class Recommender(nn.Module, ABC):
@@ -48,6 +49,21 @@ class Recommender(nn.Module, ABC):
             (B, C) float32. Here: the logits, the order of the retrieval.
         """
         return logits
+
+    def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
+        """`rank` as it is served: items are the rows of the table that was searched, where the model can take them.
+
+        Args:
+            table: made of `item_vectors()`, perhaps with rows that were replaced since.
+            batch: as for `rank`, and so are `users`, `candidates` and `logits`.
+            users: (B, d).
+            candidates: (B, C) int64.
+            logits: (B, C) float32.
+
+        Returns:
+            (B, C) float32. Here: what `rank` returns, which knows the model's own items alone.
+        """
+        return self.rank(batch, users, candidates, logits)
 
 
 def at_newest(outputs: Tensor, batch: Batch) -> Tensor:

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import torch
 
 from grank_kernels.backends.reference import check_exclude
-from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device
+from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device, listed_rows
+from grank_kernels.quantise import Coarse, certify_queries
 
 _INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -101,9 +102,52 @@ def mips_topk(
         items = items.contiguous()
     compute = _compute_dtype(queries, items)
     problem = Problem(queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow, compute)
-    device = _device(queries.device)
-    search(problem, device, values, positions)
+    search(problem, _device(queries.device), values, positions)
     return values, positions
+
+
+def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `mips_topk_certified` cannot run for these tensors."""
+    if items.device != queries.device:
+        return f"queries are on {queries.device} and items on {items.device}"
+    if items.shape[1] > _MAX_INT8_WIDTH:
+        return f"the int8 copy has width {items.shape[1]}; int32 sums take at most {_MAX_INT8_WIDTH}"
+    return mips_topk_unsupported(queries, items)
+
+
+def mips_topk_certified(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse: Coarse,
+    ids: torch.Tensor | None,
+    k: int,
+    exclude_offsets: torch.Tensor | None,
+    exclude_ids: torch.Tensor | None,
+    allow: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
+    from grank_kernels.backends.triton.mips_topk_launches import Problem, certified_search
+
+    (B, d), N = queries.shape, len(items)
+    device = _device(queries.device)
+    rescored = torch.full((B,), N, dtype=torch.int64, device=queries.device)
+    filters = (exclude_offsets, exclude_ids, allow)
+    if B == 0 or d == 0 or max(device.small, 32 * k) >= N:
+        return *mips_topk(queries, items, None, ids, k, *filters), rescored
+    if exclude_offsets is not None and exclude_ids is not None:
+        exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
+        if exclude_offsets.is_cpu:
+            check_exclude(exclude_offsets, exclude_ids, None if ids is not None else N)
+    values = torch.empty(B, k, dtype=torch.float32, device=queries.device)
+    positions = torch.empty(B, k, dtype=torch.int64, device=queries.device)
+    filters = (exclude_offsets, exclude_ids, allow)
+    numbers, query_scale, radius = certify_queries(queries, coarse.basis)
+    certified_search(
+        Problem(queries, items, None, ids, k, *filters, _compute_dtype(queries, items)),
+        Problem(numbers, coarse.rows, coarse.scale, ids, listed_rows(k), *filters, torch.int8, query_scale, radius),
+        coarse.error, device, values, positions, rescored,
+    )  # fmt: skip
+    return values, positions, rescored
 
 
 def _compute_dtype(queries: torch.Tensor, items: torch.Tensor) -> torch.dtype:

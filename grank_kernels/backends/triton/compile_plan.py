@@ -4,7 +4,7 @@ Imports Triton, and cannot be imported where kernels run in its interpreter (TRI
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grank_kernels.backends.triton import INTERPRETED
-from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, launches, options
-from grank_kernels.backends.triton.mips_topk_plan import Device, make_plan
+from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, certified_launches, launches, options
+from grank_kernels.backends.triton.mips_topk_plan import Device, listed_rows, make_certified_plans, make_plan
 from grank_kernels.backends.triton.streaming import Chunk
 
 if INTERPRETED:
@@ -70,15 +70,17 @@ SEARCHES = [
     (16, 10_000_000, 128, 500, torch.float32, False),
     (256, 10_000_000, 128, 500, torch.float32, False),
 ]
+CERTIFIED = [(16, 10_000_000, 128, 500, torch.float16, False), (256, 10_000_000, 128, 500, torch.bfloat16, True)]
 
 
 def compile_plan(targets: Sequence[str] = tuple(DEVICES)) -> Iterator[Row]:
     """Every kernel of representative searches, in each configuration, once a target."""
     for target in targets:
         seen = set()
-        for B, N, d, k, dtype, filters in SEARCHES:
-            label = f"{str(dtype)[6:]} d={d} B={B} k={k}" + (" ids exclude allow" if filters else "")
-            for launch in _launches(DEVICES[target], B, N, d, k, dtype, filters):
+        for search in [*((*shape, False) for shape in SEARCHES), *((*shape, True) for shape in CERTIFIED)]:
+            B, _, d, k, dtype, filters, certified = search
+            label = f"{str(dtype)[6:]}{' certified' * certified} d={d} B={B} k={k}" + " ids exclude allow" * filters
+            for launch in _launches(DEVICES[target], *search):
                 row = row_of(target, label, launch)
                 key = (launch.kernel.__name__, str(row.signature), str(launch.constants), launch.warps, launch.stages)
                 if key not in seen:
@@ -102,11 +104,13 @@ def compile_row(row: Row) -> Any:
     return triton.compile(source, target=target, options=chosen)
 
 
-def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype, filters: bool) -> Iterator[Launch]:
+def _launches(
+    device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype, filters: bool, certified: bool
+) -> Iterator[Launch]:
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    compute = dtype
+    excluded = 100 if filters else 0
     problem = Problem(
         meta(B, d, dtype=torch.float16 if dtype == torch.int8 else dtype),
         meta(N, d, dtype=dtype),
@@ -116,10 +120,18 @@ def _launches(device: Device, B: int, N: int, d: int, k: int, dtype: torch.dtype
         meta(B + 1, dtype=torch.int64) if filters else None,
         meta(B * 100, dtype=torch.int64) if filters else None,
         meta(N, dtype=torch.bool) if filters else None,
-        compute,
+        dtype,
     )
-    plan = make_plan(device, B, N, d, k, compute, 100 if filters else 0)
     values, positions = meta(B, k, dtype=torch.float32), meta(B, k, dtype=torch.int64)
+    if certified:
+        copy = replace(
+            problem, queries=meta(B, d, dtype=torch.int8), items=meta(N, d, dtype=torch.int8), k=listed_rows(k),
+            compute=torch.int8, query_scale=meta(B, dtype=torch.float32), query_radius=meta(B, dtype=torch.float32),
+        )  # fmt: skip
+        chunk = Chunk(0, copy.items, meta(N, dtype=torch.float32), meta(N, dtype=torch.float32))
+        plans = make_certified_plans(device, B, N, d, k, dtype, excluded)
+        return certified_launches(problem, copy, chunk, plans, device, values, positions)
+    plan = make_plan(device, B, N, d, k, dtype, excluded)
     table = [Chunk(0, problem.items, problem.row_scale)]
     return launches(problem, table, plan, device, values, positions)
 

@@ -1,7 +1,9 @@
-"""Kernels that score: quantise the queries, sample, scan and emit, collect.
+"""Kernels that score: quantise the queries, sample, scan and emit, rescore, collect.
 
     score[b, i] = sum_j q[b, j] x[i, j]                             float32, float16, bfloat16
     score[b, i] = float32(sum_j q8[b, j] x8[i, j]) * (s_b * s_i)    int8, scales s
+                  + radius_b * error_i                              BOUNDED: of the certified copy of float rows, above
+                                                                    the float score by the proof in quantise.py
 
 A tile is ITEMS rows x QUERIES queries. The rows stand on the M axis of the tensor cores' product and the queries on N,
 whatever the batch: one query pads N to 16, where it would pad M to 64 (wgmma), and all kernels add in one order, j
@@ -82,17 +84,21 @@ def _products(
 
 
 @triton.jit
-def _load_scales(scale, place, mask, COMPUTE: tl.constexpr):
-    """Scales of int8 rows or queries; what takes their place where there are none is not used."""
-    if COMPUTE.is_int8():
-        return tl.load(scale + place, mask=mask, other=0.0)
+def _load_scales(scale, bound, place, mask, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Scales of int8 rows or queries, and errors or radii; what takes their place where there are none is not used."""
+    if BOUNDED:
+        return tl.load(scale + place, mask=mask, other=0.0), tl.load(bound + place, mask=mask, other=0.0)
+    elif COMPUTE.is_int8():
+        return tl.load(scale + place, mask=mask, other=0.0), mask
     else:
-        return mask
+        return mask, mask
 
 
 @triton.jit
-def _scores(products, row_scale, query_scale, COMPUTE: tl.constexpr):
-    if COMPUTE.is_int8():
+def _scores(products, row_scale, row_error, query_scale, radius, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        return products * (query_scale[None, :] * row_scale[:, None]) + radius[None, :] * row_error[:, None]
+    elif COMPUTE.is_int8():
         return products * (query_scale[None, :] * row_scale[:, None])
     else:
         return products
@@ -115,6 +121,26 @@ def _bars(score, query_scale, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _slope(radius, query_scale, BOUNDED: tl.constexpr):
+    """What a row's error adds at most, in units of the query's scale, for any query of a tile: bounds then cost a score
+    nothing. 2^-13 of it for the roundings, as in quantise.py.
+    """
+    if BOUNDED:
+        slope = tl.div_rn(radius * 1.0001220703125, query_scale)
+        return tl.max(tl.where(slope == slope, slope, 0.0), 0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _added(slope, row_error, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        return slope * tl.max(row_error, 0)
+    else:
+        return 0.0
+
+
+@triton.jit
 def _distances(products, row_scale, bars, COMPUTE: tl.constexpr):
     """Not negative where the score may reach its threshold."""
     if COMPUTE.is_int8():
@@ -131,9 +157,11 @@ def _allowed(allow, allow_row, allow_column, query, row, mask):
 
 @triton.jit
 def _emit(
-    products, row_scale, query_scale, B, query, position, live, ids, allow, allow_row, allow_column,
+    products, row_scale, row_error, query_scale, query_radius, B, query, position, live, ids,
+    allow, allow_row, allow_column,
     threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
-    ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+    ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
     """Appends the scores that are of rows (`live`), allowed and reach their query's threshold to its list.
 
@@ -145,20 +173,22 @@ def _emit(
         HALF: tl.constexpr = QUERIES // 2
         low, high = tl.split(tl.permute(tl.reshape(products, (ITEMS, 2, HALF)), (0, 2, 1)))
         _emit(
-            low, row_scale, query_scale, B, query, position, live, ids, allow, allow_row, allow_column,
+            low, row_scale, row_error, query_scale, query_radius, B, query, position, live, ids,
+            allow, allow_row, allow_column,
             threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
-            ITEMS, HALF, COMPUTE, HAS_IDS, HAS_ALLOW,
+            ITEMS, HALF, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
         )  # fmt: skip
         _emit(
-            high, row_scale, query_scale, B, query + HALF, position, live, ids, allow, allow_row, allow_column,
+            high, row_scale, row_error, query_scale, query_radius, B, query + HALF, position, live, ids,
+            allow, allow_row, allow_column,
             threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine + HALF,
-            ITEMS, HALF, COMPUTE, HAS_IDS, HAS_ALLOW,
+            ITEMS, HALF, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
         )  # fmt: skip
     else:
         lane = tl.arange(0, QUERIES)
         score = tl.load(threshold_score + mine + lane)
-        q_scale = _load_scales(query_scale, query + lane, query + lane < B, COMPUTE)
-        scores = _scores(products, row_scale, q_scale, COMPUTE)
+        q_scale, radius = _load_scales(query_scale, query_radius, query + lane, query + lane < B, COMPUTE, BOUNDED)
+        scores = _scores(products, row_scale, row_error, q_scale, radius, COMPUTE, BOUNDED)
         hit = (scores >= score[None, :]) & live[:, None]
         if tl.max(hit.to(tl.int32)) > 0:
             if HAS_ALLOW:
@@ -177,44 +207,47 @@ def _emit(
 
 @triton.jit
 def _scan_tiles(
-    begin, end, step, first, queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N, base,
-    ids, allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions,
+    begin, end, step, first, queries, q_row, q_column, query_scale, query_radius, B,
+    items, item_stride, row_scale, row_error, N, base, ids, allow, allow_row, allow_column,
+    threshold_score, threshold_tie, count, to_scores, to_positions,
     list_size, skip, room, mine,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+    BOUNDED: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
     """Emits what reaches the thresholds, from the tiles begin, begin + step, ... below end."""
     lane = tl.arange(0, ITEMS)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     score = tl.load(threshold_score + mine + tl.arange(0, QUERIES))
-    bars = _bars(score, _load_scales(query_scale, query, query < B, COMPUTE), COMPUTE)
+    q_scale, radius = _load_scales(query_scale, query_radius, query, query < B, COMPUTE, BOUNDED)
+    bars, slope = _bars(score, q_scale, COMPUTE), _slope(radius, q_scale, BOUNDED)
     no_gate = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf minus -inf is no number
     offset = lane.to(tl.int64) * item_stride
     for tile in range(begin, end, step):
         start = tl.cast(tile, tl.int64) * ITEMS
         live = lane < tl.minimum(N - start, ITEMS).to(tl.int32)
-        x_scale = _load_scales(row_scale, start + lane, live, COMPUTE)
+        x_scale, error = _load_scales(row_scale, row_error, start + lane, live, COMPUTE, BOUNDED)
         products = _products(
             first, queries, q_row, q_column, query, B, items + start * item_stride + offset, live,
             D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
         # One subtraction and one maximum a score; of a comparison the reduction would make an integer first.
-        if (tl.max(_distances(products, x_scale, bars, COMPUTE)) >= 0) | no_gate:
+        if (tl.max(_distances(products, x_scale, bars, COMPUTE)) >= -_added(slope, error, BOUNDED)) | no_gate:
             # Zero, which the compiler cannot know: it would compute this branch's addresses before the loop, and spill.
             zero = tl.minimum(N - start, 0).to(tl.int32)
             _emit(
-                products, x_scale, query_scale, B, tl.program_id(0) * QUERIES + zero, base + start + lane, live, ids,
-                allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions,
-                list_size, skip, room, mine + zero, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
+                products, x_scale, error, query_scale, query_radius, B, tl.program_id(0) * QUERIES + zero,
+                base + start + lane, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie, count,
+                to_scores, to_positions, list_size, skip, room, mine + zero,
+                ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
             )  # fmt: skip
 
 
 @triton.jit
 def sample(
-    queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N,
+    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N,
     allow, allow_row, allow_column, size, to_scores, to_positions, groups,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    HAS_ALLOW: tl.constexpr,
+    BOUNDED: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
     """The best of each group of sampled rows: (B, groups) scores and positions, NaN where a group has none.
 
@@ -225,18 +258,18 @@ def sample(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     group = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale = _load_scales(query_scale, query, query < B, COMPUTE)
+    q_scale, radius = _load_scales(query_scale, query_radius, query, query < B, COMPUTE, BOUNDED)
     best = tl.full((ITEMS, QUERIES), float("nan"), tl.float32)
     winner = tl.zeros((ITEMS, QUERIES), tl.int32)
     for begin in range(0, size, groups):
         live = begin + group < size
         row = _sampled_row(begin + group, size, N)
-        x_scale = _load_scales(row_scale, row, live, COMPUTE)
+        x_scale, error = _load_scales(row_scale, row_error, row, live, COMPUTE, BOUNDED)
         products = _products(
             first, queries, q_row, q_column, query, B, items + row * item_stride, live,
             D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
-        scores = _scores(products, x_scale, q_scale, COMPUTE)
+        scores = _scores(products, x_scale, error, q_scale, radius, COMPUTE, BOUNDED)
         better = live[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
         if HAS_ALLOW:
             better &= _allowed(allow, allow_row, allow_column, query, row, better & (query < B)[None, :])
@@ -261,10 +294,10 @@ def _sampled_row(i, size, N):
 
 @triton.jit
 def scan(
-    queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N, base, ids,
+    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
     allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions, row_size, k,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+    BOUNDED: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
 ):  # fmt: skip
     """Every row against every query: what reaches the query's threshold is emitted behind its k kept candidates.
 
@@ -274,11 +307,48 @@ def scan(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
     _scan_tiles(
-        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column, query_scale, B,
-        items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, threshold_score, threshold_tie,
+        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column,
+        query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
+        allow, allow_row, allow_column, threshold_score, threshold_tie,
         count, to_scores, to_positions, row_size, k, row_size - k, tl.program_id(0) * QUERIES,
-        D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
+        D, DEPTH, ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
     )  # fmt: skip
+
+
+@triton.jit
+def rescore(
+    queries, q_row, q_column, B, items, item_stride, listed, listed_size, listed_count, bound, query_radius,
+    to_score, count, to_scores, to_positions, row_size, k,
+    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Scores the listed rows of one query and puts those that it vouches for behind the query's k kept candidates.
+
+    The list holds the rows of largest upper bounds; those that it leaves out have none above `bound`, the least in the
+    list, or are none (-inf). So scores above `bound` are all that there are above it, as if `scan` had emitted what
+    exceeds that threshold; the others become NaN. The bound says nothing of a query whose radius is NaN.
+    The product is that of `scan`, on 16 queries of which one is not zero: the same bits.
+    """
+    query = tl.program_id(0)
+    lane = tl.where(tl.arange(0, QUERIES) == 0, query, B)  # zeros beyond B
+    n = tl.load(listed_count + query)
+    entry = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
+    live = entry < n
+    place = tl.load(listed + query.to(tl.int64) * listed_size + entry, mask=live, other=0)
+    row = place.to(tl.int64) & 0xFFFFFFFF
+    first = _load_queries(queries, q_row, q_column, lane, tl.arange(0, DEPTH), B, D, COMPUTE)
+    products = _products(
+        first, queries, q_row, q_column, lane, B, items + row * item_stride, live, D, DEPTH, ITEMS, QUERIES, COMPUTE
+    )
+    score = tl.sum(tl.where((lane == query)[None, :], products, 0.0), 1)
+    mine = query + tl.zeros((ITEMS,), tl.int32)
+    radius = tl.load(query_radius + mine)
+    bar = tl.where(radius == radius, tl.load(bound + mine), float("inf"))
+    vouched = live & ((score > bar) | (bar == -float("inf")))
+    to = query.to(tl.int64) * row_size + k + entry
+    tl.store(to_scores + to, tl.where(vouched, score, float("nan")), mask=live)
+    tl.store(to_positions + to, place, mask=live)
+    tl.store(count + mine, n, mask=entry == 0)
+    tl.store(to_score + mine, bar, mask=entry == 0)
 
 
 @triton.jit
@@ -308,12 +378,12 @@ def _cut(
 
 @triton.jit
 def collect(
-    queries, q_row, q_column, query_scale, B, items, item_stride, row_scale, N, base, ids,
+    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
     allow, allow_row, allow_column, exclude_offsets, exclude_ids, E,
     threshold_score, threshold_tie, pending, list_count, list_score, list_tie, list_scores, list_positions, list_size,
     to_scores, to_positions, row_size, k,
     D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
 ):  # fmt: skip
     """The k best rows of each split for every pending query, whatever the data.
@@ -340,10 +410,11 @@ def collect(
         while tile < tiles:
             stop = tl.minimum(tiles, tile + block * tl.num_programs(1))
             _scan_tiles(
-                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query_scale, B,
-                items, item_stride, row_scale, N, base, ids, allow, allow_row, allow_column, list_score, list_tie,
+                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query_scale, query_radius, B,
+                items, item_stride, row_scale, row_error, N, base, ids, allow, allow_row, allow_column,
+                list_score, list_tie,
                 list_count, list_scores, list_positions, list_size, 0, list_size, mine,
-                D, DEPTH, ITEMS, QUERIES, COMPUTE, HAS_IDS, HAS_ALLOW,
+                D, DEPTH, ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
             )  # fmt: skip
             tile += block * tl.num_programs(1)
             block = tl.minimum(2 * block, BLOCK)

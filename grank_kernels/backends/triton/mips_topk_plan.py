@@ -4,7 +4,7 @@ Nothing here looks at data, and nothing imports Triton.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -140,9 +140,51 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     r = share + 5 * math.sqrt(share) + 7
     groups = _multiple(min(sampled, max(8192, 4 * int(r))), samples.items)
     room = _power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
-    affordable = _RESCUE // (8 * lists_tiles * lists.queries * (list_size + k))
-    collected = splits(max(1, min(2 * device.processors, affordable * lists_tiles)), lists_tiles)
+    collected = _rescuers(device, B, N, k, lists, list_size)
     return Plan(tile, samples, lists, sampled, groups, scanned, collected, block, list_size, max(room, collected * k))
+
+
+@dataclass(frozen=True)
+class CertifiedPlans:
+    """A search of a certified copy for the rows of largest upper bounds, then of these rows for the k best.
+
+    Attributes:
+        copy: of the first.
+        rescore: of the second: no sample, no scan, `collect` where the bounds do not suffice.
+    """
+
+    copy: Plan
+    rescore: Plan
+
+
+def listed_rows(k: int) -> int:
+    """How many rows are rescored: of Gaussian tables 1.3 to 2 k reach the k-th best score by their upper bound."""
+    return 2 * k + 64
+
+
+def make_certified_plans(
+    device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int
+) -> CertifiedPlans:
+    """The plans for B queries that exclude `excluded` ids each, over a table of N rows and its copy."""
+    listed = listed_rows(k)
+    exact = make_plan(device, B, N, d, k, compute, excluded)
+    lists = exact.collect_tile
+    block = min(-(-N // lists.items), device.block)
+    list_size = _multiple(k + block * lists.items, 64)
+    collected = _rescuers(device, B, N, k, lists, list_size)
+    rescore = replace(
+        exact, sampled=0, groups=0, splits=1, collected=collected, block=block, list_size=list_size,
+        room=max(listed, collected * k),
+    )  # fmt: skip
+    return CertifiedPlans(make_plan(device, B, N, d, listed, torch.int8, excluded), rescore)
+
+
+def _rescuers(device: Device, B: int, N: int, k: int, lists: Tile, list_size: int) -> int:
+    """Programs along the rows in a `collect` that stands by: few enough for the memory of their lists."""
+    lists_tiles = -(-B // lists.queries)
+    affordable = _RESCUE // (8 * lists_tiles * lists.queries * (list_size + k))
+    programs = max(1, min(2 * device.processors, affordable * lists_tiles))
+    return max(1, min(-(-N // lists.items), programs // lists_tiles))
 
 
 def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:

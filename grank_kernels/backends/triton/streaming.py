@@ -15,11 +15,13 @@ class Chunk(NamedTuple):
         base: position of the first.
         rows: (n, d).
         row_scale: (n,), int8 rows only.
+        row_error: (n,), of a certified copy only.
     """
 
     base: int
     rows: torch.Tensor
     row_scale: torch.Tensor | None
+    row_error: torch.Tensor | None = None
 
 
 def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[Chunk]:

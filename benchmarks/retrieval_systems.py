@@ -1,0 +1,245 @@
+"""GRank's two stages beside what they replace, at equal recall.
+
+    python benchmarks/retrieval_systems.py RUN           # the folder of a run of GRank
+    python benchmarks/retrieval_systems.py --items 1000000    # random weights over so many items
+
+Every system turns the same users into the same number of ranked items:
+
+- GRank: `mips_topk` over the whole table (float32, bfloat16, int8), then the Ranker over the k1 that it finds;
+- HNSW, IVF-PQ and a tree find the k1 instead, and the same Ranker orders them. They are asked for as many more items as
+  the longest history has, which are then taken out;
+- cross-attention over the corpus: the Ranker scores every item, nothing is retrieved.
+
+Recall is the share of the exact first stage's k1 items that a system retrieves. The indexes are tuned to reach
+`--recall` on half of the users: efSearch, nprobe or the beam is doubled until they do, then bisected; those that cannot
+say so. The other half is timed, and it is their recall that is printed. The time is that of search and second stage:
+the Generator, the same for all, is left out.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grank_kernels import TopK, config
+from grank_kernels.data import Batch, Histories
+from grank_kernels.experiment import Experiment
+from grank_kernels.indexes import FaissHNSW, FaissIVFPQ, Index, Tree
+from grank_kernels.latency import Latency, synthetic
+from grank_kernels.retriever import Retriever, Serving
+from grank_kernels.table import ItemTable
+
+
+@dataclass(frozen=True)
+class System:
+    """One way from a user to k1 items.
+
+    Attributes:
+        name: for the table.
+        search: (histories, users (B, d), k1) -> the best k1 items that are not in the histories.
+        setting: the number that trades recall for time, as (object, attribute), or None.
+        most: of that number.
+        seconds: that building took.
+    """
+
+    name: str
+    search: Callable[[Histories, Tensor, int], TopK]
+    setting: tuple[Any, str] | None = None
+    most: int = 0
+    seconds: float = 0.0
+
+
+def exact(serving: Serving, dtype: torch.dtype) -> System:
+    table = serving.table.rows(torch.arange(len(serving.table)))
+    start = time.perf_counter()
+    own = Serving(serving.model, ItemTable.from_rows(table, dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    return System(f"GRank, mips_topk {name}", own.search, seconds=time.perf_counter() - start)
+
+
+def indexed(name: str, build: Callable[[], Index], attribute: str, most: int) -> System:
+    start = time.perf_counter()
+    index = build()
+    seconds = time.perf_counter() - start
+
+    def search(histories: Histories, users: Tensor, k1: int) -> TopK:
+        """Asks for as many more as may have been seen, and takes those out."""
+        wanted = min(k1 + int(histories.lengths.max()), len(index.vectors))
+        values, found = index.search(users, wanted)
+        width = len(index.vectors)
+        rows = torch.arange(len(users)).unsqueeze(1) * width
+        seen = torch.isin(found + rows, histories.items + histories.users * width)
+        values = values.masked_fill(seen, -torch.inf)
+        order = values.argsort(dim=1, descending=True, stable=True)[:, :k1]
+        values, found = values.gather(1, order), found.gather(1, order)
+        return TopK(values, found.masked_fill(values == -torch.inf, -1))
+
+    return System(name, search, (index, attribute), most, seconds)
+
+
+def indexes(vectors: Tensor, k1: int) -> list[Callable[[], System]]:
+    """The index systems, each built when its turn comes, so that one is in memory at a time."""
+    N, d = vectors.shape
+    nlist = max(1, min(int(4 * N**0.5), N // 40))
+    parts = max(m for m in (16, 8, 4, 2, 1) if d % m == 0)
+    return [
+        lambda: indexed("HNSW (faiss), Ranker", lambda: FaissHNSW(vectors), "ef_search", max(N // 8, 2 * k1)),
+        lambda: indexed(
+            "IVF-PQ (faiss), Ranker", lambda: FaissIVFPQ(vectors, nlist=nlist, parts=parts), "nprobe", nlist
+        ),
+        lambda: indexed("tree with beam, Ranker", lambda: Tree(vectors, leaf=8), "beam", max(1, N // 8)),
+    ]
+
+
+def recall(found: Tensor, truth: Tensor) -> float:
+    """The share of the true items that was found, over users."""
+    shares = [
+        len(np.intersect1d(one[one >= 0], other[other >= 0])) / max(1, int((other >= 0).sum()))
+        for one, other in zip(found.numpy(), truth.numpy(), strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def tune(system: System, reached: Callable[[], float], target: float) -> float:
+    """The least setting that reaches the target, within an eighth of itself; else the largest. Returns its recall."""
+    if system.setting is None:
+        return reached()
+    subject, attribute = system.setting
+
+    def at(value: int) -> float:
+        setattr(subject, attribute, value)
+        return reached()
+
+    low, high = 0, 1
+    while (got := at(high)) < target and high < system.most:
+        low, high = high, min(2 * high, system.most)
+    if got < target:
+        return got
+    while high - low > max(1, high // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) < target else (low, middle)
+    return at(high)
+
+
+def cross_attention(serving: Serving, batch: Batch, users: Tensor, histories: Histories, k2: int) -> TopK:
+    """The Ranker over the whole corpus: logits of all, outputs for all, the best k2 that have not been seen."""
+    logits = users @ serving.table.operands()[0].T
+    everything = torch.arange(logits.shape[1]).expand(len(users), -1)
+    scores = serving.model.rank_rows(serving.table, batch, users, everything, logits)
+    scores[histories.users, histories.items] = -torch.inf
+    return TopK(*scores.topk(k2))
+
+
+@torch.inference_mode()
+def compare(
+    retriever: Retriever, histories: Histories, *, k1: int, k2: int, batches: list[int], requests: int, target: float
+) -> list[dict[str, Any]]:
+    """One row a system and batch size."""
+    serving = retriever.current
+    vectors = serving.table.operands()[0]
+    k1 = min(k1, len(vectors))
+    half = len(histories) // 2
+    tuning, asked = histories.select(torch.arange(half)), histories.select(torch.arange(half, len(histories)))
+
+    def found_by(search: Callable[[Histories, Tensor, int], TopK], some: Histories) -> Tensor:
+        return search(some, serving.encode(some)[1], k1).indices
+
+    truths = [found_by(serving.search, some) for some in (tuning, asked)]
+    rows = []
+
+    def timed(name: str, answer: Callable[[Histories, Batch, Tensor], TopK], count: int, **facts: Any) -> None:
+        for B in batches:
+            times = []
+            for request in range(count + 2):  # the first two are a warm-up
+                some = asked.select((torch.arange(B) + request * B) % len(asked))
+                batch, users = serving.encode(some)
+                start = time.perf_counter()
+                answer(some, batch, users)
+                times.append(time.perf_counter() - start)
+            latency = Latency.of("search and rank", B, times[2:])
+            numbers = {"p50": latency.p50, "p99": latency.p99, "qps": latency.qps, "requests": count}
+            rows.append({"system": name, "batch": B, **facts, **numbers})
+            print(line(rows[-1]), flush=True)
+
+    def measure(system: System) -> None:
+        reached = tune(system, lambda: recall(found_by(system.search, tuning), truths[0]), target)
+        setting = "" if system.setting is None else f"{system.setting[1]} {getattr(*system.setting)}"
+        facts = {"setting": setting, "build_s": system.seconds, "reached": reached >= target}
+        facts["recall"] = recall(found_by(system.search, asked), truths[1])
+
+        def answer(some: Histories, batch: Batch, users: Tensor) -> TopK:
+            return serving.rank(batch, users, system.search(some, users, k1), k2)
+
+        timed(system.name, answer, requests, **facts)
+
+    print(f"{'':<26}{'batch':>6}{'setting':>18}{'recall':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}{'build s':>9}")
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        measure(exact(serving, dtype))
+    for build in indexes(vectors, k1):
+        measure(build())
+    timed(
+        "cross-attention over all",
+        lambda some, batch, users: cross_attention(serving, batch, users, some, k2),
+        max(3, requests // 20),  # it takes as long as all the others together
+        setting="",
+        build_s=0.0,
+        reached=True,
+        recall=1.0,
+    )
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """Of the printed table."""
+    missed = "" if row["reached"] else "  the recall asked for was not reached"
+    return (
+        f"{row['system']:<26}{row['batch']:>6}{row['setting']:>18}{row['recall']:>8.3f}{row['p50']:>10.2f}"
+        f"{row['p99']:>10.2f}{row['qps']:>10,.0f}{row['build_s']:>9.1f}{missed}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run of GRank")
+    parser.add_argument("--items", type=int, help="instead: random weights over so many items")
+    parser.add_argument("--k1", type=int, default=500)
+    parser.add_argument("--k2", type=int, default=100)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--recall", type=float, default=0.95, help="that the indexes are tuned to reach")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if (options.run is None) == (options.items is None):
+        parser.error("give the folder of a run or --items")
+    if not 1 <= options.k2 <= options.k1:
+        parser.error(f"--k2 must be from 1 to --k1, got {options.k2} of {options.k1}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.run is not None:
+        experiment = Experiment.load(options.run / "experiment.yaml")
+        interactions = experiment.data.read()
+        retriever = Retriever.from_run(options.run, interactions)
+        histories = experiment.data.split(interactions).test.histories
+        histories = histories.select(torch.arange(min(256, len(histories))))
+    else:
+        retriever, histories = synthetic(options.items)
+    if not hasattr(retriever.current.model, "ranker"):
+        parser.error(f"{options.run} holds a {type(retriever.current.model).__name__}; the comparison is of GRank")
+    numbers = {name: getattr(options, name) for name in ("k1", "k2", "requests")}
+    rows = compare(retriever, histories, batches=options.batch, target=options.recall, **numbers)
+    if options.json is not None:
+        facts = {"label": "measured", "items": len(retriever.catalogue), "recall": options.recall, **numbers}
+        facts |= {"threads": torch.get_num_threads(), "machine": config.show_config()}
+        options.json.write_text(json.dumps(facts | {"systems": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

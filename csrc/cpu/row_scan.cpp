@@ -1,0 +1,54 @@
+#include "row_scan.h"
+
+namespace grank {
+
+Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
+  // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
+  const int64_t rows = num_queries < 8 ? 1024 : 16384;
+  if (rows > num_rows / 16) return {};
+  const double expected = static_cast<double>(k) * rows / num_rows;
+  const auto rank = static_cast<int64_t>(std::ceil(expected + 4.3 * std::sqrt(expected) + 3));
+  if (rank > rows / 4) return {};
+  return {rows, rank};
+}
+
+// One row of every stride, at a place in it that no order of the table can be aligned with.
+std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count) {
+  std::vector<uint32_t> rows(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = num_rows * i / count, end = num_rows * (i + 1) / count;  // num_rows < 2^32, count < 2^27
+    const uint64_t mixed = (static_cast<uint64_t>(i) + 1) * 0x9e3779b97f4a7c15u;
+    rows[static_cast<size_t>(i)] = static_cast<uint32_t>(begin + static_cast<int64_t>((mixed >> 32) % (end - begin)));
+  }
+  return rows;
+}
+
+// int8 numbers and their scale: q is about scale * q8.
+float quantise(const float* q, int64_t d, int8_t* q8) {
+  float largest = 0;
+  for (int64_t j = 0; j < d; ++j) {
+    const float a = std::fabs(q[j]);
+    if (!(a <= largest)) largest = a;
+    if (std::isnan(largest)) break;
+  }
+  const float scale = largest / 127.0f;
+  for (int64_t j = 0; j < d; ++j) {
+    const float x = std::nearbyint(q[j] / scale);
+    // A scale of zero, infinity or NaN leaves no number to round; the product with the scale then says it all.
+    q8[j] = std::isnan(x) ? 0 : static_cast<int8_t>(std::clamp(x, -127.0f, 127.0f));
+  }
+  return scale;
+}
+
+MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count) {
+  MipsTopkProblem some = problem;
+  some.num_queries = count;
+  some.queries += first * problem.d;
+  some.values += first * problem.k;
+  some.positions += first * problem.k;
+  if (some.exclude_offsets != nullptr) some.exclude_offsets += first;
+  if (some.allow != nullptr) some.allow += first * problem.allow_stride;
+  return some;
+}
+
+}  // namespace grank

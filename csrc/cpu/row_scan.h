@@ -1,0 +1,227 @@
+// One pass over the rows of a table, or over some of them, for all queries: steps of tiles shared out among threads,
+// filters, and the kernel of the instruction set. What is made of the scores is up to a Derived that has
+//
+//   float bound_of(int64_t query, uint32_t first_row, float error) const
+//                        what a score must reach to be offered, in the rows from `first_row` on, whose largest error is
+//                        `error`; int8 rows: in units of the query's scale, low enough for rounding
+//   bool offer(int worker, int64_t query, uint32_t row, float score)
+//                        takes the score of a row, which may be filtered out; true if the query's bound may have risen
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "excluded_ids.h"
+#include "mips_topk.h"
+#include "reservoirs.h"
+#include "threads.h"
+
+namespace grank {
+
+// A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-5, below the k-th best of all. The
+// sample holds about Poisson(e) of the k best, e = k * rows / num_rows, and e + 4.3 sqrt(e) + 3 is above that quantile.
+struct Sample {
+  int64_t rows = 0;  // 0: not worth it
+  int64_t rank = 0;
+};
+Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k);
+
+// One row of every stride, at a place in it that no order of the table can be aligned with.
+std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count);
+
+// int8 numbers and their scale: q is about scale * q8.
+float quantise(const float* q, int64_t d, int8_t* q8);
+
+// Queries from `first` on, `count` of them, as a problem of their own.
+MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count);
+
+template <typename Derived>
+class RowScan {
+ protected:
+  // row_error: (num_rows,), not negative, or null.
+  RowScan(const MipsTopkProblem& problem, const float* row_error, const MipsTopkKernel& kernel)
+      : p_(problem),
+        kernel_(kernel),
+        row_error_(row_error),
+        threads_(useful_threads(problem)),
+        panel_bytes_((kernel.panel_bytes(problem.dtype, problem.d) + 63) / 64 * 64),
+        panels_(allocate<char>(threads_ * panel_bytes_ + 64)),
+        packed_(allocate<char>(kernel.queries_bytes(problem.dtype, problem.num_queries, problem.d))),
+        excluded_(problem, threads_) {
+    pack_queries();
+  }
+
+  // Offers the rows of list[0 .. count), or the first `count` rows where list is null.
+  void scan(const uint32_t* list, int64_t count) {
+    const int64_t blocks = (p_.num_queries + kStepQueries - 1) / kStepQueries;
+    const int64_t rows = shared_filter() ? rows_to_filter(count) : kStepRows;
+    const int64_t steps = (count + rows - 1) / rows * blocks;
+    parallel_for(threads_, steps, [&](int64_t step, int worker) {
+      const int64_t begin = step / blocks * rows;
+      scan_step(list, begin, std::min(begin + rows, count), step % blocks * kStepQueries, worker);
+    });
+  }
+
+  bool is_eligible(int64_t query, uint32_t row) const {
+    if (p_.allow != nullptr && !is_allowed(query, row)) return false;
+    return excluded_.empty() || !excluded_.contains(query, p_.ids != nullptr ? p_.ids[row] : row);
+  }
+
+  const MipsTopkProblem p_;
+  const MipsTopkKernel& kernel_;
+  const float* const row_error_;
+  const int threads_;
+  std::unique_ptr<float[]> query_scale_;  // int8 only
+
+ private:
+  // A step of a scan: some tiles of rows times some queries. Small enough to balance the threads, large enough to hide
+  // what a step costs; the packed queries of a step stay in the second-level cache.
+  static constexpr int64_t kStepRows = 32 * kTileRows;
+  static constexpr int64_t kStepQueries = 11 * kQueriesMultiple;
+
+  // What emit() must know of the tile being scanned.
+  struct Tile {
+    Derived* search;
+    int worker;
+    float* bounds;
+    int64_t first_query;
+    uint32_t first_row;
+    const uint32_t* list;  // the rows' positions, or null: they follow first_row
+    float error;
+  };
+
+  // Waking a thread costs about as much as a hundred thousand multiply-adds.
+  static int useful_threads(const MipsTopkProblem& p) {
+    const double work = static_cast<double>(p.num_rows) * static_cast<double>(p.d) * (4.0 + p.num_queries);
+    return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
+  }
+
+  void pack_queries() {
+    const void* queries = p_.queries;
+    std::unique_ptr<int8_t[]> q8;
+    if (p_.dtype == DType::kInt8) {
+      q8 = allocate<int8_t>(p_.num_queries * p_.d);
+      query_scale_ = allocate<float>(p_.num_queries);
+      parallel_for(threads_, p_.num_queries, [&](int64_t b, int) {
+        query_scale_[b] = quantise(p_.queries + b * p_.d, p_.d, q8.get() + b * p_.d);
+      });
+      queries = q8.get();
+    }
+    kernel_.pack_queries(p_.dtype, queries, p_.num_queries, p_.d, packed_.get());
+  }
+
+  bool shared_filter() const { return p_.allow != nullptr && p_.allow_stride == 0; }
+
+  // Rows of a step that are filtered before they are scanned: so many that tiles are full where few are eligible, and
+  // that there are steps for all threads.
+  int64_t rows_to_filter(int64_t count) const {
+    const int64_t share = count / (4 * threads_) / kStepRows * kStepRows;
+    return std::min(std::max(share, kStepRows), 32 * kStepRows);
+  }
+
+  // Read as bytes: a bool tensor may be a view of others than 0 and 1.
+  const uint8_t* allowed(int64_t query) const {
+    return reinterpret_cast<const uint8_t*>(p_.allow) + query * p_.allow_stride;
+  }
+  bool is_allowed(int64_t query, uint32_t row) const { return allowed(query)[row] != 0; }
+
+  static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
+    const Tile& tile = *static_cast<const Tile*>(context);
+    const int64_t query = tile.first_query + query_in_step;
+    bool risen = false;
+    for (; passed != 0; passed &= passed - 1) {
+      const int i = __builtin_ctzll(passed);
+      const uint32_t row =
+          tile.list != nullptr ? tile.list[first + i] : tile.first_row + static_cast<uint32_t>(first + i);
+      risen |= tile.search->offer(tile.worker, query, row, scores[i]);
+    }
+    return risen ? tile.search->bound_of(query, tile.first_row, tile.error) : tile.bounds[query_in_step];
+  }
+
+  void scan_step(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
+    if (!shared_filter()) return scan_rows(list, begin, end, first_query, worker);
+    // Rows that no query may have are not even read.
+    uint32_t eligible[kStepRows + 8];
+    int64_t n = 0;
+    const uint8_t* allow = allowed(0);
+    for (int64_t i = begin; i < end;) {
+      uint64_t eight = 1;
+      const int64_t stop = std::min(i + 8, end);
+      if (list == nullptr && stop - i == 8) __builtin_memcpy(&eight, allow + i, 8);
+      for (; eight != 0 && i < stop; ++i) {
+        eligible[n] = list != nullptr ? list[i] : static_cast<uint32_t>(i);
+        n += allow[eligible[n]] != 0;
+      }
+      i = stop;
+      if (n >= kStepRows) {
+        scan_rows(eligible, 0, kStepRows, first_query, worker);
+        n -= kStepRows;
+        std::copy(eligible + kStepRows, eligible + kStepRows + n, eligible);
+      }
+    }
+    if (n > 0) scan_rows(eligible, 0, n, first_query, worker);
+  }
+
+  float largest_error(const uint32_t* list, int64_t begin, int64_t end) const {
+    if (row_error_ == nullptr) return 0;
+    int32_t largest = 0;  // floats that are not negative are ordered like their bits, which the compiler can compare
+    for (int64_t i = begin; i < end; ++i) {
+      int32_t bits;
+      __builtin_memcpy(&bits, row_error_ + (list != nullptr ? list[i] : i), 4);
+      largest = std::max(largest, bits);
+    }
+    float error;
+    __builtin_memcpy(&error, &largest, 4);
+    return error;
+  }
+
+  void scan_rows(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
+    float bounds[kStepQueries];
+    auto* derived = static_cast<Derived*>(this);
+    const int64_t num_queries = std::min(kStepQueries, p_.num_queries - first_query);
+    const float* query_scale = query_scale_ != nullptr ? query_scale_.get() + first_query : nullptr;
+    const MipsTopkQueries queries{packed_.get() + kernel_.queries_bytes(p_.dtype, first_query, p_.d), query_scale,
+                                  num_queries, bounds};
+    const auto address = reinterpret_cast<uintptr_t>(panels_.get()) + worker * panel_bytes_;
+    void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
+    const float error = largest_error(list, begin, end);
+    for (int64_t q = 0; q < num_queries; ++q) bounds[q] = derived->bound_of(first_query + q, first_row, error);
+    const char* rows = static_cast<const char*>(p_.rows);
+    const int64_t row_bytes = p_.d * element_bytes(p_.dtype);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      uint32_t listed[kTileRows];
+      float listed_scale[kTileRows];
+      const float* row_scale = p_.row_scale != nullptr ? p_.row_scale + row : nullptr;
+      MipsTopkTile tile{rows + row * p_.row_stride, p_.row_stride, nullptr, row_scale, ~uint64_t{0}};
+      if (list != nullptr || end - row < kTileRows) {  // a short tile repeats its last row
+        const int64_t n = std::min<int64_t>(kTileRows, end - row);
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          const int64_t at = row + std::min(i, n - 1);
+          listed[i] = list != nullptr ? list[at] : static_cast<uint32_t>(at);
+          if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
+          if (list != nullptr && row + kTileRows + i < end) {  // rows that lie apart, of the next tile
+            const char* next = rows + list[row + kTileRows + i] * p_.row_stride;
+            for (int64_t line = 0; line < std::min<int64_t>(row_bytes, 512); line += 64)
+              __builtin_prefetch(next + line);
+          }
+        }
+        tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
+      }
+      Tile context{
+          derived,   worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row),
+          tile.list, error};
+      kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
+    }
+  }
+
+  const int64_t panel_bytes_;
+  const std::unique_ptr<char[]> panels_;
+  const std::unique_ptr<char[]> packed_;
+  const ExcludedIds excluded_;
+};
+
+}  // namespace grank

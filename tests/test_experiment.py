@@ -1,0 +1,98 @@
+"""Experiments: what YAML may say, and a whole run from a file of arrays to a report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grank_kernels.evaluation import metrics, recommend
+from grank_kernels.experiment import Experiment, evaluate, load, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_circle(path: Path, users: int = 30, items: int = 40, length: int = 16) -> Path:
+    """Users who take the items in turns, each from a start of their own, and like every third."""
+    who = np.arange(users).repeat(length)
+    what = (7 * who + np.tile(np.arange(length), users)) % items
+    np.savez(path, user=who + 100, item=what + 1, timestamp=np.arange(len(who)), rating=np.where(what % 3, 2.0, 5.0))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    data = write_circle(tmp_path / "circle.npz")
+    path = tmp_path / "grank.yaml"
+    path.write_text(
+        f"""
+model: grank
+settings: {{dim: 16, short_history: 8, long_history: 12, hidden: 16, negatives: 8}}
+data: {{name: arrays, path: {data}}}
+training: {{epochs: 2, targets: 8, context: 4, batch_items: 256, learning_rate: 0.01}}
+k1: [20]
+"""
+    )
+    return path
+
+
+def test_yaml_and_overrides(config: Path) -> None:
+    experiment = Experiment.load(config, ["training.epochs=7", "settings.ranker=false", "data.positive=2"])
+    assert (experiment.training.epochs, experiment.settings.ranker, experiment.data.positive) == (7, False, 2.0)
+    assert experiment.training.batch_items == 256
+    assert experiment.settings.dim == 16
+    assert experiment.k1 == (20,)
+
+
+def test_what_is_saved_is_what_was(config: Path, tmp_path: Path) -> None:
+    experiment = Experiment.load(config, ["training.patience=3"])
+    experiment.save(tmp_path / "saved.yaml")
+    assert Experiment.load(tmp_path / "saved.yaml") == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: grnk", "model must be one of dual_tower, grank, sequential, unigrf, got 'grnk'"),
+        ("settings: {dim: 16}", "model must be one of .*, got None"),
+        ("model: grank\nsettings: {dims: 16}", "Key 'dims' not in 'GRankConfig'"),
+        ("model: grank\nsettings: {dim: wide}", "Value 'wide' of type 'str' could not be converted to Integer"),
+        ("model: grank\nsetting: {dim: 16}", "Key 'setting' is not in struct"),
+        ("model: grank\ntraining: {epochs: 1.5}", "Value '1.5' of type 'float' could not be converted to Integer"),
+        ("model: [grank", "expected"),
+    ],
+)
+def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"(?s){path}.*{message}"):
+        Experiment.load(path)
+
+
+def test_a_file_that_is_not_there_and_a_protocol_that_is_none(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
+        Experiment.load(tmp_path / "nothing.yaml")
+    experiment = Experiment.load(config, ["data.protocol=all"])
+    with pytest.raises(ValueError, match=r"data\.protocol must be one of leave_one_out, half_and_half, got 'all'"):
+        experiment.data.split(experiment.data.read())
+
+
+def test_a_whole_run(config: Path, tmp_path: Path) -> None:
+    experiment, folder = Experiment.load(config), tmp_path / "run"
+    report = run(experiment, folder, progress=False)
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert set(report) >= {"users", "retrieved", "ranked_20", "auc", "seconds", "threads", "machine"}
+    assert Experiment.load(folder / "experiment.yaml") == experiment
+    split = experiment.data.split(experiment.data.read())
+    model = load(folder, split)
+    found = recommend(model, split.test, 20)
+    assert found.ranked is not None
+    assert metrics(found.ranked, split.test.targets, (10,))["hr@10"] == report["ranked_20"]["hr@10"]
+    assert evaluate(experiment, model, split)["retrieved"] == report["retrieved"]
+
+    # The same again finds everything done; another experiment is refused, and the folder is as it was.
+    again = run(experiment, folder, progress=False)
+    assert (again["retrieved"], again["seconds"]) == (report["retrieved"], report["seconds"])
+    with pytest.raises(ValueError, match=r"run holds another experiment; take another folder or remove it"):
+        run(Experiment.load(config, ["training.epochs=3"]), folder, progress=False)
+    assert Experiment.load(folder / "experiment.yaml") == experiment
