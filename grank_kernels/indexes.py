@@ -223,16 +223,17 @@ class Tree(Index):
 
     def _search(self, queries: Tensor, k: int) -> TopK:
         _check_at_least("beam", self.beam, 1)
-        sizes = self._leaves.diff()
-        beam = max(self.beam, -(-k // int(sizes.min())))
-        lengths = queries.norm(dim=1, keepdim=True)
-        step = max(1, _NUMBERS // (beam * self._branch * (queries.shape[1] + 1)))
-        found = [self._descend(some, beam) for some in torch.split(torch.cat([queries, lengths], 1), step)]
-        leaves = torch.cat(found)
-        places = self._leaves[leaves].unsqueeze(2) + torch.arange(int(sizes.max()))
-        inside = places < self._leaves[leaves + 1].unsqueeze(2)
-        items = self._order[places.clamp(max=len(self._order) - 1)].where(inside, -1)
-        return self._best(queries, items.flatten(1), k)
+        smallest, largest = (int(size) for size in self._leaves.diff().aminmax())
+        beam = min(max(self.beam, -(-k // smallest)), len(self._leaves) - 1)
+        step = max(1, _NUMBERS // (beam * max(self._branch, largest) * (queries.shape[1] + 1)))
+        found = []
+        for some in torch.split(queries, step):
+            leaves = self._descend(torch.cat([some, some.norm(dim=1, keepdim=True)], 1), beam)
+            places = self._leaves[leaves].unsqueeze(2) + torch.arange(largest)
+            inside = places < self._leaves[leaves + 1].unsqueeze(2)
+            items = self._order[places.clamp(max=len(self._order) - 1)].where(inside, -1)
+            found.append(self._best(some, items.flatten(1), k))
+        return TopK(*map(torch.cat, zip(*found, strict=True)))
 
     def _descend(self, queries: Tensor, beam: int) -> Tensor:
         """The leaves that the beam reaches, (B, at most `beam`), for queries (B, d + 1) with their length behind."""
