@@ -94,6 +94,13 @@ def test_half_and_half_holds_out_users_whole() -> None:
     assert not torch.equal(split.test.users, other.test.users)
 
 
+def test_without_ratings_all_feedback_is_positive() -> None:
+    users = torch.arange(4).repeat_interleave(12)
+    data = Interactions.from_columns(users, torch.arange(48) % 13)
+    assert leave_one_out(data).train.feedback.all()
+    assert [len(own) for own in lists(half_and_half(data, validation=1, test=1).train)] == [12, 12]
+
+
 def test_half_and_half_wants_users_to_train_on() -> None:
     with pytest.raises(ValueError, match=r"validation and test must leave users to train on, got 25 \+ 25 of 50"):
         half_and_half(half_and_half_data(), validation=25, test=25)

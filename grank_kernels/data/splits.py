@@ -56,7 +56,8 @@ def leave_one_out(interactions: Interactions, *, positive: float = 4.0) -> Split
 
     Args:
         interactions: what a reader returned.
-        positive: the least rating that is positive feedback. Without effect on what is held out.
+        positive: the least rating that is positive feedback; all of it is where there are no ratings. Without effect
+            on what is held out.
     """
     all_rows = _histories(interactions, positive)
     lengths = all_rows.offsets.diff()
@@ -89,7 +90,7 @@ def half_and_half(
 
     Args:
         interactions: what a reader returned.
-        positive: the least rating that is an event.
+        positive: the least rating that is an event; every row is one where there are no ratings.
         least: events that a user must have.
         validation: users held out for validation.
         test: users held out for the test.
@@ -122,4 +123,7 @@ def half_and_half(
 
 
 def _histories(interactions: Interactions, positive: float) -> Histories:
-    return Histories(interactions.offsets, interactions.items, interactions.ratings >= positive)
+    liked = torch.ones(len(interactions), dtype=torch.bool)
+    if not interactions.implicit:
+        liked = interactions.ratings >= positive
+    return Histories(interactions.offsets, interactions.items, liked)
