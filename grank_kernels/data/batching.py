@@ -49,8 +49,7 @@ class TrainingWindows:
         self._targets, self._context = targets, context
         self._starts, self._stops = self._cut(torch.Generator().manual_seed(_mix(seed, epoch)))
         batches = self._batches(batch_items, torch.Generator().manual_seed(_mix(seed, epoch) + 1))
-        while len(batches) % ranks:
-            batches.append(batches[len(batches) % ranks])
+        batches += [batches[i % len(batches)] for i in range(-len(batches) % ranks)]  # all ranks have as many
         self._rows = batches[rank::ranks]
 
     def __len__(self) -> int:
