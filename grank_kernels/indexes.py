@@ -38,8 +38,7 @@ class Index(ABC):
         check_tensor("vectors", vectors, (torch.float32,), (2,))
         if vectors.shape[1] < 1:
             raise ValueError(f"vectors have shape {tuple(vectors.shape)}; they take (N, d) with d at least 1")
-        if not vectors.is_cpu or not bool(vectors.isfinite().all()):
-            raise ValueError(f"vectors must be finite and on the CPU, got {_state(vectors)}")
+        _check_finite("vectors", vectors)
         self.vectors = vectors.detach().contiguous()
 
     def search(self, queries: Tensor, k: int) -> TopK:
@@ -61,8 +60,7 @@ class Index(ABC):
         N, d = self.vectors.shape
         if queries.shape[1] != d:
             raise ValueError(f"queries have shape {tuple(queries.shape)}; they take (B, {d}), the width of the vectors")
-        if not queries.is_cpu or not bool(queries.isfinite().all()):
-            raise ValueError(f"queries must be finite and on the CPU, got {_state(queries)}")
+        _check_finite("queries", queries)
         _check_at_least("k", k, 1)
         if len(queries) == 0 or N == 0:
             found = TopK(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64))
@@ -225,16 +223,17 @@ class Tree(Index):
 
     def _search(self, queries: Tensor, k: int) -> TopK:
         _check_at_least("beam", self.beam, 1)
-        sizes = self._leaves.diff()
-        beam = max(self.beam, -(-k // int(sizes.min())))
-        lengths = queries.norm(dim=1, keepdim=True)
-        step = max(1, _NUMBERS // (beam * self._branch * (queries.shape[1] + 1)))
-        found = [self._descend(some, beam) for some in torch.split(torch.cat([queries, lengths], 1), step)]
-        leaves = torch.cat(found)
-        places = self._leaves[leaves].unsqueeze(2) + torch.arange(int(sizes.max()))
-        inside = places < self._leaves[leaves + 1].unsqueeze(2)
-        items = self._order[places.clamp(max=len(self._order) - 1)].where(inside, -1)
-        return self._best(queries, items.flatten(1), k)
+        smallest, largest = (int(size) for size in self._leaves.diff().aminmax())
+        beam = min(max(self.beam, -(-k // smallest)), len(self._leaves) - 1)
+        step = max(1, _NUMBERS // (beam * max(self._branch, largest) * (queries.shape[1] + 1)))
+        found = []
+        for some in torch.split(queries, step):
+            leaves = self._descend(torch.cat([some, some.norm(dim=1, keepdim=True)], 1), beam)
+            places = self._leaves[leaves].unsqueeze(2) + torch.arange(largest)
+            inside = places < self._leaves[leaves + 1].unsqueeze(2)
+            items = self._order[places.clamp(max=len(self._order) - 1)].where(inside, -1)
+            found.append(self._best(some, items.flatten(1), k))
+        return TopK(*map(torch.cat, zip(*found, strict=True)))
 
     def _descend(self, queries: Tensor, beam: int) -> Tensor:
         """The leaves that the beam reaches, (B, at most `beam`), for queries (B, d + 1) with their length behind."""
@@ -297,8 +296,11 @@ def _products(queries: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return torch.bmm(F.embedding(ids, table), queries.unsqueeze(2)).squeeze(2)
 
 
-def _state(x: Tensor) -> str:
-    return f"{'finite' if bool(x.isfinite().all()) else 'not finite'} on {x.device}"
+def _check_finite(name: str, x: Tensor) -> None:
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, got {x.device}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinities")
 
 
 def _check_at_least(name: str, value: Any, least: int) -> None:

@@ -220,9 +220,8 @@ class Retriever:
             check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), table.dim))
             if not bool(vectors.isfinite().all()):
                 raise ValueError("vectors must be finite, got NaN or infinity")
-            rows = table.rows(torch.arange(len(table), device=table.device))
-            rows[torch.from_numpy(numbers).to(rows.device)] = vectors.detach().to(rows.device)
-            self._serving = replace(self._serving, table=ItemTable.from_rows(rows, dtype=self._dtype))
+            self._table.upsert(torch.from_numpy(numbers).to(table.device), vectors.detach().to(table.device))
+            self._serving = replace(self._serving, table=self._table.snapshot())
 
     @property
     def current(self) -> Serving:
@@ -234,7 +233,8 @@ class Retriever:
         model = copy.deepcopy(self._model).to(self._device).eval().requires_grad_(False)
         if table is None:
             table = ItemTable.from_rows(model.item_vectors(), dtype=self._dtype)
-        return Serving(model, table.to(self._device))
+        self._table = table.to(self._device)  # which takes updates; served are snapshots
+        return Serving(model, self._table.snapshot())
 
     # ---- files ----
 
@@ -251,11 +251,10 @@ class Retriever:
         if self.experiment is None:
             raise ValueError("experiment must be given to a retriever that is to be saved, got None")
         serving = self._serving
-        rows, row_scale, _ = serving.table.operands()
         with _new_folder(Path(folder)) as new:
             self.experiment.save(new / _EXPERIMENT)
             save_file({name: x.contiguous() for name, x in serving.model.state_dict().items()}, new / _WEIGHTS)
-            save_file({"rows": rows} if row_scale is None else {"rows": rows, "row_scale": row_scale}, new / _TABLE)
+            serving.table.save(new / _TABLE)
             self.catalogue.save(new / _ITEMS)
 
     @classmethod
@@ -270,15 +269,12 @@ class Retriever:
         experiment = Experiment.load(folder / _EXPERIMENT)
         catalogue = Catalogue.load(folder / _ITEMS)
         model = experiment.build(len(catalogue))
-        table = _tensors(folder / _TABLE)
-        if "rows" not in table:
-            raise ValueError(f"{folder / _TABLE}: expected a tensor rows, got {', '.join(table) or 'none'}")
+        table = ItemTable.load(folder / _TABLE)
         try:
             model.load_state_dict(_tensors(folder / _WEIGHTS))
         except RuntimeError as error:
             raise ValueError(f"{folder / _WEIGHTS}: {error}") from None
-        rows = ItemTable(table["rows"], table.get("row_scale"), None)
-        return cls(model, catalogue, table=rows, device=device, experiment=experiment)
+        return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
     @classmethod
     def from_run(

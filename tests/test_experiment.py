@@ -92,7 +92,8 @@ def test_a_whole_run(config: Path, tmp_path: Path) -> None:
 
     # The same again finds everything done; another experiment is refused, and the folder is as it was.
     again = run(experiment, folder, progress=False)
-    assert (again["retrieved"], again["seconds"]) == (report["retrieved"], report["seconds"])
+    assert again["retrieved"] == report["retrieved"]
+    assert again["seconds"] <= report["seconds"]  # that of the last checkpoint
     with pytest.raises(ValueError, match=r"run holds another experiment; take another folder or remove it"):
         run(Experiment.load(config, ["training.epochs=3"]), folder, progress=False)
     assert Experiment.load(folder / "experiment.yaml") == experiment

@@ -49,8 +49,8 @@ class TrainingWindows:
         self._targets, self._context = targets, context
         self._starts, self._stops = self._cut(torch.Generator().manual_seed(_mix(seed, epoch)))
         batches = self._batches(batch_items, torch.Generator().manual_seed(_mix(seed, epoch) + 1))
-        batches += [batches[i % len(batches)] for i in range(-len(batches) % ranks)]  # all ranks have as many
-        self._rows = batches[rank::ranks]
+        wanted = -(-len(batches) // ranks) * ranks  # some come twice, so that all processes have as many
+        self._rows = [batches[i % len(batches)] for i in range(rank, wanted, ranks)]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -98,5 +98,5 @@ def _read_package() -> Interactions:
         return [read[name].to_pylist() for name in names]
 
     users, items, ratings, timestamps = columns("data", "user_id", "movie_id", "rating", "timestamp")
-    films, titles = columns("item", "movie_id", "movie_title")
+    films, titles = columns("items", "movie_id", "movie_title")
     return Interactions.from_columns(users, items, timestamps, ratings, dict(zip(films, titles, strict=True)))
