@@ -167,3 +167,12 @@ def test_batches_are_filled_and_hold_little_padding() -> None:
     assert all(items.numel() <= 600 for items in batches)
     filled = sum(int((items >= 0).sum()) for items in batches) / sum(items.numel() for items in batches)
     assert filled > 0.8  # at random it would be about one half
+
+
+def test_context_does_not_make_a_batch_ask_for_less() -> None:
+    histories = Histories.from_lists([list(range(length)) for length in (*[12] * 40, *[90] * 40)])
+    for batch in TrainingWindows(histories, targets=10, context=50, batch_items=110):
+        rows, width = batch.items.shape
+        assert rows * min(width, 11) <= 110
+    rows = [len(batch.items) for batch in TrainingWindows(histories, targets=10, context=50, batch_items=110)]
+    assert sum(rows) / len(rows) > 9  # of ten that fit; with all of a window counted it would be two or three
