@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf  # typed dataclasses, YAML and `key=value` in one: the field's library for settings
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from grank_kernels.config import show_config
 from grank_kernels.data import Interactions, Split, half_and_half, leave_one_out, read
@@ -126,7 +127,7 @@ class Experiment:
             )
         except FileNotFoundError:
             raise
-        except (OmegaConfBaseException, OSError) as error:
+        except (OmegaConfBaseException, OSError, UnicodeDecodeError, YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
