@@ -56,10 +56,9 @@ class System:
     seconds: float = 0.0
 
 
-def exact(serving: Serving, dtype: torch.dtype) -> System:
-    table = serving.table.rows(torch.arange(len(serving.table)))
+def exact(serving: Serving, vectors: Tensor, dtype: torch.dtype) -> System:
     start = time.perf_counter()
-    own = Serving(serving.model, ItemTable.from_rows(table, dtype=dtype))
+    own = Serving(serving.model, ItemTable.from_rows(vectors, dtype=dtype))
     name = str(dtype).removeprefix("torch.")
     return System(f"GRank, mips_topk {name}", own.search, seconds=time.perf_counter() - start)
 
@@ -128,10 +127,12 @@ def tune(system: System, reached: Callable[[], float], target: float) -> float:
     return at(high)
 
 
-def cross_attention(serving: Serving, batch: Batch, users: Tensor, histories: Histories, k2: int) -> TopK:
+def cross_attention(
+    serving: Serving, vectors: Tensor, batch: Batch, users: Tensor, histories: Histories, k2: int
+) -> TopK:
     """The Ranker over the whole corpus: logits of all, outputs for all, the best k2 that have not been seen."""
-    logits = users @ serving.table.operands()[0].T
-    everything = torch.arange(logits.shape[1]).expand(len(users), -1)
+    everything = torch.arange(len(vectors)).expand(len(users), -1)
+    logits = users @ vectors.T
     scores = serving.model.rank_rows(serving.table, batch, users, everything, logits)
     scores[histories.users, histories.items] = -torch.inf
     return TopK(*scores.topk(k2))
@@ -143,7 +144,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row a system and batch size."""
     serving = retriever.current
-    vectors = serving.table.operands()[0]
+    vectors = serving.table.rows(torch.arange(len(serving.table)))
     k1 = min(k1, len(vectors))
     half = len(histories) // 2
     tuning, asked = histories.select(torch.arange(half)), histories.select(torch.arange(half, len(histories)))
@@ -181,12 +182,12 @@ def compare(
 
     print(f"{'':<26}{'batch':>6}{'setting':>18}{'recall':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}{'build s':>9}")
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        measure(exact(serving, dtype))
+        measure(exact(serving, vectors, dtype))
     for build in indexes(vectors, k1):
         measure(build())
     timed(
         "cross-attention over all",
-        lambda some, batch, users: cross_attention(serving, batch, users, some, k2),
+        lambda some, batch, users: cross_attention(serving, vectors, batch, users, some, k2),
         max(3, requests // 20),  # it takes as long as all the others together
         setting="",
         build_s=0.0,

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m grank_kernels.demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training items (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the training items (default: %(default)s)")
     parser.add_argument("--k1", type=int, default=200, help="items retrieved and re-ranked (default: %(default)s)")
     parser.add_argument("--table", type=int, default=1_000_000, help="rows of the timed table (default: %(default)s)")
     parser.add_argument("--data", help="u.data file of MovieLens-100K, or its folder (default: from PyPI)")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _experiment(path: str | None, epochs: int, k1: int, seed: int) -> Experiment:
-    model = GRankConfig(dim=64, short_history=64, long_history=200)
+    model = GRankConfig(dim=32, short_history=64, long_history=200, hidden=64)
     training = TrainingConfig(epochs=epochs, targets=64, context=136, learning_rate=4e-3, seed=seed)
     return Experiment("grank", model, DataConfig("ml-100k", path), training, k1=(k1,))
 

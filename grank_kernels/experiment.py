@@ -127,7 +127,7 @@ class Experiment:
             )
         except FileNotFoundError:
             raise
-        except (OmegaConfBaseException, YAMLError, OSError) as error:
+        except (OmegaConfBaseException, OSError, UnicodeDecodeError, YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:

@@ -110,7 +110,7 @@ class Retriever:
             dtype: of the table: torch.float32, bfloat16 or int8.
             device: where to serve.
             experiment: the model's settings, which `save` writes; None for a model that is not to be saved.
-            table: what to search, in its own dtype; None makes it of the model's item vectors.
+            table: what to search, in its own dtype, with ids 0 to N - 1; None makes it of the model's item vectors.
 
         Raises:
             TypeError: an argument is of the wrong type.
@@ -126,10 +126,9 @@ class Retriever:
         self._model, self._dtype, self._device = model, dtype, torch.device(device)
         self._refreshing = threading.Lock()  # for those who write; readers take what is there
         self._serving = self._published(table)
-        if len(self._serving.table) != len(catalogue):
-            raise ValueError(
-                f"catalogue has {len(catalogue)} items; the model and its table {len(self._serving.table)}"
-            )
+        ids, N = self._table.ids, len(catalogue)
+        if not torch.equal(ids.sort().values, torch.arange(N, device=ids.device)):
+            raise ValueError(f"catalogue has {N} items, and the table {len(ids)} rows; ids take 0 to {N - 1}")
 
     # ---- serving ----
 
@@ -213,14 +212,13 @@ class Retriever:
             if ids is None or vectors is None:
                 self._serving = self._published(None)
                 return
-            table = self._serving.table
             numbers = self.catalogue.find(ids)
             if bool((numbers < 0).any()) or len(np.unique(numbers)) != len(numbers):
                 raise ValueError("ids must be in the catalogue, each given once")
-            check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), table.dim))
+            check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), self._table.dim))
             if not bool(vectors.isfinite().all()):
                 raise ValueError("vectors must be finite, got NaN or infinity")
-            self._table.upsert(torch.from_numpy(numbers).to(table.device), vectors.detach().to(table.device))
+            self._table.upsert(torch.from_numpy(numbers).to(self._device), vectors.to(self._device))
             self._serving = replace(self._serving, table=self._table.snapshot())
 
     @property
@@ -233,7 +231,7 @@ class Retriever:
         model = copy.deepcopy(self._model).to(self._device).eval().requires_grad_(False)
         if table is None:
             table = ItemTable.from_rows(model.item_vectors(), dtype=self._dtype)
-        self._table = table.to(self._device)  # which takes updates; served are snapshots
+        self._table = table.to(self._device)  # what writers update; readers have snapshots of it
         return Serving(model, self._table.snapshot())
 
     # ---- files ----
@@ -269,11 +267,11 @@ class Retriever:
         experiment = Experiment.load(folder / _EXPERIMENT)
         catalogue = Catalogue.load(folder / _ITEMS)
         model = experiment.build(len(catalogue))
-        table = ItemTable.load(folder / _TABLE)
         try:
             model.load_state_dict(_tensors(folder / _WEIGHTS))
         except RuntimeError as error:
             raise ValueError(f"{folder / _WEIGHTS}: {error}") from None
+        table = ItemTable.load(folder / _TABLE)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
     @classmethod
@@ -337,7 +335,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         for path in beside.iterdir():
-            path.chmod(0o644)  # safetensors lets nobody but its user read
+            path.chmod(0o644)  # safetensors lets nobody else read
             _to_disk(path)
         _to_disk(beside)
         beside.rename(folder)

@@ -59,7 +59,7 @@ def test_what_is_saved_is_what_was(config: Path, tmp_path: Path) -> None:
         ("model: grank\nsettings: {dim: wide}", "Value 'wide' of type 'str' could not be converted to Integer"),
         ("model: grank\nsetting: {dim: 16}", "Key 'setting' is not in struct"),
         ("model: grank\ntraining: {epochs: 1.5}", "Value '1.5' of type 'float' could not be converted to Integer"),
-        ("model: [grank", "expected"),
+        ("model: [grank", "did not find expected"),
     ],
 )
 def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -93,7 +93,6 @@ def test_a_whole_run(config: Path, tmp_path: Path) -> None:
     # The same again finds everything done; another experiment is refused, and the folder is as it was.
     again = run(experiment, folder, progress=False)
     assert again["retrieved"] == report["retrieved"]
-    assert again["seconds"] <= report["seconds"]  # that of the last checkpoint
     with pytest.raises(ValueError, match=r"run holds another experiment; take another folder or remove it"):
         run(Experiment.load(config, ["training.epochs=3"]), folder, progress=False)
     assert Experiment.load(folder / "experiment.yaml") == experiment

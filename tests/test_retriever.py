@@ -341,7 +341,7 @@ def test_what_it_is_made_of_is_checked() -> None:
         Retriever(model, IDS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype is torch\.float64; it takes one of torch\.float32"):
         Retriever(model, catalogue, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"catalogue has {N - 1} items; the model and its table {N}"):
+    with pytest.raises(ValueError, match=f"catalogue has {N - 1} items, and the table {N} rows"):
         Retriever(model, Catalogue(IDS[1:]))
     for ids, titles, message in (
         ([1, 1], None, "ids must be unique; "),
