@@ -63,14 +63,14 @@ def exact(serving: Serving, vectors: Tensor, dtype: torch.dtype) -> System:
     return System(f"GRank, mips_topk {name}", own.search, seconds=time.perf_counter() - start)
 
 
-def indexed(name: str, build: Callable[[], Index], attribute: str, most: int) -> System:
+def indexed(name: str, build: Callable[[], Index], attribute: str, most: int, spare: int) -> System:
     start = time.perf_counter()
     index = build()
     seconds = time.perf_counter() - start
 
     def search(histories: Histories, users: Tensor, k1: int) -> TopK:
         """Asks for as many more as may have been seen, and takes those out."""
-        wanted = min(k1 + int(histories.lengths.max()), len(index.vectors))
+        wanted = min(k1 + spare, len(index.vectors))
         values, found = index.search(users, wanted)
         width = len(index.vectors)
         rows = torch.arange(len(users)).unsqueeze(1) * width
@@ -83,17 +83,18 @@ def indexed(name: str, build: Callable[[], Index], attribute: str, most: int) ->
     return System(name, search, (index, attribute), most, seconds)
 
 
-def indexes(vectors: Tensor, k1: int) -> list[Callable[[], System]]:
+def indexes(vectors: Tensor, k1: int, spare: int) -> list[Callable[[], System]]:
     """The index systems, each built when its turn comes, so that one is in memory at a time."""
     N, d = vectors.shape
     nlist = max(1, min(int(4 * N**0.5), N // 40))
     parts = max(m for m in (16, 8, 4, 2, 1) if d % m == 0)
+    hnsw, pq, tree = max(N // 8, 2 * (k1 + spare)), nlist, max(1, N // 8)
     return [
-        lambda: indexed("HNSW (faiss), Ranker", lambda: FaissHNSW(vectors), "ef_search", max(N // 8, 2 * k1)),
+        lambda: indexed("HNSW (faiss), Ranker", lambda: FaissHNSW(vectors), "ef_search", hnsw, spare),
         lambda: indexed(
-            "IVF-PQ (faiss), Ranker", lambda: FaissIVFPQ(vectors, nlist=nlist, parts=parts), "nprobe", nlist
+            "IVF-PQ (faiss), Ranker", lambda: FaissIVFPQ(vectors, nlist=nlist, parts=parts), "nprobe", pq, spare
         ),
-        lambda: indexed("tree with beam, Ranker", lambda: Tree(vectors, leaf=8), "beam", max(1, N // 8)),
+        lambda: indexed("tree with beam, Ranker", lambda: Tree(vectors, leaf=8), "beam", tree, spare),
     ]
 
 
@@ -183,7 +184,7 @@ def compare(
     print(f"{'':<26}{'batch':>6}{'setting':>18}{'recall':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}{'build s':>9}")
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         measure(exact(serving, vectors, dtype))
-    for build in indexes(vectors, k1):
+    for build in indexes(vectors, k1, int(histories.lengths.max())):
         measure(build())
     timed(
         "cross-attention over all",

@@ -1,4 +1,4 @@
-"""The commands of `grank`: each imports what it runs, so that help and usage errors come without torch and trainer."""
+"""The commands of `grank`. Each imports what it runs, so that help and usage errors need not wait for the trainer."""
 
 import json
 import sys
