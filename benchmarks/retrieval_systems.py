@@ -7,7 +7,7 @@ Every system turns the same users into the same number of ranked items:
 
 - GRank: `mips_topk` over the whole table (float32, bfloat16, int8), then the Ranker over the k1 that it finds;
 - HNSW, IVF-PQ and a tree find the k1 instead, and the same Ranker orders them. They are asked for as many more items as
-  the longest history has, which are then taken out;
+  the longest history has, which are then taken out; efSearch and beam act as that number if they are less;
 - cross-attention over the corpus: the Ranker scores every item, nothing is retrieved.
 
 Recall is the share of the exact first stage's k1 items that a system retrieves. The indexes are tuned to reach
