@@ -25,8 +25,8 @@ class Latency:
     Attributes:
         stage: one of `STAGES`.
         batch: users a request.
-        p50: milliseconds, median.
-        p99: milliseconds, the least time that 99 % of the requests did not exceed.
+        p50: milliseconds, the least time that half of the requests did not exceed.
+        p99: the same of 99 % of them.
         qps: users a second, in requests one after the other.
     """
 
@@ -39,7 +39,7 @@ class Latency:
     @classmethod
     def of(cls, stage: str, batch: int, seconds: Sequence[float]) -> "Latency":
         """From the times of the requests."""
-        p50, p99 = (1e3 * float(np.percentile(seconds, q, method="higher")) for q in (50, 99))
+        p50, p99 = (1e3 * float(np.percentile(seconds, q, method="inverted_cdf")) for q in (50, 99))
         return cls(stage, batch, p50, p99, batch * len(seconds) / sum(seconds))
 
 
@@ -72,7 +72,11 @@ def measure(
     Raises:
         ValueError: a number below its least, or no histories.
     """
-    for name, value, least in (("requests", requests, 1), ("warm_up", warm_up, 0), ("batches", min(batches), 1)):
+    for name, value, least in (
+        ("requests", requests, 1),
+        ("warm_up", warm_up, 0),
+        ("batches", min(batches, default=0), 1),
+    ):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     if len(histories) == 0:

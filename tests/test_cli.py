@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from oracle import run_python
 from test_experiment import write_circle
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from grank_kernels import cli
 from grank_kernels.commands import app
 from grank_kernels.experiment import Experiment, run
+from grank_kernels.latency import Latency, measure, synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,6 +90,22 @@ def test_bench_retriever(source: str, trained: Path, tmp_path: Path) -> None:
     for row, line in zip(record["report"], out.splitlines()[1:], strict=True):
         assert 0 < row["p50"] <= row["p99"]
         assert line.split()[:2] == [str(row["batch"]), row["stage"]]
+
+
+def test_latency_by_hand() -> None:
+    got = Latency.of("search", 4, [number / 1000 for number in range(100, 0, -1)])
+    assert (got.p50, got.p99) == pytest.approx((50.0, 99.0))
+    assert got.qps == pytest.approx(400 / 5.05)
+
+
+def test_latency_refuses_what_has_no_answer() -> None:
+    retriever, histories = synthetic(50, dim=16, history=4, users=3)
+    numbers = {"k1": 5, "k2": 5, "batches": [1], "requests": 1, "warm_up": 0}
+    for name, value in (("requests", 0), ("warm_up", -1), ("batches", [2, 0]), ("batches", [])):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            measure(retriever, histories, **(numbers | {name: value}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="histories must be of one user at least, got none"):
+        measure(retriever, histories.select(torch.arange(0)), **numbers)  # type: ignore[arg-type]
 
 
 def test_doctor_and_help() -> None:
