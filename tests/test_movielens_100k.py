@@ -24,18 +24,21 @@ def _needs_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "settings"),
-    [("sequential", SequentialConfig(backbone="hstu", dim=32)), ("unigrf", UniGRFConfig(dim=32, enhancer_after=200))],
+    ("model", "settings", "epochs"),
+    [
+        ("sequential", SequentialConfig(backbone="hstu", dim=32, history=100), 6),
+        ("unigrf", UniGRFConfig(dim=32, history=100, enhancer_after=150), 4),
+    ],
 )
-def test_models_beat_popularity(model: str, settings: object, tmp_path: Path) -> None:
-    training = TrainingConfig(epochs=6, batch_items=2048, learning_rate=0.004)
+def test_models_beat_popularity(model: str, settings: object, epochs: int, tmp_path: Path) -> None:
+    training = TrainingConfig(epochs=epochs, targets=100, batch_items=1024, learning_rate=0.004, matmul="medium")
     experiment = Experiment(model, settings, DataConfig(), training, k1=(50,))
     report = run(experiment, tmp_path, progress=False)
     cases = experiment.data.split(read("ml-100k"))
     popular = Popularity.fit(cases.train, cases.num_items).recommend(cases.test.histories, 50)
     base = metrics(popular.indices, cases.test.targets, (10, 50))
     assert report["users"] == 943
-    assert report["retrieved"]["hr@50"] > 1.2 * base["hr@50"]
+    assert report["retrieved"]["hr@50"] > 1.8 * base["hr@50"]
     if model == "unigrf":
-        assert report["auc"] > 0.65
+        assert report["auc"] > 0.68
         assert report["ranked_50"]["hr@50"] == pytest.approx(report["retrieved"]["hr@50"])

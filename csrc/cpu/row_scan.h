@@ -128,6 +128,14 @@ class RowScan {
   }
   bool is_allowed(int64_t query, uint32_t row) const { return allowed(query)[row] != 0; }
 
+  // Whether rows are scanned faster as they lie than one by one, as it is in a table of which a few rows are gone.
+  bool mostly_allowed(int64_t begin, int64_t end) const {
+    const uint8_t* allow = allowed(0);
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += allow[i] != 0;
+    return 2 * count >= end - begin;
+  }
+
   static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
     const Tile& tile = *static_cast<const Tile*>(context);
     const int64_t query = tile.first_query + query_in_step;
@@ -143,6 +151,12 @@ class RowScan {
 
   void scan_step(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
     if (!shared_filter()) return scan_rows(list, begin, end, first_query, worker);
+    if (list == nullptr && mostly_allowed(begin, end)) {  // the others are dropped when they are offered
+      for (int64_t row = begin; row < end; row += kStepRows) {
+        scan_rows(nullptr, row, std::min(row + kStepRows, end), first_query, worker);
+      }
+      return;
+    }
     // Rows that no query may have are not even read.
     uint32_t eligible[kStepRows + 8];
     int64_t n = 0;
@@ -191,7 +205,11 @@ class RowScan {
     const float error = largest_error(list, begin, end);
     for (int64_t q = 0; q < num_queries; ++q) bounds[q] = derived->bound_of(first_query + q, first_row, error);
     const char* rows = static_cast<const char*>(p_.rows);
-    const int64_t row_bytes = p_.d * element_bytes(p_.dtype);
+    const int64_t row_bytes = std::min<int64_t>(p_.d * element_bytes(p_.dtype), 512);
+    const auto fetch = [&](uint32_t row) {  // of rows that lie apart
+      for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(rows + row * p_.row_stride + line);
+    };
+    for (int64_t i = begin; list != nullptr && i < std::min<int64_t>(begin + kTileRows, end); ++i) fetch(list[i]);
     for (int64_t row = begin; row < end; row += kTileRows) {
       uint32_t listed[kTileRows];
       float listed_scale[kTileRows];
@@ -203,11 +221,7 @@ class RowScan {
           const int64_t at = row + std::min(i, n - 1);
           listed[i] = list != nullptr ? list[at] : static_cast<uint32_t>(at);
           if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
-          if (list != nullptr && row + kTileRows + i < end) {  // rows that lie apart, of the next tile
-            const char* next = rows + list[row + kTileRows + i] * p_.row_stride;
-            for (int64_t line = 0; line < std::min<int64_t>(row_bytes, 512); line += 64)
-              __builtin_prefetch(next + line);
-          }
+          if (list != nullptr && row + kTileRows + i < end) fetch(list[row + kTileRows + i]);  // of the next tile
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }

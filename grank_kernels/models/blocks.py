@@ -42,7 +42,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
         """See the module."""
         q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
-        return self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)), Memory(k, v)
+        return self._merge(_causal_attention(q, k, v)), Memory(k, v)
 
     def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
         """See the module."""
@@ -64,6 +64,22 @@ class SoftmaxAttention(nn.Module):
     def _merge(self, heads: Tensor) -> Tensor:
         merged: Tensor = self.out(heads.transpose(1, 2).flatten(2))
         return merged
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of every row to the rows up to it, all (B, heads, T, width).
+
+    PyTorch's fused attention for CPUs does not multiply in bfloat16 when float32 products may be made of it. At T = 64
+    plain products take a seventh of its time, at T = 200 half, at T = 400 nine tenths (measured on a processor with
+    AMX, forward and backward), and the logits of histories this short are small.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    T = q.shape[2]
+    ahead = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
+    logits = (q * q.shape[-1] ** -0.5 @ k.mT).add_(ahead)
+    attended: Tensor = logits.softmax(-1) @ v
+    return attended
 
 
 def _rotation(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
