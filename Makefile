@@ -18,7 +18,7 @@ help:
 	@echo 'make test       install, run the whole test suite          (TEST_ARGS="-k name" for a part of it)'
 	@echo 'make lint       ruff, mypy --strict, clang-format: report only'
 	@echo 'make format     ruff and clang-format: rewrite the files'
-	@echo 'make sanitize   the C++ tests under AddressSanitizer and UBSan, once per instruction set'
+	@echo 'make sanitize   C++ tests under AddressSanitizer and UBSan, once per instruction set; ThreadSanitizer; a fuzzer'
 	@echo 'make bench      mips_topk beside its peers, build/benchmark.json and a table   (BENCH_ARGS="--bench-n 100000")'
 	@echo 'make wheel      source archive -> wheel -> clean environment -> one search'
 	@echo 'make venv       only the environment; PYTHON=python3.12 picks the interpreter that creates it'
@@ -70,16 +70,24 @@ format: $(VENV)/lint
 	$(VENV)/bin/ruff format .
 	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
 
+SANITIZERS = address thread fuzz
+FUZZ_RUNS = 20000
+
 sanitize: $(VENV)/installed
 	@mkdir -p build
-	@PATH="$$(cd $(VENV)/bin && pwd):$$PATH" && \
-	  cmake -S . -B build/sanitize -G Ninja -DGRANK_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log 2>&1 \
+	@PATH="$$(cd $(VENV)/bin && pwd):$$PATH" && for each in $(SANITIZERS); do \
+	  cmake -S . -B build/$$each -G Ninja -DGRANK_SANITIZE=$$each -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log 2>&1 \
 	    || { cat build/sanitize.log; exit 1; }; \
-	  cmake --build build/sanitize
-	@isas=$$(build/sanitize/mips_topk_sanitized --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
-	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/sanitize/mips_topk_sanitized || exit 1; done
-	build/sanitize/ranker_sanitized
-	build/sanitize/amx_emulation_sanitized
+	  cmake --build build/$$each || exit 1; done
+	@isas=$$(build/address/mips_topk_test --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
+	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/address/mips_topk_test || exit 1; \
+	  GRANK_CPU_ISA=$$isa build/fuzz/mips_topk_fuzz $(FUZZ_RUNS) || exit 1; done
+	build/address/ranker_test
+	build/address/amx_emulation_test
+	build/thread/mips_topk_test --concurrent
+	build/thread/update_soak
+	! build/thread/update_soak --planted-race 2>build/planted_race.log
+	grep -q 'data race' build/planted_race.log
 
 bench: venv $(VENV)/bench
 	@mkdir -p build
