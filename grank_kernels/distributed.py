@@ -151,17 +151,12 @@ class ShardedItemTable:
             ValueError: as `mips_topk`, on the rank that has the argument; on every rank, if k or the queries differ.
             ShardError: another rank raised or is lost.
         """
-        call = attempt(self._checked, queries, k, exclude, allow)
-        agreed = self._ranks.start_agreeing(
-            "comparing the arguments", call if isinstance(call, Exception) else call.facts()
-        )
-        if self._scatters:
-            calls = self._compared(agreed())
-            assert isinstance(call, _Call)  # or it would have been raised
-            call = self._joint(call, calls)
-        found = call if isinstance(call, Exception) else attempt(self._local, op, call, allow, backend)
-        if not self._scatters:
-            calls = self._compared(agreed())
+        step, call = "comparing the arguments", attempt(self._checked, queries, k, exclude, allow)
+        agreed = self._ranks.start_agreeing(step, call.facts if isinstance(call, _Call) else call)
+        if isinstance(call, _Call) and self._scatters:
+            call = self._joint(call, self._compared(agreed()))
+        found = attempt(self._local, op, call, allow, backend) if isinstance(call, _Call) else call
+        calls = self._compared(agreed())
         values, ids = self._merged(found, calls)
         return (values[0], ids[0]) if queries.dim() == 1 else (values, ids)
 
@@ -178,18 +173,22 @@ class ShardedItemTable:
         check_k(k)
         if k > _MOST:
             raise ValueError(f"k is {k}; with a ShardedItemTable it takes at most {_MOST}")
+        if queries.shape[-1] != self._table.dim:
+            raise ValueError(
+                f"queries are {shape_of(queries)}; for these items the last dimension is {self._table.dim}"
+            )
         if self._scatters and isinstance(allow, torch.Tensor) and allow.dim() != 1:
             raise ValueError(f"allow has shape {shape_of(allow)}; where each rank brings its queries it takes (n,)")
         table = self._table.snapshot()
         if self._first is not None and len(table) and table.operands()[2] is not None:
             raise ValueError("items: a shard without ids of its own was updated; make it with ids for that")
         one = queries.dim() == 1
-        call = _Call(table, queries[None] if one else queries, k)
+        joined = queries[None] if one else queries
         if exclude is not None:
-            call.exclude = exclusions(exclude, len(call.queries), one, queries.device)
+            exclude = offsets, excluded = exclusions(exclude, len(joined), one, queries.device)
             if queries.is_cpu:
-                check_exclude(*call.exclude, None if self._first is None else self._length)
-        return call
+                check_exclude(offsets, excluded, None if self._first is None else self._length)
+        return _Call(table, joined, k, exclude)
 
     def _compared(self, facts: list[list[int]]) -> list["_Facts"]:
         """What all ranks were called with, which must agree; all see the same, so all raise or none."""
@@ -220,11 +219,9 @@ class ShardedItemTable:
             joint_offsets.append(offsets[:-1].clamp(0, of.num_excluded) + before)
             joint_excluded.append(excluded)
             before += of.num_excluded
-        joint = _Call(call.table, torch.cat(joint_queries), call.k)
-        if before:
-            end = torch.full_like(joint_offsets[0][:1], before) if B else offsets.new_tensor([before])
-            joint.exclude = torch.cat([*joint_offsets, end]), torch.cat(joint_excluded)
-        return joint
+        ends = torch.cat([*joint_offsets, offsets.new_tensor([before])])
+        exclude = (ends, torch.cat(joint_excluded)) if before else None
+        return _Call(call.table, torch.cat(joint_queries), call.k, exclude)
 
     # ---- the search and after it ----
 
@@ -238,20 +235,18 @@ class ShardedItemTable:
 
     def _merged(self, found: Lists | Exception, calls: Sequence["_Facts"]) -> Lists:
         """The best of all shards, or the exception that is on any rank."""
-        error = found if isinstance(found, Exception) else None
         counts = [call.num_queries for call in calls] if self._scatters else [calls[0].num_queries]
-        lists = (
-            (torch.empty(sum(counts), 0), torch.empty(sum(counts), 0, dtype=torch.int64))
-            if isinstance(found, Exception)
-            else found
-        )
+        error = None
+        if isinstance(found, Exception):
+            error, nothing = found, torch.empty(sum(counts), 0)
+            found = nothing, nothing.long()
         k = calls[0].k
         kept = min(k, sum(call.num_rows for call in calls))
         short = short_list(kept, self._ranks.size)
-        values, ids = self._exchanged(_columns(lists, 0, short), counts, error)
+        values, ids = self._exchanged(_columns(found, 0, short), counts, error)
         top = best_of(values, ids, kept)
         if short < kept:
-            self._complete(top, (values, ids), _columns(lists, short, kept), counts)
+            self._complete(top, (values, ids), _columns(found, short, kept), counts)
         return _columns(top, 0, k)
 
     def _exchanged(self, lists: Lists, counts: list[int], error: Exception | None = None) -> Lists:
@@ -316,17 +311,16 @@ class _Call:
     k: int
     exclude: tuple[torch.Tensor, torch.Tensor] | None = None  # offsets and ids
 
-    def facts(self) -> _Facts:
-        """For other ranks."""
+    def __post_init__(self) -> None:
+        """What the other ranks are told."""
         queries, num_excluded = self.queries, 0 if self.exclude is None else len(self.exclude[1])
-        checksum = 0
-        if queries.is_cpu:
-            checksum = xxhash.xxh3_64_intdigest(_bytes(queries).numpy().data) & _MOST
-        return _Facts(len(self.table), len(queries), self.k, _DTYPES.index(queries.dtype), checksum, num_excluded)
+        checksum = xxhash.xxh3_64_intdigest(_bytes(queries).numpy().data) & _MOST if queries.is_cpu else 0
+        code = _DTYPES.index(queries.dtype)
+        self.facts = _Facts(len(self.table), len(queries), self.k, code, checksum, num_excluded)
 
 
 def short_list(k: int, num_shards: int) -> int:
-    """How many of its best a shard sends at first: k / G of the k best are expected there, 5 deviations more are not."""
+    """How many of its best a shard sends at first: k / G of the k best are expected there, not 5 deviations more."""
     expected = k / num_shards
     return min(k, math.ceil(expected + 5 * math.sqrt(expected) + 6))
 
@@ -357,8 +351,9 @@ def _packed(values: torch.Tensor, ids: torch.Tensor, failed: bool) -> torch.Tens
 
 def _unpacked(messages: torch.Tensor, B: int, s: int) -> Lists:
     """The lists of G messages, (B, G s) each."""
+    G = len(messages)
     ids, values = messages[:, 1 : 1 + B * s], messages[:, 1 + B * s :].view(torch.float32)[:, : B * s]
-    values, ids = (x.reshape(-1, B, s).transpose(0, 1).reshape(B, -1) for x in (values, ids))
+    values, ids = (x.reshape(G, B, s).transpose(0, 1).reshape(B, G * s) for x in (values, ids))
     return values, ids
 
 

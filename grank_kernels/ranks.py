@@ -4,6 +4,7 @@ An exception on one rank would leave the others waiting for it. So it is caught,
 the rank was to send, and every rank raises: the one that failed its own exception, the others a `ShardError`.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class Ranks:
         message = [int(error is not None), *numbers]
         wait = self.start_gather(step, torch.tensor(message + [0] * (1 + FACTS - len(message))))
 
+        @functools.cache
         def agreed() -> list[list[int]]:
             everybody = wait().tolist()
             self.check(step, [numbers[0] for numbers in everybody], error)
