@@ -11,9 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from oracle import KINDS, assert_same, integers
@@ -34,7 +36,7 @@ def case(run: Callable[[int, int, Path], None]) -> Callable[[int, int, Path], No
 def parts(n: int, world: int) -> list[slice]:
     """Random ones, of which some are empty."""
     cuts = [0, *sorted(torch.randint(0, n + 1, (world - 1,)).tolist()), n]
-    return [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
+    return [slice(*ends) for ends in pairwise(cuts)]
 
 
 def tables(
@@ -53,13 +55,10 @@ def tables(
 
 @contextmanager
 def raises(kind: type[Exception], *texts: str) -> Iterator[None]:
-    try:
+    with pytest.raises(kind) as raised:
         yield
-    except Exception as error:
-        assert type(error) is kind, repr(error)
-        assert all(text in str(error) for text in texts), str(error)
-    else:
-        raise AssertionError(f"no {kind.__name__}")
+    assert raised.type is kind
+    assert all(text in str(raised.value) for text in texts), str(raised.value)
 
 
 # ---- the same bits as one table ----
@@ -312,7 +311,7 @@ def main() -> None:
         try:
             run(rank, world, Path(results).parent)
             failures[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()
         everybody: list[str] = [""] * world
         dist.all_gather_object(everybody, failures[name])

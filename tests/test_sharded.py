@@ -70,7 +70,7 @@ def test_with_2_ranks(name: str, with_2_ranks: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("world", [3, 4])
 def test_with_other_numbers_of_ranks(world: int, tmp_path: Path) -> None:
     failures = all_cases(world, tmp_path)
     assert failures == dict.fromkeys(CASES, [""] * world)
@@ -132,7 +132,8 @@ def launched(
 
 @pytest.mark.slow
 def test_an_elastic_restart_serves_on(table: Path) -> None:
-    torchrun = launched(table, "kill", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = launched(table, "kill", *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as docs/scaling.md explains
     output = finished([torchrun])
     assert torchrun.returncode == 0, output
     assert [(table / f"served.{rank}").read_text().split() for rank in range(2)] == [["1"], ["1"]]
