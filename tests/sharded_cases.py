@@ -22,6 +22,7 @@ from oracle import KINDS, assert_same, integers
 from torch.distributed.device_mesh import init_device_mesh
 
 import grank_kernels as gk
+from benchmarks.sharded_model import received as bytes_received
 from grank_kernels.distributed import ShardError, short_list
 
 CASES: dict[str, Callable[[int, int, Path], None]] = {}
@@ -144,9 +145,8 @@ def short_lists_suffice_for_rows_at_random(rank: int, world: int, folder: Path) 
     queries = torch.randn(B, 8)
     top, nbytes = received(sharded, queries, k)
     assert_same(top, gk.mips_topk(queries, one, k))
-    s = short_list(k, world)
-    assert s < k
-    assert nbytes == (world - 1) * 8 * (7 + 1 + B * s + (B * s + 1) // 2)
+    assert short_list(k, world) < k
+    assert nbytes == bytes_received(B, k, world)
 
 
 @case
@@ -162,9 +162,7 @@ def lists_are_completed_where_rows_are_sorted(rank: int, world: int, folder: Pat
         top, nbytes = received(sharded, queries, k)
         assert_same(top, gk.mips_topk(queries, one, k))
         if not scatter_queries:
-            B, s, rest = 4, short_list(k, world), k - short_list(k, world)
-            words = [B * s + (B * s + 1) // 2, 3 * rest + (3 * rest + 1) // 2]  # not those of the query that is spread
-            assert nbytes == (world - 1) * 8 * (7 + sum(words) + 2)
+            assert nbytes == bytes_received(4, k, world, completed=3)  # not the query whose scores are equal
         complete, sharded._complete = sharded._complete, lambda *_: None  # the case does need it
         with raises(AssertionError, "places differ"):
             assert_same(gk.mips_topk(queries, sharded, k), gk.mips_topk(queries, one, k))

@@ -4,6 +4,7 @@ Ranks are processes over gloo. Those of a fixture run all cases of `sharded_case
 """
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -20,7 +21,8 @@ from oracle import TESTS
 from sharded_cases import CASES
 
 import grank_kernels as gk
-from grank_kernels.distributed import short_list
+from benchmarks.sharded_model import Host, best_tree, flat, message, received, scan, tree, tree_pays_from
+from grank_kernels.distributed import merge, short_list
 
 SECONDS = 240  # after which a launch has failed; it takes a few
 
@@ -85,6 +87,78 @@ def test_needs_a_process_group() -> None:
 def test_short_lists_hold_k_together(k: int, num_shards: int) -> None:
     s = short_list(k, num_shards)
     assert s <= k <= s * num_shards
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.int8}, {"coarse": torch.int8}], ids=str)
+def test_parts_of_a_file_are_the_whole(options: dict[str, torch.dtype], mmap: bool, tmp_path: Path) -> None:
+    path, ids = tmp_path / "table", torch.randperm(90)[:23]
+    whole = gk.ItemTable.from_rows(torch.randn(23, 5), ids=ids, **options)
+    whole.save(path)
+    loaded = [gk.ItemTable.load(path, mmap=mmap, part=(r, 30)) for r in range(30)]  # some of which have no row
+    assert sum(map(len, loaded)) == 23
+    columns = [table.current.columns.present() for table in loaded]
+    for name, column in whole.current.columns.present().items():
+        assert torch.equal(torch.cat([of[name] for of in columns]), column)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last part
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is corrupted"):
+        gk.ItemTable.load(path, mmap=mmap, part=(0, 30))
+    with pytest.raises(ValueError, match=r"part is \(3, 3\); it takes"):
+        gk.ItemTable.load(path, part=(3, 3))
+
+
+@given(B=st.integers(0, 3), G=st.integers(1, 5), s=st.integers(0, 6), k=st.integers(0, 30), most=st.integers(1, 9))
+def test_merge_orders_by_score_and_id(B: int, G: int, s: int, k: int, most: int) -> None:
+    values = torch.randint(-most, most, (B, G * s)) / 2.0  # few values: equal ones
+    ids = torch.stack([torch.randperm(G * s) for _ in range(B)]) if B else torch.empty(0, G * s, dtype=torch.int64)
+    none = torch.rand(B, G * s) < 0.2
+    values[none], ids[none] = -torch.inf, -1
+    values[torch.rand(B, G * s) < 0.1] = -torch.inf  # which an item may score
+    got = merge(values, ids, k)
+    for b in range(B):
+        pairs = [(v, i) for v, i in zip(values[b].tolist(), ids[b].tolist(), strict=True)]
+        pairs.sort(key=lambda pair: (-pair[0], pair[1] < 0, pair[1]))
+        assert list(zip(got[0][b].tolist(), got[1][b].tolist(), strict=True)) == pairs[:k]
+
+
+# ---- the model on paper ----
+
+HOST = Host("", memory=1e9, arithmetic=1e12, latency=1e-3, bandwidth=1e6, merge=1e-6)
+
+
+def test_costs_by_hand() -> None:
+    assert message(3, 5) == 8 * (1 + 15 + 8)  # a word of failure, ids, scores two a word
+    assert received(1, 10, 1) == 0
+    s = short_list(1000, 4)
+    assert s == 250 + math.ceil(5 * math.sqrt(250)) + 6
+    assert received(2, 1000, 4, completed=1) == 3 * (56 + message(2, s) + message(1, 1000 - s))
+    assert scan(HOST, 1, 1e6, 8, 100) == 0.1
+    assert scan(HOST, 1_000_000, 1e6, 8, 100) == 16
+    cost = flat(HOST, 2, 1000, 4, scan=1.0)
+    assert cost == (received(2, 1000, 4), pytest.approx(3 * (1e-3 + message(2, s) / 1e6)), pytest.approx(8e-6 * s))
+    hidden = flat(HOST, 2, 1000, 4, scan=0.0).exchange - cost.exchange
+    assert hidden == pytest.approx(3 * (1e-3 + 56 / 1e6))
+
+
+def test_a_tree_of_one_level_receives_the_lists_and_sends_the_result() -> None:
+    whole = tree(HOST, 1, 100, 8, 8)
+    s = short_list(100, 8)
+    assert whole.received == 7 * message(1, s) + message(1, 100)
+    assert whole.merge == pytest.approx(8 * s * 1e-6)
+    two_levels = tree(HOST, 1, 100, 64, 8)
+    assert two_levels.received == 7 * message(1, short_list(100, 64)) + 7 * message(1, s) + 2 * message(1, 100)
+
+
+def test_a_tree_pays_for_many_shards_and_small_scans() -> None:
+    G = tree_pays_from(HOST, 1, 100, scan=0.1, share=0.1)
+    assert G is not None
+    assert G > 2
+    for searched, saves in ((G, True), (G // 2, False)):
+        by_tree = best_tree(HOST, 1, 100, searched)[1].search(0.1)
+        assert (by_tree < 0.9 * flat(HOST, 1, 100, searched, 0.1).search(0.1)) == saves
+    assert tree_pays_from(HOST, 1, 100, scan=1e9, share=0.1) is None
 
 
 # ---- ranks that are lost ----
