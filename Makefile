@@ -71,7 +71,7 @@ format: $(VENV)/lint
 	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
 
 SANITIZERS = address thread fuzz
-FUZZ_RUNS = 20000
+FUZZ_RUNS = 10000
 
 sanitize: $(VENV)/installed
 	@mkdir -p build
@@ -81,7 +81,7 @@ sanitize: $(VENV)/installed
 	  cmake --build build/$$each || exit 1; done
 	@isas=$$(build/address/mips_topk_test --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
 	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/address/mips_topk_test || exit 1; \
-	  GRANK_CPU_ISA=$$isa build/fuzz/mips_topk_fuzz $(FUZZ_RUNS) || exit 1; done
+	  (cd build && GRANK_CPU_ISA=$$isa fuzz/mips_topk_fuzz $(FUZZ_RUNS)) || exit 1; done
 	build/address/ranker_test
 	build/address/amx_emulation_test
 	build/thread/mips_topk_test --concurrent

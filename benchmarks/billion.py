@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = Rows(options.rows, options.dim, max(options.queries))
-    path = options.dir / f"table_{options.rows}x{options.dim}_int8"
+    path = options.dir / f"table_{options.rows}x{options.dim}_{max(options.queries)}"  # what is planted, too
     try:
         if not path.exists():
             took = seconds(lambda: gk.ItemTable.write(path, rows.parts(), num_rows=options.rows, dtype=torch.int8))

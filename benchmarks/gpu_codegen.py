@@ -89,7 +89,7 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
         **code_facts(function),
     }
     constants = launch.constants
-    if "COMPUTE" in constants:  # it multiplies
+    if "HAS_ALLOW" in constants:  # it passes over the table
         d, depth = constants["D"], constants["DEPTH"]
         dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(constants["COMPUTE"]), "int8")
         lanes = ARCHITECTURES[target].warp

@@ -12,7 +12,7 @@ import torch
 from grank_kernels.backends.reference import check_exclude
 from grank_kernels.mapping import Mapping, streamed
 
-PART_BYTES = 1 << 25
+PART_BYTES = 1 << 24
 _LAST = torch.iinfo(torch.int64).max
 
 Search = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -1,5 +1,6 @@
 """Tables searched on disk, part by part: the same bits as in memory."""
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import BACKENDS, KINDS, assert_same
 
 import grank_kernels as gk
-from grank_kernels import mapped_search
+from grank_kernels import mapped_search, mapping
 from grank_kernels.mapping import Mapping, streamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,11 +94,23 @@ def test_errors_are_those_of_tables_in_memory(tmp_path: Path) -> None:
         gk.mips_topk(torch.ones(1, 5), mapped, 3, allow=torch.ones(299, dtype=torch.bool))
 
 
-def test_parts_are_asked_for_before_they_are_needed() -> None:
-    asked: list[int] = []
-    for part in streamed(range(7), asked.append):
-        assert asked == list(range(min(7, part + 3)))
-    assert asked == list(range(7))
+def test_parts_are_asked_for_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_AHEAD", 2)
+    asked: queue.Queue[int] = queue.Queue()
+    seen: list[int] = []
+    for part in streamed(range(7), asked.put):
+        while len(seen) < min(7, part + 3):
+            seen.append(asked.get(timeout=60))  # raises unless it has been asked for without this loop going on
+    assert seen == list(range(7))
+    assert asked.empty()
+
+
+def test_a_file_that_cannot_be_read_ahead_says_so() -> None:
+    def fails(part: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        list(streamed(range(7), fails))
 
 
 @pytest.mark.usefixtures("short_parts")

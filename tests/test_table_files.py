@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 import grank_kernels as gk
 from grank_kernels import table_file, table_versions
+from grank_kernels.table_versions import Columns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS_OF_TABLES = [*((kind, None) for kind in KINDS), ("float32", torch.int8), ("bfloat16", torch.int8)]
@@ -252,6 +253,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         table_of(2, 2, "float32").save(tmp_path)
     with pytest.raises(FileNotFoundError):
         table_of(2, 2, "float32").save(tmp_path / "no folder" / "table")
+
+
+@pytest.mark.parametrize(("ids", "message"), [([5, 5], "ids must be unique; 5"), ([5, -1], "ids must not be negative")])
+def test_ids_that_no_table_has(ids: list[int], message: str, tmp_path: Path) -> None:
+    columns = Columns(torch.ones(2, 3), ids=torch.tensor(ids))
+    table_file.write(tmp_path / "foreign", columns, [columns])
+    with pytest.raises(ValueError, match=f"foreign is malformed: {message}"):
+        gk.ItemTable.load(tmp_path / "foreign")
 
 
 JSON = st.recursive(

@@ -26,7 +26,8 @@ constexpr size_t kBranches = 1 << 16;
 constexpr size_t kLongest = 4096;
 
 std::atomic<uint32_t> taken[kBranches];  // in the current run, by a hash of the branch and the one before
-uint32_t most[kBranches];                // in any run, as powers of two
+std::atomic<uint32_t> visited[kBranches], num_visited;  // those that are not 0
+uint32_t most[kBranches];                               // in any run, as powers of two
 thread_local uintptr_t before;
 
 Input current;
@@ -45,7 +46,7 @@ Input changed(const std::vector<Input>& corpus, std::mt19937_64& random) {
   const auto below = [&](size_t n) { return static_cast<size_t>(random() % n); };
   Input input = corpus[below(corpus.size())];
   for (size_t changes = 1 + below(6); changes > 0; --changes) {
-    const size_t at = below(input.size() + 1);
+    const size_t at = below(below(input.size() + 1) + 1);  // rather early: there an input says what kind of case it is
     const auto place = input.begin() + static_cast<std::ptrdiff_t>(at);
     switch (below(6)) {
       case 0:
@@ -76,15 +77,15 @@ Input changed(const std::vector<Input>& corpus, std::mt19937_64& random) {
 
 // Runs the current input; whether it went where none has been.
 bool is_new() {
-  for (auto& count : taken) count.store(0, std::memory_order_relaxed);
+  num_visited = 0;
   before = 0;
   LLVMFuzzerTestOneInput(current.data(), current.size());
   bool found = false;
-  for (size_t i = 0; i < kBranches; ++i) {
-    const uint32_t count = taken[i].load(std::memory_order_relaxed);
-    const uint32_t power = count == 0 ? 0 : 32 - static_cast<uint32_t>(__builtin_clz(count));
-    found |= power > most[i];
-    most[i] = std::max(most[i], power);
+  for (uint32_t i = 0; i < num_visited; ++i) {
+    const uint32_t branch = visited[i];
+    const uint32_t power = 32 - static_cast<uint32_t>(__builtin_clz(taken[branch].exchange(0)));
+    found |= power > most[branch];
+    most[branch] = std::max(most[branch], power);
   }
   return found;
 }
@@ -97,7 +98,8 @@ extern "C" const char* __ubsan_default_options() { return "abort_on_error=1"; }
 
 extern "C" void __sanitizer_cov_trace_pc() {
   const auto here = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
-  taken[(here ^ here >> 16 ^ before) % kBranches].fetch_add(1, std::memory_order_relaxed);
+  const auto branch = static_cast<uint32_t>((here ^ here >> 16 ^ before) % kBranches);
+  if (taken[branch].fetch_add(1, std::memory_order_relaxed) == 0) visited[num_visited++] = branch;
   before = here << 1;
 }
 

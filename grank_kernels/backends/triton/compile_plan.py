@@ -70,7 +70,7 @@ SEARCHES = [
     (16, 10_000_000, 128, 500, torch.float32, False),
     (256, 10_000_000, 128, 500, torch.float32, False),
 ]
-CERTIFIED = [(16, 10_000_000, 128, 500, torch.float16, False), (256, 10_000_000, 64, 500, torch.bfloat16, True)]
+CERTIFIED = [(16, 10_000_000, 128, 500, torch.float16, False), (256, 10_000_000, 128, 500, torch.bfloat16, True)]
 
 
 def compile_plan(targets: Sequence[str] = tuple(DEVICES)) -> Iterator[Row]:

@@ -121,20 +121,29 @@ def _bars(score, query_scale, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _slopes(radius, query_scale, BOUNDED: tl.constexpr):
-    """What a row's error adds, in units of the query's scale; 2^-13 of it for the roundings, as in quantise.py."""
+def _slope(radius, query_scale, BOUNDED: tl.constexpr):
+    """What a row's error adds at most, in units of the query's scale, for any query of a tile: bounds then cost a score
+    nothing. 2^-13 of it for the roundings, as in quantise.py.
+    """
     if BOUNDED:
-        return tl.div_rn(radius * 1.0001220703125, query_scale)
+        slope = tl.div_rn(radius * 1.0001220703125, query_scale)
+        return tl.max(tl.where(slope == slope, slope, 0.0), 0)
     else:
-        return radius
+        return 0.0
 
 
 @triton.jit
-def _distances(products, row_scale, row_error, bars, slopes, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Not negative where the score may reach its threshold."""
+def _added(slope, row_error, BOUNDED: tl.constexpr):
     if BOUNDED:
-        return (products * row_scale[:, None] - bars[None, :]) + row_error[:, None] * slopes[None, :]
-    elif COMPUTE.is_int8():
+        return slope * tl.max(row_error, 0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _distances(products, row_scale, bars, COMPUTE: tl.constexpr):
+    """Not negative where the score may reach its threshold."""
+    if COMPUTE.is_int8():
         return products * row_scale[:, None] - bars[None, :]
     else:
         return products - bars[None, :]
@@ -210,7 +219,7 @@ def _scan_tiles(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     score = tl.load(threshold_score + mine + tl.arange(0, QUERIES))
     q_scale, radius = _load_scales(query_scale, query_radius, query, query < B, COMPUTE, BOUNDED)
-    bars, slopes = _bars(score, q_scale, COMPUTE), _slopes(radius, q_scale, BOUNDED)
+    bars, slope = _bars(score, q_scale, COMPUTE), _slope(radius, q_scale, BOUNDED)
     no_gate = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf minus -inf is no number
     offset = lane.to(tl.int64) * item_stride
     for tile in range(begin, end, step):
@@ -222,7 +231,7 @@ def _scan_tiles(
             D, DEPTH, ITEMS, QUERIES, COMPUTE,
         )  # fmt: skip
         # One subtraction and one maximum a score; of a comparison the reduction would make an integer first.
-        if (tl.max(_distances(products, x_scale, error, bars, slopes, COMPUTE, BOUNDED)) >= 0) | no_gate:
+        if (tl.max(_distances(products, x_scale, bars, COMPUTE)) >= -_added(slope, error, BOUNDED)) | no_gate:
             # Zero, which the compiler cannot know: it would compute this branch's addresses before the loop, and spill.
             zero = tl.minimum(N - start, 0).to(tl.int32)
             _emit(

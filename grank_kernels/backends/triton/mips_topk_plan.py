@@ -176,7 +176,9 @@ def make_certified_plans(
         exact, sampled=0, groups=0, splits=1, collected=collected, block=block, list_size=list_size,
         room=max(listed, collected * k),
     )  # fmt: skip
-    return CertifiedPlans(make_plan(device, B, N, d, listed, torch.int8, excluded), rescore)
+    copy = make_plan(device, B, N, d, listed, torch.int8, excluded)
+    samples = choose_tile(device, d, torch.int8, B, 32)  # a row's error beside its scale, for 64 queries, would spill
+    return CertifiedPlans(replace(copy, sample_tile=samples), rescore)
 
 
 def _rescuers(device: Device, B: int, N: int, k: int, lists: Tile, list_size: int) -> int:

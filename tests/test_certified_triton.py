@@ -1,0 +1,127 @@
+"""Certified tables on the triton backend, in the strict interpreter: the bits of its exact search."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import PoisonedTorch
+from hypothesis import given, settings
+from oracle import assert_same, expected
+from test_certified import both, operands, rows_like
+from test_mips_topk_properties import Problem, problems
+
+import grank_kernels as gk
+from grank_kernels.backends import triton as backend
+
+pytest.importorskip("triton")
+if backend.unavailable() is not None or not backend.INTERPRETED:
+    pytest.skip("kernels run on the GPU; TRITON_INTERPRET=1 runs these tests", allow_module_level=True)
+
+from emulation.triton_interpreter import strict
+
+from grank_kernels.backends.triton import mips_topk_launches as launches
+
+FLOATS = ("float32", "float16", "bfloat16")
+N = 1400  # above 32 k
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _strict() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(backend, "torch", PoisonedTorch("torch"))
+        patch.setattr(launches, "torch", PoisonedTorch("torch"))
+        patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
+        stack.enter_context(strict())
+        yield
+
+
+def rescored(queries: torch.Tensor, table: gk.ItemTable, k: int, **more: Any) -> list[int]:
+    return [int(n) for n in gk.count_rescored(queries, table, k, backend="triton", **more)]
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("shape", ["heavy rows", "low rank"])
+def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str) -> None:
+    queries, rows = torch.randn(3, 24), rows_like(shape, N, 24)
+    for k in (6, 40):
+        table = both(queries, rows, k, kind, "triton")
+        assert max(rescored(queries, table, k)) <= 2 * k + 64
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_filters(kind: str) -> None:
+    queries, rows = torch.randn(4, 20), torch.randn(N, 20)
+    ids = torch.randperm(N) + 2**40
+    seen = torch.cat(
+        [gk.mips_topk(queries, gk.ItemTable.from_rows(rows, ids=ids), 30).indices, ids[:1].expand(4, 1)], 1
+    )
+    for allow in (torch.rand(N) < 0.6, torch.rand(4, N) < 0.6):
+        both(queries, rows, 20, kind, "triton", ids=ids, exclude=seen, allow=allow)
+    few = torch.zeros(N, dtype=torch.bool)
+    few[::100] = True  # 14 rows: the list holds all that are eligible, so nothing is to be proved
+    table = both(queries, rows, 20, kind, "triton", allow=few)
+    assert rescored(queries, table, 20, allow=few) == [14] * 4
+
+
+def test_wide_rows_and_tiles_of_queries() -> None:
+    both(torch.randn(2, 300), torch.randn(700, 300), 20, "float16", "triton")
+    both(torch.randn(17, 8), torch.randn(N, 8), 3, "float32", "triton")
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_what_the_bounds_cannot_decide_is_collected(k: int) -> None:
+    queries = torch.cat([torch.randn(2, 12), torch.zeros(1, 12)])
+    for shape in ("equal", "clusters"):
+        table = both(queries, rows_like(shape, N, 12), k, "float32", "triton")
+        assert rescored(queries, table, k)[2] == N
+    table = both(queries, rows_like("equal", N, 12), k, "float16", "triton")
+    assert rescored(queries, table, k) == [N] * 3
+
+
+def test_infinities_and_nan_among_rows_and_queries() -> None:
+    rows, queries = torch.randn(N, 9), torch.randn(7, 9)
+    rows[::97, 2], rows[5::97, 3], rows[7::97, 1], rows[9::97] = math.inf, -math.inf, math.nan, 3e38
+    queries[1, 2], queries[2, 4], queries[3], queries[4], queries[5] = math.inf, math.nan, 0, 1e-44, 3e38
+    for k in (5, 30):
+        table = both(queries, rows, k, "float32", "triton")
+        assert rescored(queries, table, k)[1:6] == [N] * 5
+
+
+@settings(max_examples=8)
+@given(problem=problems(kinds=FLOATS))
+def test_every_bit(problem: Problem) -> None:
+    p = problem
+    rows, queries = p.rows[:, :128], p.queries[:, :128]  # wider ones are summed in another order than the reference's
+    k = 1 + p.k % 5
+    filters = {name: value for name, value in p.filters.items() if name != "ids"}
+    table = gk.ItemTable.from_rows(rows, ids=p.filters.get("ids"), dtype=getattr(torch, p.kind), coarse=torch.int8)
+    got = gk.mips_topk(queries, table, k, backend="triton", **filters)
+    assert_same(got, expected(queries, rows, k, kind=p.kind, backend="reference", **p.filters))
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    run = launches.Launch.run
+
+    def recorded(self: Any) -> None:
+        names.append(self.kernel.__name__)
+        run(self)
+
+    monkeypatch.setattr(launches.Launch, "run", recorded)
+    table = gk.ItemTable.from_rows(torch.randn(N, 16), coarse=torch.int8)
+    gk.mips_topk(torch.randn(2, 16), table, 40, backend="triton")
+    found = ["sample", "threshold", "scan", "select", "collect", "select"]
+    assert names == [*found, "threshold", "rescore", "select", "collect", "select", "rank"]
+
+
+def test_rows_elsewhere_are_searched_without_the_copy() -> None:
+    queries, rows = torch.randn(2, 8), torch.randn(40, 8, device="meta")
+    assert "items on meta" in str(backend.mips_topk_certified_unsupported(queries, rows))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.grank.mips_topk_certified, operands("triton"))
