@@ -5,7 +5,7 @@ derived from rates, and `benchmarks/sharded.py` compares them with measured ones
 
     scan      max(bytes of a shard / memory, 2 B n d / arithmetic); meanwhile the arguments go round, 56 bytes a rank
     exchange  a ring: G - 1 steps of (latency + message / bandwidth)
-    merge     entries of all lists, B G s, each `merge` seconds
+    merge     entries of all lists, B G s, each `merge` seconds; as many queries at a time as there are cores
 
 A tree of fan-in f takes ceil(log_f G) levels up, of f - 1 messages and a merge of f lists, and as many down.
 """
@@ -21,7 +21,7 @@ ARGUMENTS = 7 * WORD
 
 
 class Host(NamedTuple):
-    """Rates of one shard's machine, per second; seconds for `latency` and `merge`."""
+    """One shard's machine: rates per second; seconds for `latency` and `merge`."""
 
     name: str
     memory: float
@@ -29,14 +29,15 @@ class Host(NamedTuple):
     latency: float
     bandwidth: float
     merge: float
+    cores: int = 1
 
 
 HOSTS = (
     # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, as README measured
-    # for two, times 64. Network: 25 Gbit/s, 30 us a message over TCP. Merge: as docs/scaling.md measured.
-    Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 75e-9),
+    # for two. Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: as `benchmarks/sharded.py` measured.
+    Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 27e-9, 64),
     # Memory: the datasheet's, of which 80% are read; int8 operations of the datasheet, half of them. Network: 400
-    # Gbit/s, 10 us. Merge: assumed, 2 ns an entry, for two radix sorts.
+    # Gbit/s, assumed 10 us a message. Merge: assumed, 2 ns an entry, for radix sorts.
     Host("H100, 400 Gbit/s", 0.8 * CARDS["H100"].read, 0.5 * 1979e12, 10e-6, 400e9 / 8, 2e-9),
 )
 
@@ -75,11 +76,16 @@ def ring(host: Host, G: int, nbytes: int) -> float:
     return (G - 1) * (host.latency + nbytes / host.bandwidth)
 
 
+def merging(host: Host, B: int, entries: int) -> float:
+    """Seconds of a merge of as many entries a query."""
+    return math.ceil(B / host.cores) * entries * host.merge
+
+
 def flat(host: Host, B: int, k: int, G: int, scan: float) -> Cost:
     """One all-gather and one merge, and of the arguments' all-gather what the scan does not cover."""
     s = short_list(k, G)
     exchange = max(0.0, ring(host, G, ARGUMENTS) - scan) + ring(host, G, message(B, s))
-    return Cost(received(B, k, G), exchange, B * G * s * host.merge)
+    return Cost(received(B, k, G), exchange, merging(host, B, G * s))
 
 
 def tree(host: Host, B: int, k: int, G: int, fan_in: int) -> Cost:
@@ -91,7 +97,7 @@ def tree(host: Host, B: int, k: int, G: int, fan_in: int) -> Cost:
         up_and_down = (lists - 1) * message(B, s) + message(B, k)
         nbytes += up_and_down
         exchange += 2 * host.latency + up_and_down / host.bandwidth
-        merge += B * lists * s * host.merge
+        merge += merging(host, B, lists * s)
         below *= fan_in
     return Cost(nbytes, exchange, merge)
 

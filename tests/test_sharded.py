@@ -138,6 +138,7 @@ def test_costs_by_hand() -> None:
     assert scan(HOST, 1_000_000, 1e6, 8, 100) == 16
     cost = flat(HOST, 2, 1000, 4, scan=1.0)
     assert cost == (received(2, 1000, 4), pytest.approx(3 * (1e-3 + message(2, s) / 1e6)), pytest.approx(8e-6 * s))
+    assert flat(HOST._replace(cores=2), 3, 10, 4, scan=1.0).merge == pytest.approx(2 * 4 * 10 * 1e-6)
     hidden = flat(HOST, 2, 1000, 4, scan=0.0).exchange - cost.exchange
     assert hidden == pytest.approx(3 * (1e-3 + 56 / 1e6))
 
