@@ -46,7 +46,7 @@ class ShardedItemTable:
     group make the same ones in the same order, one at a time.
 
     A search sees of every shard the version that is there when its rank begins. A rank may update its shard at any
-    time, if the shards have ids of their own.
+    time, if the shards have ids of their own. Searches have no gradient.
     """
 
     def __init__(

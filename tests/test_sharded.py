@@ -24,6 +24,7 @@ import grank_kernels as gk
 from benchmarks.sharded_model import Host, best_tree, flat, message, received, scan, tree, tree_pays_from
 from grank_kernels.distributed import merge, short_list
 
+SCALING = TESTS.parent / "docs" / "scaling.md"
 SECONDS = 240  # after which a launch has failed; it takes a few
 
 
@@ -212,6 +213,18 @@ def test_an_elastic_restart_serves_on(table: Path) -> None:
     output = finished([torchrun])
     assert torchrun.returncode == 0, output
     assert [(table / f"served.{rank}").read_text().split() for rank in range(2)] == [["1"], ["1"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCALING.exists(), reason="the documents are not beside the tests")
+def test_the_server_of_the_document(tmp_path: Path) -> None:
+    server = SCALING.read_text().split("```py\n")[1].split("```")[0]
+    (tmp_path / "serve.py").write_text(server.replace('"items.table"', repr(str(tmp_path / "items.table"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = started(*command, tmp_path / "serve.py")
+    output = finished([torchrun])
+    assert torchrun.returncode == 0, output
+    assert output[0].count("ShardedItemTable(10_000 rows") == 2
 
 
 @pytest.fixture
