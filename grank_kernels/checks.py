@@ -63,6 +63,42 @@ def check_choice(name: str, x: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {x!r}; it takes one of {', '.join(map(repr, choices))}")
 
 
+def check_k(k: Any) -> None:
+    """That k is an int, 1 or more."""
+    if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+
+
+def exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `exclude` holds for B queries: offsets (B + 1,) and ids, whichever way they came."""
+    pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
+    for x in exclude if pair else (exclude,):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"exclude must be an int64 tensor (B, E) or a pair of int64 tensors (offsets, ids), "
+                f"got {'a pair with ' if pair else ''}{type(x).__name__}"
+            )
+        if x.dtype != torch.int64:
+            raise ValueError(f"exclude is {x.dtype}; it takes torch.int64")
+        check_device("exclude", x, "queries", device)
+    if pair:
+        offsets, ids = exclude
+        if offsets.dim() != 1 or ids.dim() != 1 or offsets.shape[0] != B + 1:
+            raise ValueError(
+                f"exclude has offsets {shape_of(offsets)} and ids {shape_of(ids)}; for {B} queries it takes "
+                f"offsets ({B + 1},) and ids of one dimension"
+            )
+        return offsets, ids
+    if one and exclude.dim() == 1:
+        exclude = exclude[None]
+    if exclude.dim() != 2 or exclude.shape[0] != B:
+        raise ValueError(f"exclude has shape {shape_of(exclude)}; for {B} queries it takes ({B}, E)")
+    E = exclude.shape[1]
+    return torch.arange(B + 1, device=device) * E, exclude.reshape(-1)
+
+
 def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:
     """What only the data can tell of offsets into `end` rows. Not on a GPU, which one would have to wait for."""
     if not offsets.is_cpu:

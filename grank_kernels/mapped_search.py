@@ -45,13 +45,13 @@ def search(
     values = torch.empty(len(queries), 0, dtype=torch.float32, device=queries.device)
     found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part in streamed(_parts(rows), read_ahead):
-        here = excluded if ids is not None or excluded is None else _within(excluded, part)
+        here = excluded if ids is not None or excluded is None else within(excluded, part)
         best, positions = op(
             queries, rows[part], None if row_scale is None else row_scale[part], None if ids is None else ids[part], k,
             offsets, here, None if allow is None else allow[..., part],
         )  # fmt: skip
         own = positions + part.start if ids is None else ids[part][positions.clamp(min=0)]
-        values, found = _best(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
+        values, found = best_of(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
     return values, found
 
 
@@ -62,13 +62,13 @@ def _parts(rows: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, len(rows)))
 
 
-def _within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
+def within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
     """Positions counted from the start of a part; -1 for those outside."""
     shifted: torch.Tensor = excluded - part.start
     return shifted.masked_fill((shifted < 0) | (excluded >= part.stop), -1)
 
 
-def _best(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_of(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first k by (score descending, id ascending), with those that are none, -infinity and -1, at the end."""
     order = ids.where(ids >= 0, _LAST).argsort(dim=1, stable=True)
     order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]

@@ -7,8 +7,9 @@ import torch
 
 from grank_kernels import mapped_search
 from grank_kernels.backends import BACKENDS
-from grank_kernels.checks import FLOATS, check_device, check_tensor, shape_of, version_of
+from grank_kernels.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of, version_of
 from grank_kernels.dispatch import choose, is_plain, supports
+from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
 
@@ -29,7 +30,7 @@ class TopK(NamedTuple):
 
 def mips_topk(
     queries: torch.Tensor,
-    items: "torch.Tensor | ItemTable",
+    items: "torch.Tensor | ItemTable | ShardedItemTable",
     k: int,
     *,
     exclude: Exclude | None = None,
@@ -49,7 +50,8 @@ def mips_topk(
         items: (N, d) float32, float16 or bfloat16, rows at any stride (a last dimension that is not contiguous is
             copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`. With
             queries on a GPU the items may also be in pinned host memory (`items.pin_memory()`): they are then copied
-            chunk by chunk, while the chunk before is searched.
+            chunk by chunk, while the chunk before is searched. Or a `ShardedItemTable`: every rank then calls, and has
+            the result of all shards.
         k: 1 or more, no upper limit; where fewer items are eligible the rest is -inf and -1.
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
             int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
@@ -69,7 +71,10 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
-    values, indices, _ = _search(queries, items, k, exclude, allow, backend)
+    if isinstance(items, ShardedItemTable):
+        values, indices = items.search(_search, queries, k, exclude, allow, backend)
+    else:
+        values, indices, _ = _search(queries, items, k, exclude, allow, backend)
     return TopK(values, indices) if out is None else _write(out, values, indices)
 
 
@@ -135,13 +140,10 @@ def _search(
             f"queries are on {queries.device} and items on {rows.device}; both must be on one device, "
             "or the queries on a GPU and the items in pinned host memory"
         )
-    if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
-        raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}")
+    check_k(k)
     offsets, excluded = None, None
     if exclude is not None:
-        offsets, excluded = _exclusions(exclude, B, one, queries.device)
+        offsets, excluded = exclusions(exclude, B, one, queries.device)
     if allow is not None:
         _check_allow(allow, B, version.live, queries.device)
     if version.alive is not None:
@@ -175,34 +177,6 @@ def _search(
 def _streams(queries: torch.Tensor, rows: torch.Tensor) -> bool:
     """Whether rows in host memory can be copied to the queries' GPU as they are searched."""
     return queries.is_cuda and rows.is_cpu and rows.is_pinned()
-
-
-def _exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets (B + 1,) and ids, whichever way they came."""
-    pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
-    for x in exclude if pair else (exclude,):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"exclude must be an int64 tensor (B, E) or a pair of int64 tensors (offsets, ids), "
-                f"got {'a pair with ' if pair else ''}{type(x).__name__}"
-            )
-        if x.dtype != torch.int64:
-            raise ValueError(f"exclude is {x.dtype}; it takes torch.int64")
-        check_device("exclude", x, "queries", device)
-    if pair:
-        offsets, ids = exclude
-        if offsets.dim() != 1 or ids.dim() != 1 or offsets.shape[0] != B + 1:
-            raise ValueError(
-                f"exclude has offsets {shape_of(offsets)} and ids {shape_of(ids)}; for {B} queries it takes "
-                f"offsets ({B + 1},) and ids of one dimension"
-            )
-        return offsets, ids
-    if one and exclude.dim() == 1:
-        exclude = exclude[None]
-    if exclude.dim() != 2 or exclude.shape[0] != B:
-        raise ValueError(f"exclude has shape {shape_of(exclude)}; for {B} queries it takes ({B}, E)")
-    E = exclude.shape[1]
-    return torch.arange(B + 1, device=device) * E, exclude.reshape(-1)
 
 
 def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:

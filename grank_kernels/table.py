@@ -85,7 +85,14 @@ class ItemTable:
         table_file.write(path, shapes, version.parts(), version.basis)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False, verify: bool = True) -> "ItemTable":
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mmap: bool = False,
+        verify: bool = True,
+        part: tuple[int, int] | None = None,
+    ) -> "ItemTable":
         """A table that `save` or `write` has written.
 
         Args:
@@ -95,12 +102,16 @@ class ItemTable:
                 may be replaced or removed meanwhile, but not be changed in place.
             verify: compare the checksums, which reads the whole file once. That ids are unique is not looked at with
                 `mmap`: it would take as much memory.
+            part: (r, n), only the rows from N * r // n to N * (r + 1) // n. A table without ids counts them from 0.
 
         Raises:
             OSError: there is no such file, or it cannot be read.
-            ValueError: the file is no table, of another version, truncated or corrupted; the message says which.
+            ValueError: the file is no table, of another version, truncated or corrupted; the message says which. Or
+                there is no such part.
         """
-        columns, basis, mapping = table_file.read(path, mmap, verify)
+        if part is not None and not 0 <= part[0] < part[1]:
+            raise ValueError(f"part is {part}; it takes (r, n) with 0 <= r < n")
+        columns, basis, mapping = table_file.read(path, mmap, verify, part)
         if columns.ids is not None and mapping is None:
             try:
                 _check_ids(columns.ids, None, columns.ids.device)

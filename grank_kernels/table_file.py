@@ -162,7 +162,7 @@ def _locked(path: str) -> int:
 
 
 def read(
-    path: str | os.PathLike[str], mapped: bool, verify: bool
+    path: str | os.PathLike[str], mapped: bool, verify: bool, part: tuple[int, int] | None = None
 ) -> tuple[Columns, torch.Tensor | None, Mapping | None]:
     """The columns of a table's file, the basis of its int8 copy, and the file's mapping if columns stay in it.
 
@@ -170,6 +170,7 @@ def read(
         path: of the file.
         mapped: leave the rows in the file, and their scales and ids too unless there is an int8 copy to search instead.
         verify: compare the checksums.
+        part: (r, n), the r-th of n parts of the rows. What is not left in the file is copied from its mapping.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -178,25 +179,34 @@ def read(
     with open(path, "rb", buffering=0) as file:
         try:
             start, layout, checksums = _parsed(file)
-            mapping = Mapping(file) if mapped and layout["rows"].shape[0] > 0 else None
+            mapping = Mapping(file) if (mapped or part is not None) and layout["rows"].shape[0] > 0 else None
             tensors = {}
             for name, entry in layout.items():
-                if mapping is not None and (name == "rows" or "coarse_rows" not in layout):
+                stays = mapped and (name == "rows" or "coarse_rows" not in layout)
+                if mapping is not None and (stays or part is not None):
                     tensors[name] = mapping.tensor(entry.dtype, entry.shape, start + entry.begin)
-                    parts = streamed(_bytes(tensors[name]), mapping.read_ahead) if verify else iter(())
+                    pieces = streamed(_bytes(tensors[name]), mapping.read_ahead) if verify else iter(())
                 else:
                     tensors[name] = empty(entry.shape, entry.dtype, torch.device("cpu"))
-                    parts = _filled(_bytes(tensors[name]), file, start + entry.begin)
+                    pieces = _filled(_bytes(tensors[name]), file, start + entry.begin)
                 checksum = entry.checksum(name)
-                for part in parts:
+                for piece in pieces:
                     if verify:
-                        checksum.update(part.numpy().data)
+                        checksum.update(piece.numpy().data)
                 if verify and checksum.hexdigest() != checksums[name]:
                     raise ValueError(f"is corrupted: {name} has checksum {checksum.hexdigest()}, not {checksums[name]}")
+                if mapping is not None and part is not None:
+                    x = tensors[name] if name == _BASIS else _part(tensors[name], *part)
+                    tensors[name] = x if stays else empty(tuple(x.shape), x.dtype, x.device).copy_(x)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} {error}") from None
     basis = tensors.pop(_BASIS, None)
-    return Columns(**tensors), basis, mapping
+    return Columns(**tensors), basis, mapping if mapped else None
+
+
+def _part(x: torch.Tensor, r: int, n: int) -> torch.Tensor:
+    """The rows of the r-th of n parts."""
+    return x[len(x) * r // n : len(x) * (r + 1) // n]
 
 
 def _bytes(x: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -1,0 +1,157 @@
+"""A search over G shards on paper: `python -m benchmarks.sharded_model` prints the tables of docs/scaling.md.
+
+Bytes are counted, and `benchmarks/sharded.py` and the tests compare them with those that were exchanged. Times are
+derived from rates, and `benchmarks/sharded.py` compares them with measured ones:
+
+    scan      max(bytes of a shard / memory, 2 B n d / arithmetic); meanwhile the arguments go round, 56 bytes a rank
+    exchange  a ring: G - 1 steps of (latency + message / bandwidth)
+    merge     entries of all lists, B G s, each `merge` seconds; as many queries at a time as there are cores
+
+A tree of fan-in f takes ceil(log_f G) levels up, of f - 1 messages and a merge of f lists, and as many down.
+"""
+
+import math
+from typing import NamedTuple
+
+from benchmarks.gpus import CARDS
+from grank_kernels.distributed import short_list
+
+WORD = 8
+ARGUMENTS = 7 * WORD
+
+
+class Host(NamedTuple):
+    """One shard's machine: rates per second; seconds for `latency` and `merge`."""
+
+    name: str
+    memory: float
+    arithmetic: float
+    latency: float
+    bandwidth: float
+    merge: float
+    cores: int = 1
+
+
+HOSTS = (
+    # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, as README measured
+    # for two. Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: as `benchmarks/sharded.py` measured.
+    Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 27e-9, 64),
+    # Memory: the datasheet's, of which 80% are read; int8 operations of the datasheet, half of them. Network: 400
+    # Gbit/s, assumed 10 us a message. Merge: assumed, 2 ns an entry, for radix sorts.
+    Host("H100, 400 Gbit/s", 0.8 * CARDS["H100"].read, 0.5 * 1979e12, 10e-6, 400e9 / 8, 2e-9),
+)
+
+
+class Cost(NamedTuple):
+    """Of what follows the scan: bytes that a rank receives, and seconds."""
+
+    received: int
+    exchange: float
+    merge: float
+
+    def search(self, scan: float) -> float:
+        """Seconds of the whole search."""
+        return scan + self.exchange + self.merge
+
+
+def message(B: int, s: int) -> int:
+    """Bytes of B lists of s ids and scores, and a mark of failure."""
+    return WORD * (1 + B * s + math.ceil(B * s / 2))
+
+
+def received(B: int, k: int, G: int, completed: int = 0) -> int:
+    """Bytes that a rank receives in a search, if the lists of `completed` queries have to be completed."""
+    s = short_list(k, G)
+    rest = message(completed, k - s) if completed else 0
+    return (G - 1) * (ARGUMENTS + message(B, s) + rest)
+
+
+def scan(host: Host, B: int, rows: float, dim: int, row_bytes: int) -> float:
+    """Seconds of a search of one shard."""
+    return max(rows * row_bytes / host.memory, 2 * B * rows * dim / host.arithmetic)
+
+
+def ring(host: Host, G: int, nbytes: int) -> float:
+    """Seconds of an all-gather of messages of so many bytes."""
+    return (G - 1) * (host.latency + nbytes / host.bandwidth)
+
+
+def merging(host: Host, B: int, entries: int) -> float:
+    """Seconds of a merge of as many entries a query."""
+    return math.ceil(B / host.cores) * entries * host.merge
+
+
+def flat(host: Host, B: int, k: int, G: int, scan: float) -> Cost:
+    """One all-gather and one merge, and of the arguments' all-gather what the scan does not cover."""
+    s = short_list(k, G)
+    exchange = max(0.0, ring(host, G, ARGUMENTS) - scan) + ring(host, G, message(B, s))
+    return Cost(received(B, k, G), exchange, merging(host, B, G * s))
+
+
+def tree(host: Host, B: int, k: int, G: int, fan_in: int) -> Cost:
+    """Lists are merged on the way up, and the result goes down."""
+    nbytes, exchange, merge, below = 0, 0.0, 0.0, 1
+    while below < G:
+        lists = min(fan_in, math.ceil(G / below))
+        s = short_list(k, math.ceil(G / below))
+        up_and_down = (lists - 1) * message(B, s) + message(B, k)
+        nbytes += up_and_down
+        exchange += 2 * host.latency + up_and_down / host.bandwidth
+        merge += merging(host, B, lists * s)
+        below *= fan_in
+    return Cost(nbytes, exchange, merge)
+
+
+def best_tree(host: Host, B: int, k: int, G: int) -> tuple[int, Cost]:
+    """The fan-in of the fastest tree, and its cost."""
+    return min(((f, tree(host, B, k, G, f)) for f in (2, 4, 8, 16, 32, 64)), key=lambda of: of[1].search(0))
+
+
+def tree_pays_from(host: Host, B: int, k: int, scan: float, share: float) -> int | None:
+    """The least power of two G for which a tree saves more than a share of the search; None: not below 2^16."""
+    for G in (2**power for power in range(1, 16)):
+        if best_tree(host, B, k, G)[1].search(scan) < (1 - share) * flat(host, B, k, G, scan).search(scan):
+            return G
+    return None
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> None:
+    shards = (2, 8, 64, 512, 1000)
+    print("Bytes that a rank receives a query, counted (all k of every shard in brackets):\n")
+    rows = [
+        [k, *(f"{received(1, k, G):_} ({(G - 1) * (ARGUMENTS + message(1, k)):_})" for G in shards)]
+        for k in (100, 1000)
+    ]
+    print(table(["k", *(f"G = {G}" for G in shards)], rows))
+    n, dim, k = 10**9, 64, 1000
+    for host in HOSTS:
+        print(f"\n{host.name}: milliseconds, derived; {n:_} int8 rows of {dim} a shard, k = {k}:\n")
+        lines: list[list[object]] = []
+        for B in (1, 16, 256):
+            searched = scan(host, B, n, dim, dim + 4)
+            for G in (8, 64, 512, 1000):
+                cost, (fan_in, other) = flat(host, B, k, G, searched), best_tree(host, B, k, G)
+                times = (searched, cost.exchange, cost.merge, other.search(0))
+                efficiency = f"{100 * searched / cost.search(searched):.0f}%"
+                pays = tree_pays_from(host, B, k, searched, 0.1) if G == 1000 else ""
+                lines.append([f"B = {B}, G = {G}", *(f"{1e3 * t:.3g}" for t in times), fan_in, efficiency, pays])
+        header = [
+            "",
+            "scan",
+            "exchange",
+            "merge",
+            "both by a tree",
+            "its fan-in",
+            "efficiency",
+            "tree saves 10% from G",
+        ]
+        print(table(header, lines))
+
+
+if __name__ == "__main__":
+    main()
