@@ -13,7 +13,6 @@ Cost: amortised, 4 rows are copied for a row changed. Memory: room for a quarter
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +146,8 @@ class Version:
     mapping: Mapping | None = None
     _died: torch.Tensor | None = None  # (size,) int32: the update of the log that removed the row; None: no row is gone
     _updates: int = 0  # of the log
-    _index: IdIndex | None = None  # made when it is first needed
+    _index: IdIndex | None = None  # this and the next are made when they are first needed
+    _alive: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -165,10 +165,12 @@ class Version:
         rows, scale, error = self.columns[3:]
         return None if rows is None or scale is None or error is None else Coarse(rows, scale, error, self.basis)
 
-    @cached_property
+    @property
     def alive(self) -> torch.Tensor | None:
         """Which positions have a row, bool (size,); None: all."""
-        return None if self._died is None else self._died > self._updates
+        if self._alive is None and self._died is not None:
+            self._alive = self._died > self._updates
+        return self._alive
 
     def ids(self) -> torch.Tensor:
         """Of every position, int64 (size,)."""
