@@ -35,7 +35,7 @@ class Host(NamedTuple):
 HOSTS = (
     # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, as README measured
     # for two. Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: as `benchmarks/sharded.py` measured.
-    Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 27e-9, 64),
+    Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 26e-9, 64),
     # Memory: the datasheet's, of which 80% are read; int8 operations of the datasheet, half of them. Network: 400
     # Gbit/s, assumed 10 us a message. Merge: assumed, 2 ns an entry, for radix sorts.
     Host("H100, 400 Gbit/s", 0.8 * CARDS["H100"].read, 0.5 * 1979e12, 10e-6, 400e9 / 8, 2e-9),

@@ -329,7 +329,6 @@ def merge(values: torch.Tensor, ids: torch.Tensor, k: int) -> Lists:
     """`best_of`, with one sort instead of two for queries of which no two scores are equal.
 
     A stable sort by score is the right order if ids ascend wherever scores are equal; where they do not, both sort.
-    Measured on one core of a Xeon: B = 256, 8 lists of 187, 27 instead of 129 ms.
     """
     by_value, order = values.sort(dim=1, descending=True, stable=True)
     by_value_ids = ids.gather(1, order)

@@ -19,10 +19,11 @@ FACTS = 6
 
 
 class ShardError(RuntimeError):
-    """Another rank refused its arguments, failed, has ended or does not answer; the message says which, and when.
+    """Another rank refused its arguments, failed, has ended or does not answer; the message says at which step.
 
-    Where a rank refused or failed, all ranks have raised and may go on. Where one is lost, the group is of no more use:
-    processes under `torchrun --max-restarts` end, and are started anew.
+    Where a rank refused or failed, the message names it too, all ranks have raised, and may go on. Where one is lost it
+    cannot be told which, and the group is of no more use: processes under `torchrun --max-restarts` end, and are
+    started anew.
     """
 
 
