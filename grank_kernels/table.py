@@ -236,8 +236,10 @@ class ItemTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rows, scales, ids and the int8 copy."""
-        return sum(x.nbytes for x in self._version.columns.present().values())
+        """Bytes of rows, scales, ids and the int8 copy with its basis."""
+        basis = self._version.basis
+        columns = self._version.columns.present().values()
+        return sum(x.nbytes for x in columns) + (0 if basis is None else basis.nbytes)
 
     @property
     def ids(self) -> torch.Tensor:

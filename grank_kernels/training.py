@@ -164,7 +164,6 @@ def fit(
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
         KeyboardInterrupt: it was interrupted; the run can be resumed.
     """
-    torch.set_float32_matmul_precision(config.matmul)
     timer = Timer()  # its time is part of the checkpoints
     own: list[Callback] = [timer, *callbacks]
     if progress:  # without a terminal, one line an epoch
@@ -202,6 +201,8 @@ def fit(
             enable_progress_bar=progress,
             callbacks=own,
         )
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(config.matmul)
         try:
             resume = str(last) if last is not None and last.is_file() else None
             trainer.fit(_Module(model, split, config), ckpt_path=resume, weights_only=False)
@@ -211,6 +212,8 @@ def fit(
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+        finally:
+            torch.set_float32_matmul_precision(before)
     if folder is not None:
         state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})

@@ -245,13 +245,15 @@ def test_a_query_that_the_bound_says_nothing_of_is_searched_in_the_whole_table()
 def test_what_a_table_holds() -> None:
     rows = rows_like("heavy columns", 400, 12)
     table = gk.ItemTable.from_rows(rows, dtype=torch.float16, coarse=torch.int8)
-    assert table.coarse is not None
-    for held, want in zip(table.coarse[:3], quantise.certify(rows.half(), table.coarse.basis), strict=True):
+    assert table.current.coarse is not None
+    for held, want in zip(
+        table.current.coarse[:3], quantise.certify(rows.half(), table.current.coarse.basis), strict=True
+    ):
         assert torch.equal(held, want)
     assert table.nbytes == 400 * (2 * 12 + 12 + 8) + 2 * 12 * 12 * 8
     assert "float16 + int8" in repr(table)
-    assert gk.ItemTable.from_rows(rows).coarse is None
-    moved = table.to("meta").coarse
+    assert gk.ItemTable.from_rows(rows).current.coarse is None
+    moved = table.to("meta").current.coarse
     assert moved is not None
     assert {x.device.type for x in moved if x is not None} == {"meta"}
     assert torch.equal(table.rows(torch.arange(400)), rows.half().float())
@@ -285,10 +287,10 @@ def test_one_query_and_out(backend: str) -> None:
 def operands(backend: str) -> tuple[Any, ...]:
     rows = rows_like("low rank", 300, 8)
     table = gk.ItemTable.from_rows(rows, coarse=torch.int8)
-    assert table.coarse is not None
-    assert table.coarse.basis is not None
+    assert table.current.coarse is not None
+    assert table.current.coarse.basis is not None
     queries = torch.randn(3, 8, requires_grad=True)
-    return queries, rows, *table.coarse, None, 5, None, None, torch.rand(300) < 0.5, backend
+    return queries, rows, *table.current.coarse, None, 5, None, None, torch.rand(300) < 0.5, backend
 
 
 @pytest.mark.parametrize("backend", CERTIFYING)

@@ -92,6 +92,14 @@ def test_the_best_epoch_is_kept_and_the_run_stops_early(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
+def test_training_leaves_the_precision_of_products_alone() -> None:
+    config = TrainingConfig(epochs=1, targets=16, batch_items=128, matmul="medium")
+    before = torch.get_float32_matmul_precision()
+    assert before != config.matmul
+    fitted(sequential(), circle(), config)
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_bf16_trains(tmp_path: Path) -> None:
     config = TrainingConfig(epochs=25, targets=16, batch_items=128, learning_rate=0.01, precision="bf16-mixed")
     split = circle()

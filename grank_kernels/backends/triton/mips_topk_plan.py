@@ -177,7 +177,7 @@ def make_certified_plans(
         room=max(listed, collected * k),
     )  # fmt: skip
     copy = make_plan(device, B, N, d, listed, torch.int8, excluded)
-    samples = choose_tile(device, d, torch.int8, B, 32)  # a row's error beside its scale, for 64 queries, would spill
+    samples = choose_tile(device, d, torch.int8, B, 16)  # a row's error beside its scale: for more queries it spills
     return CertifiedPlans(replace(copy, sample_tile=samples), rescore)
 
 
