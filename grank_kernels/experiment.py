@@ -26,7 +26,7 @@ from grank_kernels.models import (
     UniGRF,
     UniGRFConfig,
 )
-from grank_kernels.training import TrainingConfig, fit
+from grank_kernels.training import TrainingConfig, fit, load_best
 
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "dual_tower": (DualTower, DualTowerConfig),
@@ -192,8 +192,7 @@ def load(folder: str | Path, split: Split) -> Recommender:
     """The model of a run with the weights of its best epoch, in evaluation mode."""
     folder = Path(folder)
     model = Experiment.load(folder / "experiment.yaml").build(split.num_items)
-    state = torch.load(folder / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    load_best(model, folder)
     return model.eval()
 
 

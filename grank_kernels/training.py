@@ -215,7 +215,12 @@ def fit(
         finally:
             torch.set_float32_matmul_precision(before)
     if folder is not None:
-        state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
-        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+        load_best(model, folder)
     model.cpu().eval()
     return timer.time_elapsed("train")
+
+
+def load_best(model: Recommender, folder: str | Path) -> None:
+    """Give a model the weights of the best epoch of the run in a folder."""
+    state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
