@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.blocks import Backbone
+from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.losses import retrieval_loss
 from grank_kernels.models.recommender import Recommender, at_newest
 
@@ -107,16 +107,18 @@ class UniGRF(Recommender):
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
-        return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
+        return self._queries(at_newest(self._read(batch)[0][:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """Logits of positive feedback, (B, C); see `Recommender.rank`. Neither `users` nor `logits` is used."""
         visible = (2 * batch.lengths).unsqueeze(1).expand(candidates.shape)
-        return self._feedback_logits(batch, candidates.clamp(min=0), visible).masked_fill(candidates < 0, -torch.inf)
+        _, memories = self._read(batch)
+        liked = self._feedback_logits(candidates.clamp(min=0), visible, memories)
+        return liked.masked_fill(candidates < 0, -torch.inf)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next item at every feedback, binary cross-entropy of the feedback at every item."""
-        outputs = self._outputs(batch)
+        outputs, memories = self._read(batch)
         losses = {}
         if self.config.retrieval:
             asked = batch.items[:, 1:] >= 0
@@ -125,7 +127,7 @@ class UniGRF(Recommender):
             if self.config.enhancer and self.training:
                 self.steps += 1
                 if self.steps > self.config.enhancer_after:
-                    losses["enhanced"] = self.config.enhancer_weight * self._enhanced(batch, queries, vectors)
+                    losses["enhanced"] = self.config.enhancer_weight * self._enhanced(batch, queries, vectors, memories)
         if self.config.ranking:
             at_items = self.score(outputs[:, ::2][batch.valid]).squeeze(-1)
             losses["ranking"] = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
@@ -139,9 +141,10 @@ class UniGRF(Recommender):
         weighed: Tensor = self.weighter(torch.stack([retrieval, losses["ranking"]]))
         return weighed
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        outputs: Tensor = self.backbone(self._tokens(batch))[0]
-        return outputs
+    def _read(self, batch: Batch) -> tuple[Tensor, list[Memory]]:
+        """The output at every token (B, 2 L, d), and the tokens' memory in each block."""
+        read: tuple[Tensor, list[Memory]] = self.backbone(self._tokens(batch))
+        return read
 
     def _tokens(self, batch: Batch) -> Tensor:
         """(B, 2 L, d): item, feedback, item, feedback, ..."""
@@ -157,21 +160,21 @@ class UniGRF(Recommender):
     def _queries(self, outputs: Tensor) -> Tensor:
         return F.normalize(outputs, dim=-1) / self.config.temperature
 
-    def _feedback_logits(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
+    def _feedback_logits(self, candidates: Tensor, visible: Tensor, memories: list[Memory]) -> Tensor:
         """Logits of positive feedback on candidates (B, C), each behind the first `visible` (B, C) tokens."""
-        _, memories = self.backbone(self._tokens(batch))
         outputs = self.backbone.join(self._item_tokens(candidates), visible, memories)
         logits: Tensor = self.score(outputs).squeeze(-1)
         return logits
 
-    def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
+    def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor, memories: list[Memory]) -> Tensor:
         """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
 
         At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of
         become extra positives, which share a part of the label. Among the others, those with the largest gap between
         the two scores, min-max normalised in the pool, become hard negatives, liked by retrieval and disliked by
         ranking. In the paper they join the drawn negatives; where the softmax runs over the corpus all items are
-        negatives already, so they count several times.
+        negatives already, so they count several times. Ranking judges by the pass that training makes anyway, dropout
+        included: a second one without would take as long again.
         """
         config, N = self.config, len(vectors)
         B, moments = len(batch.items), config.enhancer_moments
@@ -188,7 +191,7 @@ class UniGRF(Recommender):
             others = logits.scatter(2, target.unsqueeze(-1), -torch.inf)
             scores, pool = others.topk(min(config.enhancer_pool, N))
             visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.shape)
-            liked = self._judge(batch, pool.flatten(1), visible.flatten(1)).view(pool.shape)
+            liked = self._feedback_logits(pool.flatten(1), visible.flatten(1), memories).sigmoid().view(pool.shape)
             scores = scores.where(scores > -torch.inf, 0.0)  # of a corpus that ran out
             low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
             favourite = (liked > config.favourite) & others.gather(2, pool).isfinite()
@@ -201,13 +204,6 @@ class UniGRF(Recommender):
             label.scatter_(2, target.unsqueeze(-1), 1 - share.sum(-1, keepdim=True))
         negative = (logits + extra).logsumexp(-1, keepdim=True) - logits
         return (label * negative.masked_fill(seen, 0.0)).sum(-1).mean()
-
-    def _judge(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
-        """Ranking's probability that each candidate is liked, without dropout."""
-        self.eval()
-        liked = self._feedback_logits(batch, candidates, visible).sigmoid()
-        self.train()
-        return liked
 
 
 class _Weighter(nn.Module):
