@@ -108,7 +108,7 @@ def test_the_enhancer_by_hand() -> None:
     mass = logits[1:].exp()  # the first has been seen
     mass[disliked - 1] *= 3
     expected = mass.sum().log() - 0.75 * logits[1] - 0.25 * logits[loved]
-    torch.testing.assert_close(unigrf._enhanced(batch, queries, vectors, memories), expected)
+    torch.testing.assert_close(unigrf._enhanced(batch, queries, unigrf.corpus(batch.items), memories), expected)
 
 
 @pytest.mark.parametrize("length", [N - 1, N])
@@ -125,7 +125,8 @@ def test_the_enhancer_where_the_corpus_runs_out(length: int) -> None:
 def test_the_weighter_favours_the_slower_task() -> None:
     weighter = _Weighter(2, 2, 1.0).train()
     for losses in ([4.0, 1.0], [4.0, 1.0], [2.0, 1.0], [2.0, 1.0]):
-        total = weighter(torch.tensor(losses, requires_grad=True))
+        own = torch.tensor(losses, requires_grad=True)
+        total = weighter(own, own.detach())
         assert total.item() == pytest.approx((weighter.weights * torch.tensor(losses)).sum().item())
     assert weighter.weights.tolist() == pytest.approx((2 * torch.tensor([0.5, 1.0]).softmax(0)).tolist())
     assert not weighter.weights.requires_grad
@@ -133,7 +134,7 @@ def test_the_weighter_favours_the_slower_task() -> None:
     kept.load_state_dict(weighter.state_dict())
     assert torch.equal(kept.weights, weighter.weights)
     weighter.eval()
-    weighter(torch.tensor([100.0, 1.0]))
+    weighter(torch.tensor([100.0, 1.0]), torch.tensor([100.0, 1.0]))
     assert torch.equal(kept.total, weighter.total)  # validation is not observed
 
 
