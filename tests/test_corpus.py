@@ -50,6 +50,7 @@ def test_what_a_batch_asks_for_stands_for_the_corpus() -> None:
     query, target, rounds = torch.randn(8), 3, 4000
     others = torch.arange(N) != target
     exact = (trained.item_vectors() @ query).exp()[others].sum()
+    assert trained.log_share is not None
     drawn = torch.multinomial(trained.log_share.exp(), 40 * rounds, replacement=True).view(rounds, 40)
     sums = []
     with torch.no_grad():
@@ -89,3 +90,8 @@ def test_a_batch_of_every_item_learns_as_the_corpus_does() -> None:
 def test_a_softmax_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="softmax must be one of corpus, batch, got 'sampled'"):
         model("sampled")
+
+
+def test_a_sample_needs_the_shares() -> None:
+    with pytest.raises(RuntimeError, match="must observe the histories"):
+        model("batch").corpus(torch.tensor([1]))

@@ -24,7 +24,7 @@ class EmbeddingModel(Recommender):
             ranks ask for, as a sample of the corpus (see `corpus`); `observe` must have been called.
     """
 
-    log_share: Tensor
+    log_share: Tensor | None
 
     def __init__(self, num_items: int, dim: int, *, std: float = 0.02, softmax: str = "corpus") -> None:
         super().__init__()
@@ -61,6 +61,8 @@ class EmbeddingModel(Recommender):
         """
         if self.softmax == "corpus":
             return Corpus(self.item_vectors())
+        if self.log_share is None:
+            raise RuntimeError('a model of softmax="batch" must observe the histories that it is trained on first')
         targets = gathered(targets, self.group)
         ids, counts = torch.unique(targets, return_counts=True)
         return Corpus(self.vectors_of(ids), ids, (counts / len(targets)).log() - self.log_share[ids])

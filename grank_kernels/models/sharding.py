@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
@@ -52,6 +52,4 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
     numbers = wanted.new_empty(sum(to_answer))
     dist.all_to_all_single(numbers, wanted, to_answer, to_ask, group=group)
     own = F.embedding(numbers - rank * step, table.to_local())
-    rows = own.new_empty(len(wanted), table.shape[1])
-    rows = all_to_all_single(rows, own, to_ask, to_answer, group=group)  # type: ignore[no-untyped-call]
-    return F.embedding(places, rows)
+    return F.embedding(places, all_to_all_single_autograd(own, to_ask, to_answer, group))

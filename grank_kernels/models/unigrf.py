@@ -204,7 +204,7 @@ class UniGRF(EmbeddingModel):
             hard = pool.gather(2, gap.topk(min(config.hard_negatives, pool.shape[2])).indices)
             extra = torch.zeros_like(logits).scatter(2, hard, math.log(config.hard_weight))
             extra.scatter_(2, pool, extra.gather(2, pool).masked_fill(favourite, 0.0))
-            share = config.favourite_weight * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)
+            share = config.favourite_weight * favourite.to(logits.dtype) / favourite.sum(-1, keepdim=True).clamp(min=1)
             label = torch.zeros_like(logits).scatter(2, pool, share)
             label.scatter_(2, target.unsqueeze(-1), 1 - share.sum(-1, keepdim=True))
         negative = (logits + extra).logsumexp(-1, keepdim=True) - logits
