@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -48,7 +49,8 @@ class TrainingConfig:
         monitor: the validation metric that chooses the checkpoint and stops early.
         patience: validations without a better one before the run stops; None never stops early.
         seed: of weights, batches and dropout.
-        devices: processes that train together, each on batches of its own (DDP). Steps are those of their joint batch.
+        devices: processes that train together, each on batches of its own (DDP), as many on every host that torchrun has
+            joined. A step is that of their joint batch.
         shard_items: split the item table among them, for tables beyond one device's memory, and the other weights too
             (FSDP2). It needs a model of `softmax="batch"` and a folder.
     """
@@ -204,12 +206,14 @@ def fit(
         if tensorboard:
             loggers.append(TensorBoardLogger(folder, name="tensorboard"))
         last = folder / "last.ckpt"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's; alone, Lightning starts the processes itself
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
-            devices=config.devices,
+            devices=config.devices // nodes,
+            num_nodes=nodes,
             strategy=_strategy(config),
             precision=config.precision,  # type: ignore[arg-type]
             gradient_clip_val=config.clip,
