@@ -49,8 +49,8 @@ class TrainingConfig:
         monitor: the validation metric that chooses the checkpoint and stops early.
         patience: validations without a better one before the run stops; None never stops early.
         seed: of weights, batches and dropout.
-        devices: processes that train together, each on batches of its own (DDP), as many on every host that torchrun has
-            joined. A step is that of their joint batch.
+        devices: processes that train together, each on batches of its own (DDP); with torchrun, those of all hosts. A
+            step is that of their joint batch.
         shard_items: split the item table among them, for tables beyond one device's memory, and the other weights too
             (FSDP2). It needs a model of `softmax="batch"` and a folder.
     """
