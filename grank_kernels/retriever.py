@@ -149,15 +149,11 @@ class Retriever:
             TypeError: an argument is of the wrong type.
             ValueError: a k below 1, k2 above k1, an id that the model does not know, histories that do not fit.
         """
-        for name, k in (("k1", k1), ("k2", k2)):
-            if not isinstance(k, int) or isinstance(k, bool):
-                raise TypeError(f"{name} must be an int, got {type(k).__name__}")
-            if k < 1:
-                raise ValueError(f"{name} must be 1 or more, got {k}")
+        check_at_least_1(k1=k1, k2=k2)
         if k2 > k1:
             raise ValueError(f"k2 must be at most k1, got {k2} of {k1}")
         if isinstance(histories, Histories):
-            _check_histories(histories, len(self.catalogue))
+            check_histories(histories, len(self.catalogue))
         else:
             histories = self.histories(histories)
         serving = self._serving  # once: a refresh replaces it
@@ -256,8 +252,13 @@ class Retriever:
             self.catalogue.save(new / _ITEMS)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "Retriever":
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", mmap: bool = False) -> "Retriever":
         """What `save` has written.
+
+        Args:
+            folder: that it has written.
+            device: where to serve.
+            mmap: leave the table's rows in the file, as `ItemTable.load` does; `refresh` then takes no vectors.
 
         Raises:
             FileNotFoundError: the folder or one of its files is not there.
@@ -271,7 +272,7 @@ class Retriever:
             model.load_state_dict(_tensors(folder / _WEIGHTS))
         except RuntimeError as error:
             raise ValueError(f"{folder / _WEIGHTS}: {error}") from None
-        table = ItemTable.load(folder / _TABLE)
+        table = ItemTable.load(folder / _TABLE, mmap=mmap)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
     @classmethod
@@ -298,7 +299,17 @@ class Retriever:
         return cls(model, catalogue, dtype=dtype, device=device, experiment=experiment)
 
 
-def _check_histories(histories: Histories, N: int) -> None:
+def check_at_least_1(**sizes: Any) -> None:
+    """That arguments are ints, 1 or more."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+
+
+def check_histories(histories: Histories, N: int) -> None:
+    """That they are histories of items numbered below N."""
     items, offsets = histories.items, histories.offsets
     check_tensor("histories.items", items, (torch.int64,), (1,))
     check_tensor("histories.offsets", offsets, (torch.int64,), (1,))
@@ -336,16 +347,17 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         yield beside
         for path in beside.iterdir():
             path.chmod(0o644)  # safetensors lets nobody else read
-            _to_disk(path)
-        _to_disk(beside)
+            to_disk(path)
+        to_disk(beside)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside)
         raise
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would be there after the system has failed."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
