@@ -130,6 +130,9 @@ class Retriever:
         if not torch.equal(ids.sort().values, torch.arange(N, device=ids.device)):
             raise ValueError(f"catalogue has {N} items, and the table {len(ids)} rows; ids take 0 to {N - 1}")
 
+    def __repr__(self) -> str:
+        return f"Retriever({type(self._model).__name__} of {len(self.catalogue):_} items, {self.current.table!r})"
+
     # ---- serving ----
 
     @torch.inference_mode()
