@@ -120,6 +120,10 @@ def test_users_without_a_history_and_no_users(name: str) -> None:
     assert retriever.retrieve([], 10, 5).ids.shape == (0, 5)
 
 
+def test_text() -> None:
+    assert repr(retriever_of("grank")) == f"Retriever(GRank of {N} items, ItemTable({N} x 16 float32, 0.00384 MB, cpu))"
+
+
 def test_ids_may_be_integers() -> None:
     ids = np.arange(N)[::-1] * 1000
     retriever = Retriever(build("sasrec"), Catalogue(ids))
