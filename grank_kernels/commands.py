@@ -82,7 +82,7 @@ def retrieve(
     k1: Annotated[int, typer.Option(min=1, help="Items to retrieve.")] = 2000,
     k2: Annotated[int, typer.Option(min=1, help="Items to rank and print or write, at most k1.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="With --all-users, users at a time.")] = 256,
-    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users, users a file.")] = 8192,
+    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users, users a file.")] = 1024,
     dtype: Dtype = None,
 ) -> None:
     """Recommend items to a user: rank, score, id and title. Or to all users, also under torchrun."""

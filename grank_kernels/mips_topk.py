@@ -107,8 +107,8 @@ def mips_topk(
             where updates may come in between, take ids and search from one `table.snapshot()`.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
-        progress: called with the rows that are done and all there are, after every 16 MB of a table that is left in its
-            file (`mmap=True`). Other searches do not call it.
+        progress: called with the rows that are done and all there are, after every 16 MB of a table that is streamed
+            from its file (`mmap=True`, without an int8 copy). Other searches do not call it.
 
     Returns:
         `TopK(values, indices)`, each (B, k), or (k,) for one query. For queries of NumPy they are NumPy arrays.

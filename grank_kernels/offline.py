@@ -20,9 +20,11 @@ With several processes, of torch.distributed, each takes every so-many-th part. 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +38,7 @@ from torch import Tensor
 from grank_kernels.catalogue import Catalogue
 from grank_kernels.data import Histories, Interactions, all_histories
 from grank_kernels.distributed import ShardedItemTable
-from grank_kernels.mips_topk import TopK, mips_topk
+from grank_kernels.mips_topk import TopK
 from grank_kernels.ranks import Ranks
 from grank_kernels.retriever import Retriever, Serving, check_at_least_1, check_histories, to_disk
 from grank_kernels.table import ItemTable
@@ -60,7 +62,7 @@ class Request:
 
     k1: int = 2000
     k2: int = 500
-    users_per_part: int = 8192
+    users_per_part: int = 1024
     batch: int = 256
 
     def __post_init__(self) -> None:
@@ -156,14 +158,7 @@ def retrieve_all(
     check_histories(users.histories, len(retriever.catalogue))
     if len(users.ids) != len(users.histories):
         raise ValueError(f"users have {len(users.ids)} ids and {len(users.histories)} histories; they take as many")
-    asked = {
-        "users": len(users.ids),
-        "items": len(retriever.catalogue),
-        "dtype": str(serving.table.dtype).removeprefix("torch."),
-        **asdict(request),
-        "checksum_of_model": _checksum(_contents_of(serving), retriever.catalogue.ids),
-        "checksum_of_users": _checksum(vars(users.histories).values(), users.ids),
-    }
+    asked = _described(serving, retriever.catalogue, users, request)
     everybody, step = torch.arange(len(users.ids)), request.users_per_part
     parts = [everybody[start : start + step] for start in range(0, len(everybody), step)]
     paths = [folder / f"part-{number:06}.parquet" for number in range(len(parts))]
@@ -172,9 +167,9 @@ def retrieve_all(
         _together(ranks, "comparing what is asked", lambda: _compare(folder / MANIFEST, asked))
         missing = _missing(paths, ranks)
         mine = missing[rank::size]
-        table: ItemTable | ShardedItemTable = serving.table
+        shards = None
         if ranks is not None:
-            table = ShardedItemTable(_share(serving.table, rank, size), group=ranks.group, scatter_queries=True)
+            shards = ShardedItemTable(_share(serving.table, rank, size), group=ranks.group, scatter_queries=True)
         done, total = 0, sum(len(parts[number]) for number in mine)
         nobody = torch.arange(0)
         for turn in range(-(-len(missing) // size)):  # in step: searches are collective
@@ -182,23 +177,23 @@ def retrieve_all(
             found = []
             for start in range(0, min(step, len(everybody)), request.batch):
                 batch = part[start : start + request.batch]
-                found.append(_best(serving, table, users.histories.select(batch), request))
+                found.append(_best(serving, shards, users.histories.select(batch), request))
                 done += len(batch)
                 progress(done, total)
-            if len(part):
-                _write(paths[mine[turn]], users.ids[part.numpy()], found, retriever.catalogue)
-        _together(ranks, "writing the last parts", lambda: None)
+            path = paths[mine[turn]] if len(part) else None
+            _together(ranks, "writing", partial(_write, path, users.ids[part.numpy()], found, retriever.catalogue))
     return paths
 
 
-def _best(serving: Serving, table: ItemTable | ShardedItemTable, histories: Histories, request: Request) -> TopK:
+def _best(serving: Serving, shards: ShardedItemTable | None, histories: Histories, request: Request) -> TopK:
     """The k2 best of users, of whom there may be none; a rank then still takes part in the search."""
-    seen = (histories.offsets, histories.items)
     if len(histories) == 0:
-        found = mips_topk(torch.empty(0, serving.table.dim), table, request.k1, exclude=seen)
-        return TopK(found.values[:, : request.k2], found.indices[:, : request.k2])
+        nobody = torch.empty(0, serving.table.dim, device=serving.table.device)
+        found = serving.search(histories, nobody, request.k1, shards)
+        return TopK(found.values[:, : request.k2].cpu(), found.indices[:, : request.k2].cpu())
     batch, vectors = serving.encode(histories)
-    return serving.rank(batch, vectors, mips_topk(vectors, table, request.k1, exclude=seen), request.k2)
+    best = serving.rank(batch, vectors, serving.search(histories, vectors, request.k1, shards), request.k2)
+    return TopK(best.values.cpu(), best.indices.cpu())
 
 
 def _share(table: ItemTable, rank: int, size: int) -> ItemTable:
@@ -266,10 +261,13 @@ def _missing(paths: Sequence[Path], ranks: Ranks | None) -> list[int]:
     return [number for number, is_there in enumerate(there.tolist()) if not is_there]
 
 
-def _write(path: Path, ids: npt.NDArray[Any], found: Sequence[TopK], catalogue: Catalogue) -> None:
+def _write(path: Path | None, ids: npt.NDArray[Any], found: Sequence[TopK], catalogue: Catalogue) -> None:
+    """Writes a part; None for a rank that has none left."""
     import pyarrow
     from pyarrow import parquet
 
+    if path is None:
+        return
     values, items = (torch.cat(list(of_batches)) for of_batches in zip(*found, strict=True))
     there = items >= 0
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), there.sum(1).cumsum(0)]).to(torch.int32).numpy()
@@ -292,15 +290,21 @@ def _replacing(path: Path) -> Iterator[Path]:
 # ---- what is asked ----
 
 
-def _contents_of(serving: Serving) -> Iterator[Tensor]:
-    """All that the answers depend on: the model's weights and the table."""
-    yield from serving.model.state_dict().values()
-    for part in serving.table.current.parts():
-        yield from part.present().values()
+def _described(serving: Serving, catalogue: Catalogue, users: Users, request: Request) -> dict[str, Any]:
+    """All that the files depend on, for the manifest."""
+    table = (x for part in serving.table.current.parts() for x in part.present().values())
+    return {
+        "users": len(users.ids),
+        "items": len(catalogue),
+        "dtype": str(serving.table.dtype).removeprefix("torch."),
+        **asdict(request),
+        "checksum_of_model": _checksum(serving.model.state_dict().values(), table, ids=catalogue.ids),
+        "checksum_of_users": _checksum(vars(users.histories).values(), ids=users.ids),
+    }
 
 
-def _checksum(tensors: Any, ids: npt.NDArray[Any]) -> str:
+def _checksum(*tensors: Iterable[Tensor], ids: npt.NDArray[Any]) -> str:
     checksum = xxhash.xxh3_64(np.ascontiguousarray(ids).tobytes())
-    for x in tensors:
+    for x in chain(*tensors):
         checksum.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()

@@ -22,6 +22,7 @@ from torch import Tensor
 from grank_kernels.catalogue import Catalogue
 from grank_kernels.checks import check_offsets, check_operand, check_tensor
 from grank_kernels.data import Batch, Histories, Interactions
+from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.experiment import Experiment
 from grank_kernels.experiment import load as load_run
 from grank_kernels.mips_topk import TopK, mips_topk
@@ -67,10 +68,10 @@ class Serving:
         batch = Batch(items.to(self.table.device), feedback.to(self.table.device))
         return batch, self.model.user_vectors(batch)
 
-    def search(self, histories: Histories, users: Tensor, k1: int) -> TopK:
-        """The k1 rows of largest inner product, less those of the histories."""
+    def search(self, histories: Histories, users: Tensor, k1: int, shards: ShardedItemTable | None = None) -> TopK:
+        """The k1 rows of largest inner product, less those of the histories; in shards of the table if it has such."""
         seen = (histories.offsets.to(users.device), histories.items.to(users.device))
-        return mips_topk(users, self.table, k1, exclude=seen)
+        return mips_topk(users, self.table if shards is None else shards, k1, exclude=seen)
 
     def rank(self, batch: Batch, users: Tensor, found: TopK, k2: int) -> TopK:
         """The k2 best of them by the second stage, if the model has one."""

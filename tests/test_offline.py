@@ -300,3 +300,16 @@ def test_two_processes_refuse_together(exported: Path, whole: dict[str, bytes], 
     assert done.returncode != 0
     assert done.stderr.count("holds answers for k1 20, not 21") >= 2
     assert contents(tmp_path) == {MANIFEST: whole[MANIFEST]}
+
+
+@pytest.mark.slow
+def test_one_process_that_cannot_write_ends_both(exported: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / ".part-000003.parquet").mkdir()  # it is the second part of rank 1
+    done = torchrun(2, *arguments(exported, tmp_path))
+    assert done.returncode != 0
+    assert "rank 0 of 2, writing: rank 1 raised" in done.stderr
+    (tmp_path / ".part-000003.parquet").rmdir()
+    assert contents(tmp_path).items() <= whole.items()
+    assert len(contents(tmp_path)) == 4  # rank 0 had its second part written
+    assert torchrun(2, *arguments(exported, tmp_path)).returncode == 0
+    assert contents(tmp_path) == whole
