@@ -4,7 +4,7 @@ from grank_kernels._version import __version__
 from grank_kernels.candidate_cross_attention import candidate_cross_attention
 from grank_kernels.config import show_config
 from grank_kernels.distributed import ShardedItemTable
-from grank_kernels.mips_topk import TopK, count_rescored, mips_topk
+from grank_kernels.mips_topk import TopK, TopKArrays, count_rescored, mips_topk
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
 
@@ -12,6 +12,7 @@ __all__ = [
     "ItemTable",
     "ShardedItemTable",
     "TopK",
+    "TopKArrays",
     "__version__",
     "candidate_cross_attention",
     "count_rescored",

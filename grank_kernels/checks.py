@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from grank_kernels.arrays import as_tensor
 from grank_kernels.table import ItemTable
 from grank_kernels.table_versions import Columns, Version
 
@@ -22,7 +23,8 @@ def check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], dims: tuple
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
-        raise ValueError(_sentence(name, f"is {x.dtype}; it takes {', '.join(map(str, dtypes))}"))
+        takes = f"{', '.join(map(str, dtypes))}: {name}.to({dtypes[0]}) converts"
+        raise ValueError(_sentence(name, f"is {x.dtype}; it takes {takes}"))
     if x.dim() not in dims:
         takes = " or ".join(map(str, dims))
         raise ValueError(_sentence(name, f"has shape {shape_of(x)}; it takes {takes} dimensions"))
@@ -74,6 +76,7 @@ def check_k(k: Any) -> None:
 def exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What `exclude` holds for B queries: offsets (B + 1,) and ids, whichever way they came."""
     pair = isinstance(exclude, (tuple, list)) and len(exclude) == 2
+    exclude = tuple(as_tensor("exclude", x) for x in exclude) if pair else as_tensor("exclude", exclude)
     for x in exclude if pair else (exclude,):
         if not isinstance(x, torch.Tensor):
             raise TypeError(
@@ -81,7 +84,7 @@ def exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[t
                 f"got {'a pair with ' if pair else ''}{type(x).__name__}"
             )
         if x.dtype != torch.int64:
-            raise ValueError(f"exclude is {x.dtype}; it takes torch.int64")
+            raise ValueError(f"exclude is {x.dtype}; it takes torch.int64: exclude.to(torch.int64) converts")
         check_device("exclude", x, "queries", device)
     if pair:
         offsets, ids = exclude
@@ -114,6 +117,7 @@ def version_of(items: Any) -> Version:
     """Of items, a tensor or a table: the rows as they are now, whatever updates come while they are searched."""
     if isinstance(items, ItemTable):
         return items.current
+    items = as_tensor("items", items)
     if not isinstance(items, torch.Tensor):
         raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
     if items.dtype == torch.int8:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-_EXTRA = ("lightning", "omegaconf", "pyarrow", "safetensors", "scipy", "tensorboardX", "torchmetrics", "typer")
+_EXTRA = ("lightning", "omegaconf", "pyarrow", "safetensors", "scipy", "tensorboardX", "torchmetrics", "tqdm", "typer")
 
 
 def main() -> None:

@@ -78,15 +78,24 @@ def retrieve(
     folder: Folder,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first: 1,2,3. All of them liked.")] = None,
     user: Annotated[str | None, typer.Option(help="Id of a user of the data set, whose whole history counts.")] = None,
+    all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the data set.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for their Parquet files; a stopped run goes on.")] = None,
     k1: Annotated[int, typer.Option(min=1, help="Items to retrieve.")] = 2000,
-    k2: Annotated[int, typer.Option(min=1, help="Items to rank and print, at most k1.")] = 10,
+    k2: Annotated[int, typer.Option(min=1, help="Items to rank and print or write, at most k1.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="With --all-users, users at a time.")] = 256,
+    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users, users a file.")] = 1024,
     dtype: Dtype = None,
 ) -> None:
-    """Recommend items to a user: rank, score, id and title."""
-    if (history is None) == (user is None):
-        raise typer.BadParameter("give one of --history and --user")
+    """Recommend items to a user: rank, score, id and title. Or to all users, also under torchrun."""
+    if [history is not None, user is not None, all_users].count(True) != 1:
+        raise typer.BadParameter("give one of --history, --user and --all-users")
+    if all_users != (out is not None):
+        raise typer.BadParameter("--all-users and --out go together")
     if k2 > k1:
         raise typer.BadParameter(f"--k2 must be at most --k1, got {k2} of {k1}")
+    if out is not None:
+        _retrieve_all(folder, out, dtype, k1=k1, k2=k2, batch=batch, users_per_part=users_per_part)
+        return
     experiment, retriever, interactions = _served(folder, dtype)
     if user is not None:
         items, liked = _history_of(user, experiment, interactions or experiment.data.read())
@@ -186,7 +195,29 @@ def _dtype(name: str | None) -> "torch.dtype":
     return dtypes[name]
 
 
-def _served(folder: Path, dtype: str | None) -> "Served":
+def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> None:
+    from tqdm import tqdm
+
+    from grank_kernels import offline
+
+    request = offline.Request(**sizes)
+    with offline.launched() as ranks:
+        first = ranks is None or ranks.rank == 0
+        experiment, retriever, interactions = _served(folder, dtype, mmap=ranks is not None)
+        interactions = interactions or experiment.data.read()
+        users = offline.Users.of(interactions, retriever.catalogue, experiment.data.positive)
+        with tqdm(unit=" users", disable=None if first else True) as bar:  # None: where standard error is no terminal
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            paths = offline.retrieve_all(retriever, users, out, request, ranks=ranks, progress=progress)
+        if first:
+            print(f"{len(users.ids)} users in {len(paths)} files: {out}")
+
+
+def _served(folder: Path, dtype: str | None, *, mmap: bool = False) -> "Served":
     """The retriever of a folder, whichever of the two kinds it is."""
     from grank_kernels.experiment import Experiment
     from grank_kernels.retriever import Retriever
@@ -195,7 +226,7 @@ def _served(folder: Path, dtype: str | None) -> "Served":
     if not (folder / "best.ckpt").exists():
         if dtype is not None:
             raise typer.BadParameter("--dtype is for the folder of a run; an exported table has its own")
-        return experiment, Retriever.load(folder), None
+        return experiment, Retriever.load(folder, mmap=mmap), None
     interactions = experiment.data.read()
     return experiment, Retriever.from_run(folder, interactions, dtype=_dtype(dtype)), interactions
 
@@ -212,9 +243,12 @@ def _parsed(names: Sequence[str], ids: Any, option: str) -> list[Any]:
 
 def _history_of(user: str, experiment: "Experiment", interactions: "Interactions") -> tuple[list[Any], list[bool]]:
     """Item ids and feedback of a user of the data set."""
+    import torch
+
+    from grank_kernels.data import all_histories
+
     place = (interactions.user_ids == _parsed([user], interactions.user_ids, "--user")[0]).nonzero()[0]
     if len(place) == 0:
         raise ValueError(f"--user: there is no user {user} in {experiment.data.name}")
-    start, stop = interactions.offsets[place[0] : place[0] + 2].tolist()
-    liked = interactions.ratings[start:stop] >= experiment.data.positive
-    return interactions.item_ids[interactions.items[start:stop]].tolist(), liked.tolist()
+    own = all_histories(interactions, experiment.data.positive).select(torch.from_numpy(place))
+    return interactions.item_ids[own.items].tolist(), own.feedback.tolist()

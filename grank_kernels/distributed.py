@@ -110,9 +110,7 @@ class ShardedItemTable:
         """
         ranks = Ranks(group)
         part = (ranks.rank, ranks.size)
-        table = attempt(lambda: ItemTable.load(path, mmap=mmap, verify=verify, part=part))
-        ranks.agree("reading the table", table if isinstance(table, Exception) else ())
-        assert isinstance(table, ItemTable)  # or it would have been raised
+        table = ranks.together("reading the table", lambda: ItemTable.load(path, mmap=mmap, verify=verify, part=part))
         return cls(table, group=group, scatter_queries=scatter_queries)
 
     @property

@@ -29,10 +29,12 @@ def search(
     offsets: torch.Tensor | None,
     excluded: torch.Tensor | None,
     allow: torch.Tensor | None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `op`, a backend's `mips_topk` or the torch op, returns of all rows; but ids in place of positions.
 
-    The operands are those of `mips_topk` in backends/reference.py; rows, scales and ids are in `mapping`.
+    The operands are those of `mips_topk` in backends/reference.py; rows, scales and ids are in `mapping`. After every
+    part, `progress` is told how many rows are done, and how many there are.
     """
     columns = [x for x in (rows, row_scale, ids) if x is not None]
 
@@ -52,6 +54,8 @@ def search(
         )  # fmt: skip
         own = positions + part.start if ids is None else ids[part][positions.clamp(min=0)]
         values, found = best_of(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
+        if progress is not None:
+            progress(part.stop, len(rows))
     return values, found
 
 

@@ -1,11 +1,16 @@
 """`mips_topk`: the public function, its checks, the choice of a backend, and the torch op `grank::mips_topk`."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils import _pytree
 
 from grank_kernels import mapped_search
+from grank_kernels.arrays import Array, as_tensor
 from grank_kernels.backends import BACKENDS
 from grank_kernels.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of, version_of
 from grank_kernels.dispatch import choose, is_plain, supports
@@ -13,7 +18,8 @@ from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.quantise import Coarse
 from grank_kernels.table import ItemTable
 
-Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Exclude = Array | tuple[Array, Array]
+Progress = Callable[[int, int], object]
 
 
 class TopK(NamedTuple):
@@ -28,22 +34,63 @@ class TopK(NamedTuple):
     indices: torch.Tensor
 
 
+_pytree._register_namedtuple(TopK, serialized_type_name="grank_kernels.TopK")  # torch.export.save asks for it
+
+
+class TopKArrays(NamedTuple):
+    """What `mips_topk` returns for queries of NumPy: the memory of `TopK` as NumPy arrays."""
+
+    values: npt.NDArray[np.float32]
+    indices: npt.NDArray[np.int64]
+
+
+@overload
 def mips_topk(
     queries: torch.Tensor,
-    items: "torch.Tensor | ItemTable | ShardedItemTable",
+    items: "Array | ItemTable | ShardedItemTable",
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: torch.Tensor | None = None,
+    allow: Array | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
-) -> TopK:
+    progress: Progress | None = None,
+) -> TopK: ...
+
+
+@overload
+def mips_topk(
+    queries: npt.NDArray[Any],
+    items: "Array | ItemTable | ShardedItemTable",
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: Array | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> TopKArrays: ...
+
+
+def mips_topk(
+    queries: Array,
+    items: "Array | ItemTable | ShardedItemTable",
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: Array | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> TopK | TopKArrays:
     """The k items of largest inner product with each query, exactly: `torch.topk(queries @ items.T, k)`.
 
     No (B, N) matrix is made. Scores are accumulated in float32 (int32 for int8 tables) and depend on their query and
     their row alone, bit for bit. Equal scores: the smaller index first. A NaN score is never returned.
     Differentiable in `values` with respect to `queries` and to an `items` tensor (for an int8 table with respect to the
     queries as if they had not been quantised).
+
+    Every tensor may also be a NumPy array or an object with `__dlpack__` (JAX, CuPy, ...), which is not copied.
 
     Args:
         queries: (B, d), or (d,) for one query; float32, float16 or bfloat16.
@@ -60,9 +107,11 @@ def mips_topk(
             where updates may come in between, take ids and search from one `table.snapshot()`.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
+        progress: called with the rows that are done and all there are, after every 16 MB of a table that is streamed
+            from its file (`mmap=True`, without an int8 copy). Other searches do not call it.
 
     Returns:
-        `TopK(values, indices)`, each (B, k), or (k,) for one query.
+        `TopK(values, indices)`, each (B, k), or (k,) for one query. For queries of NumPy they are NumPy arrays.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -71,20 +120,23 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
+    asked, allowed = as_tensor("queries", queries), as_tensor("allow", allow)
+    search = _search if progress is None else partial(_search, progress=progress)
     if isinstance(items, ShardedItemTable):
-        values, indices = items.search(_search, queries, k, exclude, allow, backend)
+        values, indices = items.search(search, asked, k, exclude, allowed, backend)
     else:
-        values, indices, _ = _search(queries, items, k, exclude, allow, backend)
-    return TopK(values, indices) if out is None else _write(out, values, indices)
+        values, indices, _ = search(asked, items, k, exclude, allowed, backend)
+    top = TopK(values, indices) if out is None else _write(out, values, indices)
+    return TopKArrays(top.values.numpy(force=True), top.indices.numpy()) if isinstance(queries, np.ndarray) else top
 
 
 def count_rescored(
-    queries: torch.Tensor,
+    queries: Array,
     items: ItemTable,
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: torch.Tensor | None = None,
+    allow: Array | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """How many rows in full precision the same search by `mips_topk` reads for every query of a certified table.
@@ -107,7 +159,8 @@ def count_rescored(
         TypeError: an argument is of the wrong type.
         ValueError: as `mips_topk`, and for items without an int8 copy or a backend that does not use it.
     """
-    *_, rescored = _search(queries, items, k, exclude, allow, backend)
+    asked, allowed = as_tensor("queries", queries), as_tensor("allow", allow)
+    *_, rescored = _search(asked, items, k, exclude, allowed, backend)
     if rescored is None:
         raise ValueError(
             "items have no int8 copy that this backend uses; it takes an ItemTable made with coarse=torch.int8"
@@ -117,11 +170,12 @@ def count_rescored(
 
 def _search(
     queries: torch.Tensor,
-    items: "torch.Tensor | ItemTable",
+    items: "Array | ItemTable",
     k: int,
     exclude: Exclude | None,
     allow: torch.Tensor | None,
     backend: str | None,
+    progress: Progress | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Checks the arguments and searches: values, indices and, of a certified search, the rows it rescored."""
     check_tensor("queries", queries, FLOATS, (1, 2))
@@ -137,8 +191,8 @@ def _search(
         )
     if rows.device != queries.device and not _streams(queries, rows):
         raise ValueError(
-            f"queries are on {queries.device} and items on {rows.device}; both must be on one device, "
-            "or the queries on a GPU and the items in pinned host memory"
+            f"queries are on {queries.device} and items on {rows.device}; both must be on one device, as after "
+            f"queries.to({str(rows.device)!r}), or the queries on a GPU and the items in pinned host memory"
         )
     check_k(k)
     offsets, excluded = None, None
@@ -164,7 +218,7 @@ def _search(
         if version.mapping is None:
             results = op(queries_2d, rows, row_scale, ids, k, *filters)
         else:
-            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters)
+            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters, progress)
             ids = None  # the result holds them
     values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,12 @@ class Ranks:
     def agree(self, step: str, facts: Sequence[int] | Exception) -> list[list[int]]:
         """Everybody's numbers, (G, FACTS), or an exception where there is one on any rank."""
         return self.start_agreeing(step, facts)()
+
+    def together(self, step: str, run: Callable[[], T]) -> T:
+        """What a function returns, when it has returned on all ranks; if it raises on one, all raise."""
+        result = attempt(run)
+        self.agree(step, result if isinstance(result, Exception) else ())
+        return cast(T, result)  # or it would have been raised
 
     def check(self, step: str, failed: Sequence[int], error: Exception | None) -> None:
         """Raises on all ranks if one of them has failed; of that, all know."""

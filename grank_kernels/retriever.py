@@ -22,6 +22,7 @@ from torch import Tensor
 from grank_kernels.catalogue import Catalogue
 from grank_kernels.checks import check_offsets, check_operand, check_tensor
 from grank_kernels.data import Batch, Histories, Interactions
+from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.experiment import Experiment
 from grank_kernels.experiment import load as load_run
 from grank_kernels.mips_topk import TopK, mips_topk
@@ -67,10 +68,10 @@ class Serving:
         batch = Batch(items.to(self.table.device), feedback.to(self.table.device))
         return batch, self.model.user_vectors(batch)
 
-    def search(self, histories: Histories, users: Tensor, k1: int) -> TopK:
-        """The k1 rows of largest inner product, less those of the histories."""
+    def search(self, histories: Histories, users: Tensor, k1: int, shards: ShardedItemTable | None = None) -> TopK:
+        """The k1 rows of largest inner product, less those of the histories; in shards of the table if it has such."""
         seen = (histories.offsets.to(users.device), histories.items.to(users.device))
-        return mips_topk(users, self.table, k1, exclude=seen)
+        return mips_topk(users, self.table if shards is None else shards, k1, exclude=seen)
 
     def rank(self, batch: Batch, users: Tensor, found: TopK, k2: int) -> TopK:
         """The k2 best of them by the second stage, if the model has one."""
@@ -130,6 +131,9 @@ class Retriever:
         if not torch.equal(ids.sort().values, torch.arange(N, device=ids.device)):
             raise ValueError(f"catalogue has {N} items, and the table {len(ids)} rows; ids take 0 to {N - 1}")
 
+    def __repr__(self) -> str:
+        return f"Retriever({type(self._model).__name__} of {len(self.catalogue):_} items, {self.current.table!r})"
+
     # ---- serving ----
 
     @torch.inference_mode()
@@ -149,15 +153,11 @@ class Retriever:
             TypeError: an argument is of the wrong type.
             ValueError: a k below 1, k2 above k1, an id that the model does not know, histories that do not fit.
         """
-        for name, k in (("k1", k1), ("k2", k2)):
-            if not isinstance(k, int) or isinstance(k, bool):
-                raise TypeError(f"{name} must be an int, got {type(k).__name__}")
-            if k < 1:
-                raise ValueError(f"{name} must be 1 or more, got {k}")
+        check_at_least_1(k1=k1, k2=k2)
         if k2 > k1:
             raise ValueError(f"k2 must be at most k1, got {k2} of {k1}")
         if isinstance(histories, Histories):
-            _check_histories(histories, len(self.catalogue))
+            check_histories(histories, len(self.catalogue))
         else:
             histories = self.histories(histories)
         serving = self._serving  # once: a refresh replaces it
@@ -256,8 +256,13 @@ class Retriever:
             self.catalogue.save(new / _ITEMS)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "Retriever":
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", mmap: bool = False) -> "Retriever":
         """What `save` has written.
+
+        Args:
+            folder: that it has written.
+            device: where to serve.
+            mmap: leave the table's rows in the file, as `ItemTable.load` does; `refresh` then takes no vectors.
 
         Raises:
             FileNotFoundError: the folder or one of its files is not there.
@@ -271,7 +276,7 @@ class Retriever:
             model.load_state_dict(_tensors(folder / _WEIGHTS))
         except RuntimeError as error:
             raise ValueError(f"{folder / _WEIGHTS}: {error}") from None
-        table = ItemTable.load(folder / _TABLE)
+        table = ItemTable.load(folder / _TABLE, mmap=mmap)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
     @classmethod
@@ -298,7 +303,17 @@ class Retriever:
         return cls(model, catalogue, dtype=dtype, device=device, experiment=experiment)
 
 
-def _check_histories(histories: Histories, N: int) -> None:
+def check_at_least_1(**sizes: Any) -> None:
+    """That arguments are ints, 1 or more."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+
+
+def check_histories(histories: Histories, N: int) -> None:
+    """That they are histories of items numbered below N."""
     items, offsets = histories.items, histories.offsets
     check_tensor("histories.items", items, (torch.int64,), (1,))
     check_tensor("histories.offsets", offsets, (torch.int64,), (1,))
@@ -336,16 +351,17 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         yield beside
         for path in beside.iterdir():
             path.chmod(0o644)  # safetensors lets nobody else read
-            _to_disk(path)
-        _to_disk(beside)
+            to_disk(path)
+        to_disk(beside)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside)
         raise
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would be there after the system has failed."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

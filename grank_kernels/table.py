@@ -3,12 +3,13 @@
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from grank_kernels import table_file
+from grank_kernels.arrays import Array, as_tensor
 from grank_kernels.quantise import Coarse, basis_for, certify, quantise
 from grank_kernels.table_versions import Columns, Log, Version, empty, updated
 
@@ -24,6 +25,9 @@ class ItemTable:
     Searches may run in any number of threads while one or more update the table: a search that begins after `upsert` or
     `remove` has returned finds what they did, one that runs meanwhile finds all of it or nothing, and none waits. The
     order of the rows, which matters to `allow` alone, is that of `ids`; updates change it, `snapshot` keeps it.
+
+    Rows and ids may also be NumPy arrays, or objects with `__dlpack__`. A table is copied and pickled by its rows; one
+    that is memory-mapped cannot be pickled, since only its path would be worth sending.
     """
 
     def __init__(self, version: Version):
@@ -37,9 +41,9 @@ class ItemTable:
     @classmethod
     def from_rows(
         cls,
-        rows: torch.Tensor,
+        rows: Array,
         *,
-        ids: torch.Tensor | None = None,
+        ids: Array | None = None,
         dtype: torch.dtype | None = None,
         coarse: torch.dtype | None = None,
     ) -> "ItemTable":
@@ -59,11 +63,11 @@ class ItemTable:
             ValueError: a dtype or shape that does not fit, ids that repeat or are negative, rows that int8 or the
                 narrower dtype cannot hold (NaN and infinities for int8).
         """
-        dtype = _check_rows(rows, dtype)
+        rows, dtype = _checked_rows(rows, dtype)
         if coarse not in (None, torch.int8) or (coarse is not None and dtype == torch.int8):
             raise ValueError(f"coarse is {coarse} beside {dtype} rows; it takes None, or torch.int8 beside float rows")
         if ids is not None:
-            _check_ids(ids, rows.shape[:1], rows.device)
+            ids = _checked_ids(ids, rows.shape[:1], rows.device)
         columns, basis = _converted(rows, ids, dtype), None
         if coarse is not None:
             basis = basis_for(columns.rows)
@@ -114,14 +118,19 @@ class ItemTable:
         columns, basis, mapping = table_file.read(path, mmap, verify, part)
         if columns.ids is not None and mapping is None:
             try:
-                _check_ids(columns.ids, None, columns.ids.device)
+                _checked_ids(columns.ids, None, columns.ids.device)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)} is malformed: {error}") from None
         return cls(Version(columns, len(columns.rows), basis, mapping=mapping))
 
     @staticmethod
     def write(
-        path: str | os.PathLike[str], parts: Iterable[torch.Tensor], *, num_rows: int, dtype: torch.dtype | None = None
+        path: str | os.PathLike[str],
+        parts: Iterable[Array],
+        *,
+        num_rows: int,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
         """Writes a table of rows that come in parts and need not fit into memory; their positions are the ids.
 
@@ -130,6 +139,7 @@ class ItemTable:
             parts: tensors (n, d), as `from_rows` takes them.
             num_rows: of all parts.
             dtype: as for `from_rows`; None keeps that of the first part.
+            progress: called after every part with the rows that are written, and `num_rows`.
 
         Raises:
             OSError: the file cannot be written; what was at `path` is still there.
@@ -142,11 +152,11 @@ class ItemTable:
         if first is None:
             raise ValueError("parts has none; it takes at least one tensor (n, d), which may have n = 0")
         shapes = first.map(lambda x: x.new_empty((num_rows, *x.shape[1:]), device="meta"))
-        table_file.write(path, shapes, itertools.chain([first], converted))
+        table_file.write(path, shapes, _reported(itertools.chain([first], converted), num_rows, progress))
 
     # ---- updates ----
 
-    def upsert(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    def upsert(self, ids: Array, rows: Array) -> None:
         """Puts rows into the table, in place of those of the same ids where there are such.
 
         Amortised, the cost is proportional to the rows that are given; the first update of a table copies it, since it
@@ -162,12 +172,12 @@ class ItemTable:
             MemoryError: there is no room for the rows; nothing is changed.
         """
         self._check_updatable()
-        _check_rows(rows, self.dtype)
+        rows, _ = _checked_rows(rows, self.dtype)
         if rows.shape[1] != self.dim or rows.device != self.device:
             raise ValueError(
                 f"rows have shape {tuple(rows.shape)} on {rows.device}; they take (n, {self.dim}) on {self.device}"
             )
-        _check_ids(ids, rows.shape[:1], rows.device)
+        ids = _checked_ids(ids, rows.shape[:1], rows.device)
         if not len(ids):
             return
         added = _converted(rows, ids, self.dtype)
@@ -177,7 +187,7 @@ class ItemTable:
             old = self._version.find(ids)
             self._update(added, gone=old[old < self._version.size])
 
-    def remove(self, ids: torch.Tensor) -> None:
+    def remove(self, ids: Array) -> None:
         """Takes rows out of the table.
 
         Args:
@@ -190,7 +200,7 @@ class ItemTable:
             MemoryError: there is no room to work in; nothing is changed.
         """
         self._check_updatable()
-        _check_ids(ids, None, self.device)
+        ids = _checked_ids(ids, None, self.device)
         if not len(ids):
             return
         with self._writing:
@@ -247,7 +257,7 @@ class ItemTable:
         version = self._version
         return version.ids() if version.alive is None else version.ids()[version.alive]
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def rows(self, ids: Array) -> torch.Tensor:
         """The rows of some ids, as they are searched.
 
         Args:
@@ -260,10 +270,9 @@ class ItemTable:
             TypeError: ids is no tensor.
             ValueError: ids are not int64, or one is not in the table.
         """
-        if not isinstance(ids, torch.Tensor):
-            raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
+        ids = _tensor("ids", ids)
         if ids.dtype != torch.int64:
-            raise ValueError(f"ids are {ids.dtype}; they take torch.int64")
+            raise ValueError(f"ids are {ids.dtype}; they take torch.int64: ids.to(torch.int64) converts")
         version = self._version
         positions = _known(version, ids)
         rows, row_scale, *_ = version.columns
@@ -275,7 +284,8 @@ class ItemTable:
         name = str(self.dtype).removeprefix("torch.")
         coarse = "" if self._version.coarse is None else " + int8"
         where = self.device if self._version.mapping is None else "memory-mapped"
-        return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {where})"
+        number = f", version {self.version}" if self.version else ""
+        return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {where}{number})"
 
     # ---- what the ops read ----
 
@@ -299,8 +309,15 @@ class ItemTable:
         """The table in page-locked host memory, from where queries on a GPU search it chunk by chunk; needs a GPU."""
         return ItemTable(self._version.moved(torch.Tensor.pin_memory))
 
+    def __deepcopy__(self, memo: Any) -> "ItemTable":
+        return self.snapshot() if self._version.mapping is not None else ItemTable(self._version.moved(torch.clone))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return ItemTable, (self._version.moved(torch.Tensor.clone),)  # the rows alone, in memory
+        if self._version.mapping is not None:
+            raise TypeError(
+                "a memory-mapped ItemTable cannot be pickled: send its path, and load it there with mmap=True"
+            )
+        return ItemTable, (self._version.moved(torch.clone),)  # the rows alone
 
 
 def _known(version: Version, ids: torch.Tensor) -> torch.Tensor:
@@ -338,14 +355,23 @@ def _with_coarse(columns: Columns, basis: torch.Tensor | None) -> Columns:
     return columns._replace(coarse_rows=numbers, coarse_scale=scale, coarse_error=error)
 
 
-def _converted_parts(parts: Iterable[torch.Tensor], dtype: torch.dtype | None) -> Iterator[Columns]:
+def _converted_parts(parts: Iterable[Array], dtype: torch.dtype | None) -> Iterator[Columns]:
     width = None
-    for rows in parts:
-        dtype = _check_rows(rows, dtype)
+    for part in parts:
+        rows, dtype = _checked_rows(part, dtype)
         width = rows.shape[1] if width is None else width
         if rows.shape[1] != width:
             raise ValueError(f"parts: rows have shape {tuple(rows.shape)}; the first part's have width {width}")
         yield _converted(rows, None, dtype)
+
+
+def _reported(parts: Iterable[Columns], total: int, progress: Callable[[int, int], object]) -> Iterator[Columns]:
+    """The same parts; of each it is told when it has been taken, and the next one is asked for."""
+    done = 0
+    for part in parts:
+        yield part
+        done += len(part.rows)
+        progress(done, total)
 
 
 def _parts(rows: torch.Tensor) -> Iterator[slice]:
@@ -361,24 +387,30 @@ def _megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.3g} GB"
 
 
-def _check_rows(rows: Any, dtype: torch.dtype | None) -> torch.dtype:
+def _tensor(name: str, x: Any) -> torch.Tensor:
+    x = as_tensor(name, x)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def _checked_rows(rows: object, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
     """Rows, and the precision they are to be kept in."""
-    if not isinstance(rows, torch.Tensor):
-        raise TypeError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
+    rows = _tensor("rows", rows)
     if rows.dim() != 2 or rows.dtype not in _FLOATS:
         raise ValueError(
             f"rows are {rows.dtype} of shape {tuple(rows.shape)}; they take (N, d) float32, float16 or bfloat16"
+            + ("" if rows.dtype in _FLOATS else ": rows.to(torch.float32) converts")
         )
     dtype = rows.dtype if dtype is None else dtype
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; it takes one of {', '.join(map(str, _DTYPES))}")
-    return dtype
+    return rows, dtype
 
 
-def _check_ids(ids: Any, shape: tuple[int, ...] | None, device: torch.device) -> None:
+def _checked_ids(ids: object, shape: tuple[int, ...] | None, device: torch.device) -> torch.Tensor:
     """Ids of rows, one a row, or as many as there are if shape is None."""
-    if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"ids must be a torch.Tensor, got {type(ids).__name__}")
+    ids = _tensor("ids", ids)
     if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != (ids.shape if shape is None else shape):
         takes = "int64 (n,)" if shape is None else f"int64 {tuple(shape)}, one a row"
         raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; they take {takes}")
@@ -390,3 +422,4 @@ def _check_ids(ids: Any, shape: tuple[int, ...] | None, device: torch.device) ->
         raise ValueError(f"ids must be unique; {int(repeated[0])} stands there more than once")
     if len(by_id) and int(by_id[0]) < 0:
         raise ValueError(f"ids must not be negative, got {int(by_id[0])}; -1 marks a place where nothing was found")
+    return ids

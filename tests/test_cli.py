@@ -148,6 +148,9 @@ def test_errors_are_one_line_and_status_1(
     [
         ("retrieve", "RUN"),
         ("retrieve", "RUN", "--user", "1", "--history", "1"),
+        ("retrieve", "RUN", "--user", "1", "--all-users", "--out", "nowhere"),
+        ("retrieve", "RUN", "--all-users"),
+        ("retrieve", "RUN", "--user", "1", "--out", "nowhere"),
         ("retrieve", "RUN", "--user", "1", "--k1", "0"),
         ("retrieve", "RUN", "--user", "1", "--k1", "5", "--k2", "6"),
         ("retrieve", "RUN", "--user", "103", "--dtype", "int4"),

@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+import sys
 
 import torch
 from oracle import isas, run_python
@@ -49,6 +50,34 @@ def test_import_does_not_touch_cuda_nor_threads() -> None:
         "print(text)"
     )
     assert done.returncode == 0, done.stderr
+    assert "backend cpu: can run" in done.stdout
+
+
+SEARCH = """
+import sys, torch
+of_torch = set(sys.modules)
+import grank_kernels as gk
+rows = torch.randn(20, 8)
+tables = [gk.ItemTable.from_rows(rows, **more) for more in ({}, {"dtype": torch.int8}, {"coarse": torch.int8})]
+for items in (rows, rows.numpy(), *tables):
+    assert gk.mips_topk(rows, items, 3).indices.shape == (20, 3)
+print(*{name.split(".")[0] for name in set(sys.modules) - of_torch})
+"""
+
+
+def test_import_and_search_load_little_and_warn_of_nothing() -> None:
+    """No package but this one and its two small dependencies; `run_python` makes errors of warnings."""
+    done = run_python(SEARCH)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    loaded = {name for name in done.stdout.split() if name not in sys.stdlib_module_names}
+    assert loaded <= {"grank_kernels", "xxhash", "numpy"}, loaded
+
+
+def test_the_package_as_a_program_says_what_can_run() -> None:
+    done = run_python("import runpy; runpy.run_module('grank_kernels', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"grank_kernels {gk.__version__}\n")
     assert "backend cpu: can run" in done.stdout
 
 

@@ -142,6 +142,10 @@ def test_size_and_text(kind: str, nbytes: int) -> None:
     with_ids = ItemTable.from_rows(torch.randn(64, 16), dtype=dtype_of(kind), ids=torch.arange(64))
     assert with_ids.nbytes == nbytes + 512
     assert repr(with_ids).endswith(" MB, ids, cpu)")
+    with_ids.remove(torch.arange(3))
+    with_ids.remove(torch.arange(3, 5))
+    assert repr(with_ids).startswith("ItemTable(59 x 16")
+    assert repr(with_ids).endswith(" MB, ids, cpu, version 2)")
 
 
 def test_to() -> None:
@@ -219,7 +223,7 @@ ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (TypeError, "ids must be a torch.Tensor, got list", ROWS, {"ids": [1, 2, 3, 4]}),
     (ValueError, r"rows are torch.float32 of shape \(3,\); they take \(N, d\)", ROWS[0], {}),
     (ValueError, r"rows are torch.float32 of shape \(1, 4, 3\)", ROWS[None], {}),
-    (ValueError, "rows are torch.float64", ROWS.double(), {}),
+    (ValueError, r"rows are torch.float64 .*: rows.to\(torch.float32\) converts", ROWS.double(), {}),
     (ValueError, "rows are torch.int8", ROWS.to(torch.int8), {}),
     (ValueError, "dtype is torch.float64; it takes one of torch.float32", ROWS, {"dtype": torch.float64}),
     (ValueError, "dtype is int8; it takes one of", ROWS, {"dtype": "int8"}),

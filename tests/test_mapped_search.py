@@ -52,6 +52,16 @@ def test_same_as_in_memory(kind: str, with_ids: bool, backend: str, tmp_path: Pa
     assert gk.mips_topk(queries[:0], mapped, 9).values.shape == (0, 9)
 
 
+@pytest.mark.usefixtures("short_parts")
+def test_progress(tmp_path: Path) -> None:
+    table, seen = gk.ItemTable.from_rows(torch.randn(701, 6)), []
+    queries = torch.randn(2, 6)
+    step = 2000 // (4 * 6)
+    top = gk.mips_topk(queries, on_disk(table, tmp_path), 9, progress=lambda *counts: seen.append(counts))
+    assert seen == [(min(701, done), 701) for done in range(step, 701 + step, step)]
+    assert_same(top, gk.mips_topk(queries, table, 9, progress=lambda *counts: pytest.fail("it is in memory")))
+
+
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 60), d=st.integers(0, 9), k=st.integers(1, 70), part=st.integers(1, 400),

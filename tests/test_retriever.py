@@ -120,6 +120,10 @@ def test_users_without_a_history_and_no_users(name: str) -> None:
     assert retriever.retrieve([], 10, 5).ids.shape == (0, 5)
 
 
+def test_text() -> None:
+    assert repr(retriever_of("grank")) == f"Retriever(GRank of {N} items, ItemTable({N} x 16 float32, 0.00384 MB, cpu))"
+
+
 def test_ids_may_be_integers() -> None:
     ids = np.arange(N)[::-1] * 1000
     retriever = Retriever(build("sasrec"), Catalogue(ids))
@@ -232,11 +236,14 @@ def test_what_is_saved_answers_the_same(name: str, dtype: torch.dtype, tmp_path:
     retriever = retriever_of(name, experiment=experiment_of(name), dtype=dtype)
     retriever.refresh([IDS[7]], torch.randn(1, 16))
     retriever.save(tmp_path / "saved")
-    loaded = Retriever.load(tmp_path / "saved")
+    loaded, mapped = (Retriever.load(tmp_path / "saved", mmap=mmap) for mmap in (False, True))
     histories = retriever.histories([names(own) for own in HISTORIES], FEEDBACK)
-    one, other = (own.retrieve(histories, 20, 10) for own in (retriever, loaded))
-    assert torch.equal(one.scores, other.scores)
-    assert (one.ids == other.ids).all()
+    one, *others = (own.retrieve(histories, 20, 10) for own in (retriever, loaded, mapped))
+    for other in others:
+        assert torch.equal(one.scores, other.scores)
+        assert (one.ids == other.ids).all()
+    with pytest.raises(ValueError, match="memory-mapped table takes no updates"):
+        mapped.refresh([IDS[7]], torch.randn(1, 16))
     assert loaded.experiment == retriever.experiment
     assert loaded.current.table.dtype == dtype
     assert loaded.catalogue.titles == retriever.catalogue.titles

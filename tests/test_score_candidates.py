@@ -354,7 +354,7 @@ ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
      {"candidate_ids": torch.tensor([[1, 20]])}),
     ("id not in the table", ValueError, "candidate_ids: 7 is not in the table",
      {"candidate_ids": torch.tensor([[2, 7]]), "items": TABLE}),
-    ("items array", TypeError, "items must be a torch.Tensor or an ItemTable, got ndarray",
+    ("items array", TypeError, "items must be a torch.Tensor or an ItemTable, got list",
      {"items": torch.ones(20, 8).numpy()}),
     ("items int8", ValueError, "items are torch.int8 without scales", {"items": torch.ones(20, 8, dtype=torch.int8)}),
     ("items 1-d", ValueError, r"items have shape \(8,\); they take 2 dimensions", {"items": torch.ones(8)}),

@@ -1,7 +1,9 @@
 """Files of tables: what was saved is loaded, anything else is refused, and whatever fails, no table is lost."""
 
+import copy
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -489,6 +491,10 @@ def test_a_mapped_table(tmp_path: Path) -> None:
     for update in (lambda: mapped.upsert(one, torch.ones(1, 8)), lambda: mapped.remove(one)):
         with pytest.raises(ValueError, match="a memory-mapped table takes no updates; load it with mmap=False"):
             update()
+    with pytest.raises(TypeError, match="a memory-mapped ItemTable cannot be pickled: send its path"):
+        pickle.dumps(mapped)
+    queries = torch.randn(2, 8)
+    assert_same(gk.mips_topk(queries, copy.deepcopy(mapped), 9), gk.mips_topk(queries, table, 9))
     mapped.save(tmp_path / "table")  # onto itself
     assert_equal_tables(gk.ItemTable.load(tmp_path / "table"), table)
 

@@ -182,6 +182,20 @@ def test_a_snapshot_that_is_updated_goes_its_own_way() -> None:
     assert (len(fork), len(table), fork.version, table.version) == (10, 9, 2, 3)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("options", [{}, {"ids": torch.arange(50) * 7}, {"dtype": torch.int8}, {"coarse": torch.int8}])
+def test_copies_answer_the_same_and_go_their_own_way(options: dict[str, Any], copied: Any) -> None:
+    table, queries = gk.ItemTable.from_rows(torch.randn(50, 8), **options), torch.randn(3, 8)
+    table.upsert(torch.tensor([7, 1000]), torch.randn(2, 8))
+    table.remove(torch.tensor([0, 14]))
+    twin, before = copied(table), gk.mips_topk(queries, table, 60)
+    assert_same(gk.mips_topk(queries, twin, 60), before)
+    assert (len(twin), twin.version, twin.dtype) == (len(table), 2, table.dtype)
+    twin.upsert(torch.tensor([7]), queries[:1] * 10)
+    assert gk.mips_topk(queries[0], twin, 1).indices.item() == 7
+    assert_same(gk.mips_topk(queries, table, 60), before)
+
+
 def test_copies_hold_the_rows_alone() -> None:
     model = Model(torch.randn(1500, 4), None, "float16", torch.int8)
     model.upsert(list(range(1000)))

@@ -7,7 +7,7 @@ from grank_kernels.data.histories import Batch, Histories
 from grank_kernels.data.interactions import BEHAVIOURS, Interactions
 from grank_kernels.data.movielens import read_movielens_1m, read_movielens_20m, read_movielens_100k
 from grank_kernels.data.shops import read_amazon, read_user_behavior
-from grank_kernels.data.splits import Cases, Split, half_and_half, leave_one_out
+from grank_kernels.data.splits import Cases, Split, all_histories, half_and_half, leave_one_out
 
 __all__ = [
     "BEHAVIOURS",
@@ -19,6 +19,7 @@ __all__ = [
     "Interactions",
     "Split",
     "TrainingWindows",
+    "all_histories",
     "half_and_half",
     "leave_one_out",
     "read",

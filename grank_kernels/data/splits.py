@@ -59,7 +59,7 @@ def leave_one_out(interactions: Interactions, *, positive: float = 4.0) -> Split
         positive: the least rating that is positive feedback; all of it is where there are no ratings. Without effect
             on what is held out.
     """
-    all_rows = _histories(interactions, positive)
+    all_rows = all_histories(interactions, positive)
     lengths = all_rows.offsets.diff()
     asked = lengths >= 3
     users = asked.nonzero().squeeze(1)
@@ -99,7 +99,7 @@ def half_and_half(
     Raises:
         ValueError: fewer users than are to be held out.
     """
-    events = _histories(interactions, positive)
+    events = all_histories(interactions, positive)
     kept = events.feedback.nonzero().squeeze(1)
     counts = torch.zeros(len(events), dtype=torch.int64).index_add_(0, events.users[kept], torch.ones_like(kept))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -122,7 +122,8 @@ def half_and_half(
     return Split(interactions.num_items, events.select(parts[2].sort().values), cases(parts[0]), cases(parts[1]))
 
 
-def _histories(interactions: Interactions, positive: float) -> Histories:
+def all_histories(interactions: Interactions, positive: float) -> Histories:
+    """Of every user all rows, liked from the rating `positive` on; all of them where there are no ratings."""
     liked = torch.ones(len(interactions), dtype=torch.bool)
     if not interactions.implicit:
         liked = interactions.ratings >= positive
