@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark sizes")
     group.addoption("--bench-n", type=int, default=1_000_000, help="rows of the item table (default: %(default)s)")
     group.addoption("--bench-d", type=int, default=64, help="embedding width (default: %(default)s)")
+    group.addoption("--bench-run", type=Path, help="folder of a run of GRank, whose vectors are searched too")
     group.addoption("--bench-gpu-n", type=int, default=10_000_000, help="rows on a GPU (default: %(default)s)")
     group.addoption("--bench-gpu-d", type=int, default=128, help="embedding width on a GPU (default: %(default)s)")
 

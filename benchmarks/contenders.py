@@ -67,10 +67,11 @@ def scann_builder(items: torch.Tensor, k: int) -> Any:
 
 
 def scann_search(searcher: Any, queries: torch.Tensor, k: int, **options: int) -> Any:
-    """One query is answered by one thread, several by all of them."""
+    """One query is answered by one thread, several by all of them; -1 where fewer than k are found."""
     if len(queries) == 1:
         return searcher.search(queries[0].numpy(), final_num_neighbors=k, **options)[0][None]
-    return searcher.search_batched_parallel(queries.numpy(), final_num_neighbors=k, **options)[0]
+    found, scores = searcher.search_batched_parallel(queries.numpy(), final_num_neighbors=k, **options)
+    return np.where(np.isnan(scores), -1, found.astype(np.int64))
 
 
 def scann_brute_force(items: torch.Tensor) -> Search:

@@ -34,6 +34,10 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{self.device} {self.N} x {self.d} B={self.B} k={self.k}"
 
+    def id(self) -> str:
+        """For `pytest -k`."""
+        return f"{self.device}-N{self.N}-d{self.d}-B{self.B}-k{self.k}"
+
 
 def cases(device: str, N: int, d: int) -> list[tuple[Case, bool]]:
     """Every case, those over the same rows side by side, and whether only the contenders of the axes take part."""
@@ -50,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         ("case", "name", "turn"),
         [
-            pytest.param(case, name, turn, id=f"{case}-{name}-{turn}".replace(" ", "-"))
+            pytest.param(case, name, turn, id=f"{case.id()}-{name}-{turn}")
             for case, axis in found
             for turn in TURNS
             for name, contender in CONTENDERS[case.device].items()
