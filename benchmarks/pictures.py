@@ -1,7 +1,6 @@
 """The pictures of a benchmark run. The same run gives the same files, byte for byte."""
 
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def roofline(path: Path, run: Run) -> None:
     for panel, (group, dtypes) in zip(panels, ROW_GROUPS.items(), strict=True):
         some = [case for case in cases if case["dtype"] in dtypes]
         _roofs(panel, read, {t: multiply[t] for t in multiply if t in ("float32", *dtypes)})
-        for name, points in _by_contender(some):
+        for name, points in _by_contender(some).items():
             x = [case["operations"] / case["bytes"] for case in points]
             y = [case["operations"] / case["median"] / 1e9 for case in points]
             line = "-" if points[0]["op"] == "mips_topk" else ""
@@ -80,12 +79,14 @@ def roofline(path: Path, run: Run) -> None:
 def _roofs(panel: Any, read: dict[str, float], multiply: dict[str, float]) -> None:
     """Slopes: bytes a second, from memory and from caches. Levels: what torch's matrix product reaches."""
     panel.set(xscale="log", yscale="log", xlim=(0.3, 3000), ylim=(0.5, 10_000))
-    for name, rate in list(read.items())[-3:]:
-        panel.plot([0.3, 3000], [0.3 * rate, 3000 * rate], color="#9aa3ad", linewidth=0.8)
-        panel.text(0.33, 0.36 * rate, f"{name}: {rate:.0f} GB/s", fontsize=6, rotation=38, color="#606870")
+    for name in (list(read)[0], list(read)[-1]):
+        panel.plot([0.3, 3000], [0.3 * read[name], 3000 * read[name]], color="#9aa3ad", linewidth=0.8)
+        edge = 9000 / read[name]  # where the slope leaves the panel
+        text = f"read {name}: {read[name]:.0f} GB/s "
+        panel.text(edge, 9000, text, fontsize=6, rotation=90, ha="right", va="top", color="#606870")
     for name, rate in multiply.items():
         panel.axhline(rate, color="#9aa3ad", linewidth=0.8, linestyle="--")
-        panel.text(0.33, rate * 1.06, f"matmul {name}: {rate:.0f}", fontsize=6, color="#606870")
+        panel.text(0.33, rate * 1.06, f"matmul {name}: {rate:.0f} Gop/s", fontsize=6, color="#606870")
 
 
 def recall_curves(path: Path, run: Run) -> None:
@@ -99,7 +100,7 @@ def recall_curves(path: Path, run: Run) -> None:
     for row, vectors in zip(panels, sets, strict=True):
         for panel, B in zip(row, batches, strict=True):
             some = [case for case in cases if case["vectors"] == vectors and case["B"] == B]
-            for name, points in _by_contender(some):
+            for name, points in _by_contender(some).items():
                 x, y = [case["recall"] for case in points], [case["queries"] / case["median"] for case in points]
                 panel.plot(x, y, linestyle="-", linewidth=1, label=name, **names[name])
             panel.set(yscale="log", xlim=(min(0.5, *(c["recall"] for c in some)) - 0.02, 1.02))
@@ -120,20 +121,25 @@ def axes(path: Path, run: Run) -> None:
     for panel, axis in zip(panels, fixed, strict=True):
         others = {name: value for name, value in fixed.items() if name != axis}
         some = [case for case in cases if all(case[name] == value for name, value in others.items())]
-        for name, points in _by_contender(some):
+        for name, points in _by_contender(some).items():
             points.sort(key=lambda case: case[axis])
             x, y = [case[axis] for case in points], [case["median"] * 1e3 for case in points]
-            panel.plot(x, y, linestyle="-", linewidth=1, label=name, **names[name])
+            if len(x) > 1:
+                panel.plot(x, y, linestyle="-", linewidth=1, label=name, **names[name])
         panel.set(xscale="log", yscale="log", xlabel=axis)
+        panel.set_xticks(ticks := sorted({case[axis] for case in some}), [f"{tick:_}" for tick in ticks], fontsize=7)
+        panel.minorticks_off()
         panel.set_title(", ".join(f"{name} = {value:_}" for name, value in others.items()), fontsize=8)
     panels[0].set_ylabel("ms a call")
     _finish(figure, panels, f"Time of a search, {where(run, cases[0])}: measured")
     save(figure, path)
 
 
-def _by_contender(cases: list[Case]) -> Iterator[tuple[str, list[Case]]]:
-    for name, group in groupby(sorted(cases, key=lambda case: case["contender"]), lambda case: case["contender"]):
-        yield name, list(group)
+def _by_contender(cases: list[Case]) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case["contender"], []).append(case)
+    return found
 
 
 def styles(cases: Iterable[Case]) -> Styles:

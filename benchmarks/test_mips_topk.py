@@ -32,7 +32,7 @@ class Case(NamedTuple):
     k: int = 100
 
     def __str__(self) -> str:
-        return f"{self.device} {self.N} x {self.d} B={self.B} k={self.k}"
+        return f"{self.device} {self.N:_} x {self.d} B={self.B} k={self.k}"
 
     def id(self) -> str:
         """For `pytest -k`."""
