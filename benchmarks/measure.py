@@ -4,19 +4,36 @@ Contenders take turns: within a case each is timed `TURNS` times in a few rounds
 whatever else the machine does falls on all of them. A report puts the rounds of a case's turns together.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from benchmarks import limits
 from grank_kernels.backends import cpu
 
+T = TypeVar("T")
 TURNS = range(3)
 SECONDS_A_TURN = 0.3
 MB = 1e6
+
+
+class Latest(Generic[T]):
+    """Makes things by key and keeps only the latest, which is let go before the next is made: each may be gigabytes."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self.make = make
+        self.kept: tuple[tuple[Any, ...], T] | None = None
+
+    def __call__(self, *key: Any) -> T:
+        if self.kept is None or self.kept[0] != key:
+            self.kept = None
+            gc.collect()
+            self.kept = key, self.make(*key)
+        return self.kept[1]
 
 
 def available_bytes() -> int:

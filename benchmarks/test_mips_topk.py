@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import limits
 from benchmarks.contenders import CONTENDERS, Search
-from benchmarks.measure import TURNS, available_bytes, measure
+from benchmarks.measure import TURNS, Latest, available_bytes, measure
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
 
@@ -102,8 +102,8 @@ class Problem:
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[str, int, int], Problem]:
-    """One at a time: the next frees the one before, and its contenders' copies."""
-    return lru_cache(maxsize=1)(Problem)
+    """One at a time, with its contenders' copies."""
+    return Latest(Problem)
 
 
 def test_mips_topk(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import CONTENDERS, THREADS, Search, peer, scann_builder, scann_search
-from benchmarks.measure import TURNS, measure
+from benchmarks.measure import TURNS, Latest, measure
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
 from grank_kernels.indexes import FaissIVFPQ
 
@@ -124,10 +124,10 @@ class Comparison:
 
 @pytest.fixture(scope="session")
 def comparisons(request: pytest.FixtureRequest) -> Callable[[str], Comparison]:
-    """One at a time: the next frees the one before, and all indexes over it."""
+    """One at a time, with all indexes over it."""
     option = request.config.getoption
     known = all_vectors(min(100_000, option("--bench-n")), option("--bench-d"), option("--bench-run"))
-    return lru_cache(maxsize=1)(lambda source: Comparison(known[source]()))
+    return Latest(lambda source: Comparison(known[source]()))
 
 
 def test_recall(
