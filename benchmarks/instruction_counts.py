@@ -55,7 +55,7 @@ class Budget(NamedTuple):
         return faults
 
 
-class Uncountable(Exception):
+class UncountableError(Exception):
     """Instructions cannot be counted here, and why."""
 
 
@@ -64,9 +64,9 @@ class Counter:
 
     def __init__(self) -> None:
         if platform.system() != "Linux" or platform.machine() != "x86_64":
-            raise Uncountable(f"needs Linux on x86-64, this is {platform.system()} on {platform.machine()}")
+            raise UncountableError(f"needs Linux on x86-64, this is {platform.system()} on {platform.machine()}")
         if shutil.which("g++") is None:
-            raise Uncountable("needs g++ to compile tests/csrc/instruction_counter.cpp")
+            raise UncountableError("needs g++ to compile tests/csrc/instruction_counter.cpp")
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "counter.so"
             command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
@@ -79,7 +79,7 @@ class Counter:
         """Instructions of `function(*arguments)` that stand in a library of that path."""
         count = self._count(os.fsencode(library), function, arguments)
         if count == -2:
-            raise Uncountable("the processor's trap flag stops nothing here")
+            raise UncountableError("the processor's trap flag stops nothing here")
         if count < 0:
             raise RuntimeError(f"{library} is not loaded" if count == -1 else f"{function} raised")
         return int(count)
@@ -120,7 +120,7 @@ def count(isa: str) -> dict[str, int]:
     """The same in a new process under an instruction set, which is chosen once a process.
 
     Raises:
-        Uncountable: nothing can be counted on this machine.
+        UncountableError: nothing can be counted on this machine.
         RuntimeError: the process failed otherwise.
     """
     command = [sys.executable, "-m", "benchmarks.instruction_counts", "--here"]
@@ -130,7 +130,7 @@ def count(isa: str) -> dict[str, int]:
         raise RuntimeError(done.stderr)
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
-        raise Uncountable(answer)
+        raise UncountableError(answer)
     return dict(answer)
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     if options.here:
         try:
             print(json.dumps(count_here()))
-        except Uncountable as reason:
+        except UncountableError as reason:
             print(json.dumps(str(reason)))
         return
     counts: Counts = {}

@@ -79,7 +79,7 @@ def roofline(path: Path, run: Run) -> None:
 def _roofs(panel: Any, read: dict[str, float], multiply: dict[str, float]) -> None:
     """Slopes: bytes a second, from memory and from caches. Levels: what torch's matrix product reaches."""
     panel.set(xscale="log", yscale="log", xlim=(0.3, 3000), ylim=(0.5, 10_000))
-    for name in (list(read)[0], list(read)[-1]):
+    for name in (min(read, key=read.__getitem__), max(read, key=read.__getitem__)):
         panel.plot([0.3, 3000], [0.3 * read[name], 3000 * read[name]], color="#9aa3ad", linewidth=0.8)
         edge = 9000 / read[name]  # where the slope leaves the panel
         text = f"read {name}: {read[name]:.0f} GB/s "

@@ -137,8 +137,7 @@ def ranker_tables(run: Run) -> str:
     """A table an op: milliseconds a call and the memory it took, contender by contender."""
     cases = run.of("score_candidates", "candidate_cross_attention")
     tables = [
-        "Milliseconds a call, median, and MB of memory beyond the inputs, both measured: "
-        f"{measured_on(run, cases[0])}."
+        f"Milliseconds a call, median, and MB of memory beyond the inputs, both measured: {measured_on(run, cases[0])}."
     ]
     for op in dict.fromkeys(case["op"] for case in cases):
         found = {(case["contender"], case["case"]): case for case in cases if case["op"] == op}
@@ -245,6 +244,8 @@ def main() -> None:
     if options.readme:
         for stem in ("mips_topk", "ranker"):
             section, ops = SECTIONS[stem]
+            if not run.of(*ops):
+                continue
             text = section(run)
             if stem == "mips_topk" and options.svg:
                 link = os.path.relpath(options.svg, options.readme.parent)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import instruction_counts
-from benchmarks.instruction_counts import Budget, Counter, Uncountable
+from benchmarks.instruction_counts import Budget, Counter, UncountableError
 from grank_kernels.backends import cpu
 
 ISAS = instruction_counts.instruction_sets() if cpu.unavailable() is None else []
@@ -24,7 +24,7 @@ extern "C" void spin(long n) {
 def counted(isa: str) -> dict[str, int]:
     try:
         return instruction_counts.count(isa)
-    except Uncountable as reason:
+    except UncountableError as reason:
         pytest.skip(f"instructions cannot be counted here: {reason}")
 
 
@@ -45,7 +45,7 @@ def test_the_counter_counts_a_known_loop(tmp_path: Path) -> None:
     try:
         counter = Counter()
         short, long = (counter(str(library), spin, turns) for turns in (100, 350))
-    except Uncountable as reason:
+    except UncountableError as reason:
         pytest.skip(f"instructions cannot be counted here: {reason}")
     assert long - short == 2 * 250
     assert 200 < short < 220
