@@ -27,6 +27,7 @@ MARGIN = 0.05
 SECONDS_A_TURN = 0.1
 TURNS = 3  # of each build at a call, in a round
 RESAMPLES = 5000
+MIN_ROUNDS = 6  # the least whose extremes enclose the true median with 95 % probability: 1 - 2 / 2^6
 Times = dict[str, list[float]]  # by call, one a round
 
 
@@ -186,8 +187,8 @@ def main() -> int:
         return 0
     if options.commit is None:
         parser.error("name the commit to compare with")
-    if options.rounds < 3:
-        parser.error(f"--rounds must be at least 3, got {options.rounds}")
+    if options.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {options.rounds}")
     found = compare(options.commit, options.rounds, options.only)
     if not found:
         parser.error(f"no call with {options.only!r} in its name that both commits have")
