@@ -7,11 +7,13 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 TEST_ARGS = -n 2
 BENCH_ARGS =
+BENCH_OUT = build/benchmarks
+REF = HEAD
 BUILD_TOOLS = pip setuptools wheel cmake ninja pybind11
 LINT_TOOLS = ruff mypy clang-format
 CPP_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help venv demo test lint docs format sanitize bench wheel clean distclean
+.PHONY: help venv demo test lint docs format sanitize bench bench-compare wheel clean distclean
 
 help:
 	@echo 'make demo       install, train a first model on MovieLens-100K, recommend with it, time the search'
@@ -19,7 +21,8 @@ help:
 	@echo 'make lint       ruff, mypy --strict, clang-format: report only'
 	@echo 'make format     ruff and clang-format: rewrite the files'
 	@echo 'make sanitize   C++ tests under AddressSanitizer and UBSan, once per instruction set; ThreadSanitizer; a fuzzer'
-	@echo 'make bench      mips_topk beside its peers, build/benchmark.json and a table   (BENCH_ARGS="--bench-n 100000")'
+	@echo 'make bench      every op beside its peers: a page with tables and pictures in BENCH_OUT   (BENCH_ARGS="--bench-n 100000")'
+	@echo 'make bench-compare REF=COMMIT    the kernels as they are beside those of a commit; fails where they are slower'
 	@echo 'make wheel      source archive -> wheel -> clean environment -> one search'
 	@echo 'make docs       build/site: the pages of docs/ and the API reference'
 	@echo 'make venv       only the environment; PYTHON=python3.12 picks the interpreter that creates it'
@@ -53,7 +56,7 @@ $(VENV)/docs: $(VENV)/installed
 	@touch $@
 
 $(VENV)/bench: $(VENV)/installed
-	$(PIP) 'grank-kernels[bench]'
+	PATH="$$(cd $(VENV)/bin && pwd):$$PATH" $(PIP) --no-build-isolation 'grank-kernels[bench]'
 	@touch $@
 
 # ---- what it is for ----
@@ -100,9 +103,12 @@ sanitize: $(VENV)/installed
 
 bench: venv $(VENV)/bench
 	@mkdir -p build
-	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
-	  --benchmark-json=build/benchmark.json $(BENCH_ARGS)
-	$(PY) benchmarks/report.py build/benchmark.json
+	$(PY) -m pytest benchmarks -q --benchmark-only --benchmark-quiet --benchmark-json=build/benchmark.json $(BENCH_ARGS)
+	$(PY) -m benchmarks.report build/benchmark.json --out $(BENCH_OUT)
+	@echo 'see $(BENCH_OUT)/benchmarks.md'
+
+bench-compare: venv
+	$(PY) -m benchmarks.compare $(REF)
 
 # ---- what a user installs: built in isolation from the source archive, imported from another folder ----
 wheel: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the same run as the searches: `python benchmarks/limits.py`.
+"""What this machine can do, measured in the same run as the searches: `python -m benchmarks.limits`.
 
 Read bandwidth is the best of several ways to read a buffer once with all threads, so it is a lower bound of what the
 memory gives. The matmul rates are those of torch's own libraries on a large square problem: a lead, not a peak. float16
@@ -11,6 +11,10 @@ from collections.abc import Callable
 import torch
 
 SIZES = {"cpu": 1536, "cuda": 8192}  # of the square matrices
+PROBE_BYTES = 256 * 10**6  # a larger buffer is read no faster
+MULTIPLIED = {"cpu": (torch.float32, torch.bfloat16, torch.int8)}
+MULTIPLIED["cuda"] = (*MULTIPLIED["cpu"], torch.float16)
+READ_MB = {"cpu": (1, 16, 64, 128, 256), "cuda": (64, 256, 1024, 4096)}
 
 
 def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
@@ -64,14 +68,23 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return 2 * size**3 / best_seconds(lambda: multiply(a, a.T), device) / 1e9  # int8: the layout that a GPU takes
 
 
+def measured() -> dict[str, dict[str, dict[str, float]]]:
+    """By device: GB/s of reading buffers of some sizes, Gop/s of multiplying matrices of some dtypes."""
+    return {
+        device: {
+            "read GB/s": {f"{mb} MB": read_bandwidth(mb * 10**6, device) for mb in READ_MB[device]},
+            "matmul Gop/s": {str(t).removeprefix("torch."): matmul_rate(t, device) for t in MULTIPLIED[device]},
+        }
+        for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+    }
+
+
 def main() -> None:
     print(f"{torch.get_num_threads()} threads, all figures measured")
-    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
-        for megabytes in (1, 16, 64, 128, 256) if device == "cpu" else (64, 256, 1024, 4096):
-            print(f"{device} read {megabytes:4d} MB: {read_bandwidth(megabytes * 10**6, device):8.1f} GB/s")
-        for dtype in (torch.float32, *[torch.float16][: device == "cuda"], torch.bfloat16, torch.int8):
-            name = str(dtype).removeprefix("torch.")
-            print(f"{device} matmul {name:9s}: {matmul_rate(dtype, device):8.0f} Gop/s")
+    for device, kinds in measured().items():
+        for kind, rates in kinds.items():
+            for name, rate in rates.items():
+                print(f"{device} {kind} {name:>9}: {rate:8.1f}")
 
 
 if __name__ == "__main__":

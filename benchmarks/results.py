@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.report import COLOURS, markdown_table, write_readme
+from benchmarks.report import markdown_table, write_readme
 from grank_kernels.data import read
 from grank_kernels.evaluation import DEPTH, metrics
 from grank_kernels.experiment import KS, Experiment, run
@@ -172,11 +172,7 @@ def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> 
 
 def draw(path: Path, runs: Path) -> None:
     """Two panels: HR@10 of leave-one-out, Recall@50 of half-and-half after the second stage where there is one."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams |= {"svg.hashsalt": "grank", "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none"}
-    from matplotlib import pyplot as plt
+    from benchmarks.pictures import COLOURS, plt, save
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
     for panel, table, title, choices in (
@@ -199,8 +195,7 @@ def draw(path: Path, runs: Path) -> None:
         panel.tick_params(axis="y", length=0)
     figure.suptitle("MovieLens-1M, full corpus: measured", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+    save(figure, path)
 
 
 def write(runs: Path, page: Path, svg: Path | None) -> None:

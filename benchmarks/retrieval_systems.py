@@ -198,6 +198,14 @@ def compare(
     return rows
 
 
+def of_run(run: Path, users: int) -> tuple[Retriever, Histories]:
+    """A trained GRank, and the test histories of at most so many users."""
+    experiment = Experiment.load(run / "experiment.yaml")
+    interactions = experiment.data.read()
+    histories = experiment.data.split(interactions).test.histories
+    return Retriever.from_run(run, interactions), histories.select(torch.arange(min(users, len(histories))))
+
+
 def line(row: dict[str, Any]) -> str:
     """Of the printed table."""
     missed = "" if row["reached"] else "  the recall asked for was not reached"
@@ -226,11 +234,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.run is not None:
-        experiment = Experiment.load(options.run / "experiment.yaml")
-        interactions = experiment.data.read()
-        retriever = Retriever.from_run(options.run, interactions)
-        histories = experiment.data.split(interactions).test.histories
-        histories = histories.select(torch.arange(min(256, len(histories))))
+        retriever, histories = of_run(options.run, 256)
     else:
         retriever, histories = synthetic(options.items)
     if not hasattr(retriever.current.model, "ranker"):

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranker import DEVICE, Run, check, measure
 from torch.nn import functional as F
 
 import grank_kernels as gk
+from benchmarks.measure import TURNS, measure
+from benchmarks.ranker import DEVICE, Run, check, extra_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own
 
@@ -28,6 +29,10 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"B={self.B} C={self.C} L={self.L} H={self.H} D={self.D}"
+
+    def id(self) -> str:
+        """For `pytest -k`."""
+        return f"B{self.B}-C{self.C}-L{self.L}-H{self.H}-D{self.D}"
 
 
 SHAPES = [Shape(16, 300, 1000, 1, 128), Shape(32, 500, 200, 4, 32)]  # GRank's training batch, some of it; small heads
@@ -98,20 +103,27 @@ CONTENDERS = contenders()
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[Shape, torch.dtype], Problem]:
-    return lru_cache(maxsize=1)(Problem)
+    """Those of one shape: a dtype each."""
+    return lru_cache(maxsize=3)(Problem)
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
-    ("shape", "name"),
+    ("shape", "gradient", "turn", "name"),
     [
-        pytest.param(shape, name, id=f"B{shape.B}-C{shape.C}-L{shape.L}-H{shape.H}-D{shape.D}-{name}")
+        pytest.param(shape, gradient, turn, name, id=f"{shape.id()}-{gradient or 'forward'}-{name}-{turn}")
         for shape in SHAPES
+        for gradient in ("", "gradient")
+        for turn in TURNS
         for name in CONTENDERS
     ],
 )
 def test_candidate_cross_attention(
-    benchmark: Any, problems: Callable[[Shape, torch.dtype], Problem], shape: Shape, name: str, gradient: bool
+    benchmark: Any,
+    problems: Callable[[Shape, torch.dtype], Problem],
+    shape: Shape,
+    gradient: str,
+    turn: int,
+    name: str,
 ) -> None:
     dtype, attend = CONTENDERS[name]
     problem = problems(shape, dtype)
@@ -136,11 +148,13 @@ def test_candidate_cross_attention(
     measure(
         benchmark,
         run,
-        nbytes=2 * numbers * dtype.itemsize * (1 if not gradient else 3),
-        operations=2 * B * H * C * L * D * products,
         op="candidate_cross_attention",
         contender=name,
         case=f"{shape} {'forward and backward' if gradient else 'forward'}",
         dtype=str(dtype).removeprefix("torch."),
+        device=DEVICE,
+        nbytes=2 * numbers * dtype.itemsize * (1 if not gradient else 3),
+        operations=2 * B * H * C * L * D * products,
         error=max(errors),
+        **{"extra bytes": extra_bytes(run)},
     )

@@ -1,0 +1,71 @@
+"""What a benchmark run leaves: the machine, its limits and every case, read from pytest-benchmark's JSON or our own."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+Case = dict[str, Any]  # what tells the case, and its `median`, quartiles `q1` and `q3`, in seconds, of `rounds`
+ROW_GROUPS = {"float32 rows": ("float32",), "16-bit rows": ("float16", "bfloat16"), "8-bit rows": ("int8",)}
+OPS = ("mips_topk", "score_candidates", "candidate_cross_attention")
+
+
+class Run(NamedTuple):
+    machine: dict[str, Any]
+    limits: dict[str, Any]
+    cases: list[Case]
+
+    def of(self, *ops: str) -> list[Case]:
+        return [case for case in self.cases if case["op"] in ops]
+
+
+def read(path: Path) -> Run:
+    run = json.loads(path.read_text())
+    if "benchmarks" not in run:
+        return Run(**run)
+    return Run(_described(run["machine_info"]), run["limits"], together(run["benchmarks"]))
+
+
+def together(benchmarks: list[dict[str, Any]]) -> list[Case]:
+    """The turns of a contender at a case as one case, with the statistics of all their rounds."""
+    found: dict[tuple[Any, ...], tuple[Case, list[float]]] = {}
+    for each in benchmarks:
+        case = each["extra_info"]
+        if "contender" in case:
+            key = tuple(case.get(name) for name in ("op", "case", "contender", "setting"))
+            found.setdefault(key, (case, []))[1].extend(each["stats"]["data"])
+    return [case | statistics(times) for case, times in found.values()]
+
+
+def statistics(times: list[float]) -> dict[str, float | int]:
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median": median(times), "q1": low, "q3": high, "rounds": len(times)}
+
+
+def _described(machine: dict[str, Any]) -> dict[str, Any]:
+    """What matters of pytest-benchmark's description of a machine, and ours."""
+    processor = machine["cpu"].get("brand_raw", machine["machine"])
+    kept = {name: machine[name] for name in ("threads", "versions", "grank_kernels", "system", "release")}
+    return {"processor": processor, "cores": machine["cpu"].get("count"), "python": machine["python_version"], **kept}
+
+
+def save(path: Path, run: Run) -> None:
+    """One line a case, and few digits: a difference between two runs can be read."""
+    cases = ",\n  ".join(json.dumps({name: _short(value) for name, value in case.items()}) for case in run.cases)
+    limits = json.dumps(json.loads(json.dumps(run.limits), parse_float=lambda x: _short(float(x))))
+    machine = json.dumps(run.machine)
+    path.write_text(f'{{"machine": {machine},\n "limits": {limits},\n "cases": [\n  {cases}\n]}}\n')
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def ours(case: Case) -> bool:
+    return case["contender"].startswith(OPS)
+
+
+def middle(cases: list[Case]) -> tuple[int, int]:
+    """N and d of the table that most cases are of."""
+    return Counter((case["N"], case["d"]) for case in cases).most_common(1)[0][0]
