@@ -21,7 +21,7 @@ from oracle import TESTS
 
 Case = Callable[[int, int, Path], None]
 TIMEOUT = timedelta(seconds=60)
-SECONDS = 240  # after which a launch has failed; it takes a few
+SECONDS = 600  # after which a launch has failed; it takes a few
 
 
 def environment(**more: str) -> dict[str, str]:
