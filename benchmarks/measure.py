@@ -17,7 +17,7 @@ from grank_kernels.backends import cpu
 
 T = TypeVar("T")
 TURNS = range(3)
-SECONDS_A_TURN = 0.3
+SECONDS_A_TURN = 0.2
 MB = 1e6
 
 
