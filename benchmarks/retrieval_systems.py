@@ -1,7 +1,7 @@
 """GRank's two stages beside what they replace, at equal recall.
 
-    python benchmarks/retrieval_systems.py RUN           # the folder of a run of GRank
-    python benchmarks/retrieval_systems.py --items 1000000    # random weights over so many items
+    python -m benchmarks.retrieval_systems RUN           # the folder of a run of GRank
+    python -m benchmarks.retrieval_systems --items 1000000    # random weights over so many items
 
 Every system turns the same users into the same number of ranked items:
 
