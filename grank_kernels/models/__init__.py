@@ -1,6 +1,7 @@
 """Reference models in plain PyTorch."""
 
 from grank_kernels.models.dual_tower import DualTower, DualTowerConfig
+from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.grank import GRank, GRankConfig
 from grank_kernels.models.ranker import FoldedRanker, Ranker
 from grank_kernels.models.recommender import Recommender
@@ -10,6 +11,7 @@ from grank_kernels.models.unigrf import UniGRF, UniGRFConfig
 __all__ = [
     "DualTower",
     "DualTowerConfig",
+    "EmbeddingModel",
     "FoldedRanker",
     "GRank",
     "GRankConfig",
