@@ -11,7 +11,7 @@ BUILD_TOOLS = pip setuptools wheel cmake ninja pybind11
 LINT_TOOLS = ruff mypy clang-format
 CPP_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help venv demo test lint format sanitize bench wheel clean distclean
+.PHONY: help venv demo test lint docs format sanitize bench wheel clean distclean
 
 help:
 	@echo 'make demo       install, train a first model on MovieLens-100K, recommend with it, time the search'
@@ -21,6 +21,7 @@ help:
 	@echo 'make sanitize   C++ tests under AddressSanitizer and UBSan, once per instruction set; ThreadSanitizer; a fuzzer'
 	@echo 'make bench      mips_topk beside its peers, build/benchmark.json and a table   (BENCH_ARGS="--bench-n 100000")'
 	@echo 'make wheel      source archive -> wheel -> clean environment -> one search'
+	@echo 'make docs       build/site: the pages of docs/ and the API reference'
 	@echo 'make venv       only the environment; PYTHON=python3.12 picks the interpreter that creates it'
 	@echo 'make clean      remove what was built; make distclean removes the environment too'
 
@@ -29,7 +30,7 @@ help:
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version)'
 	@echo 'installing into $(VENV) ...'
-	@rm -f $(VENV)/installed $(VENV)/lint $(VENV)/bench
+	@rm -f $(VENV)/installed $(VENV)/lint $(VENV)/bench $(VENV)/docs
 	@v='import sys; print(sys.version)'; \
 	  if [ "$$($(PY) -c "$$v" 2>/dev/null)" != "$$($(PYTHON) -c "$$v")" ]; then $(PYTHON) -m venv --clear $(VENV); fi
 	@touch $(VENV)/started
@@ -45,6 +46,10 @@ venv: $(VENV)/installed
 
 $(VENV)/lint: $(VENV)/installed
 	$(PIP) $(LINT_TOOLS)
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) 'grank-kernels[docs]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/installed
@@ -66,6 +71,9 @@ lint: venv $(VENV)/lint
 	$(VENV)/bin/mypy
 	$(CPP_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
+docs: venv $(VENV)/docs
+	$(VENV)/bin/mkdocs build -q --strict
+
 format: $(VENV)/lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -81,8 +89,8 @@ sanitize: $(VENV)/installed
 	    || { cat build/sanitize.log; exit 1; }; \
 	  cmake --build build/$$each || exit 1; done
 	@isas=$$(build/address/mips_topk_test --list-isa) && [ -n "$$isas" ] && for isa in $$isas; do \
-	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/address/mips_topk_test || exit 1; \
-	  (cd build && GRANK_CPU_ISA=$$isa fuzz/mips_topk_fuzz $(FUZZ_RUNS)) || exit 1; done
+	  echo "sanitize: GRANK_CPU_ISA=$$isa"; GRANK_CPU_ISA=$$isa build/address/mips_topk_test || exit 1; done
+	cd build && fuzz/mips_topk_fuzz $(FUZZ_RUNS)
 	build/address/ranker_test
 	build/address/amx_emulation_test
 	build/thread/mips_topk_test --concurrent

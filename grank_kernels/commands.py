@@ -45,7 +45,8 @@ def train(
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
     report = run(Experiment.load(config, given), folder)
-    _print_json({name: value for name, value in report.items() if name != "machine"})
+    if report:
+        _print_json({name: value for name, value in report.items() if name != "machine"})
 
 
 @app.command()

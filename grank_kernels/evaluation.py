@@ -71,7 +71,7 @@ class Recommendations:
     ranked: Tensor | None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, batch_size: int = 256) -> Recommendations:
     """Retrieve the k best items of the full corpus that each user has not seen, and re-rank them if the model can.
 
@@ -82,13 +82,13 @@ def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, ba
         rank: run the second stage.
         batch_size: users at a time.
     """
-    vectors = model.item_vectors()
+    items = model.searchable()
     retrieved, ranked = [], []
     for rows in torch.split(torch.arange(len(cases)), batch_size):
         histories = cases.histories.select(rows)
         batch = histories.pad(model.history)
         users = model.user_vectors(batch)
-        logits, found = mips_topk(users, vectors, k, exclude=(histories.offsets, histories.items))
+        logits, found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items))
         retrieved.append(found)
         if rank and model.ranks:
             scores = model.rank(batch, users, found, logits)

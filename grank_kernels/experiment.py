@@ -2,12 +2,14 @@
 
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf  # typed dataclasses, YAML and `key=value` in one: the field's library for settings
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -132,18 +134,14 @@ class Experiment:
 
     def save(self, path: str | Path) -> None:
         """Write it as YAML, every setting in full."""
-        OmegaConf.save(
-            OmegaConf.create(
-                {
-                    "model": self.model,
-                    "settings": _plain(self.settings),
-                    "data": _plain(self.data),
-                    "training": _plain(self.training),
-                    "k1": list(self.k1),
-                }
-            ),
-            path,
-        )
+        settings = {
+            "model": self.model,
+            "settings": _plain(self.settings),
+            "data": _plain(self.data),
+            "training": _plain(self.training),
+            "k1": list(self.k1),
+        }
+        _write(Path(path), OmegaConf.to_yaml(OmegaConf.create(settings)))
 
     def build(self, num_items: int) -> Recommender:
         """A fresh model, its weights drawn from the seed of the training."""
@@ -163,7 +161,8 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
         progress: draw a progress bar.
 
     Returns:
-        What `report.json` holds: the metrics, and how they were obtained.
+        What `report.json` holds: the metrics, and how they were obtained. Of several processes that train together, the
+        first reports; what the others return is empty.
 
     Raises:
         ValueError: the folder holds a run of another experiment.
@@ -171,20 +170,21 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "experiment.yaml"
-    if record.exists() and Experiment.load(record) != experiment:
+    if not record.exists():
+        experiment.save(record)
+    elif Experiment.load(record) != experiment:
         raise ValueError(f"{folder} holds another experiment; take another folder or remove it")
-    experiment.save(record)
     split = experiment.data.split(experiment.data.read())
     model = experiment.build(split.num_items)
     seconds = fit(model, split, experiment.training, folder=folder, progress=progress)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return {}
     report = evaluate(experiment, model, split) | {
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "machine": show_config(),
     }
-    written = folder / "report.json.part"
-    written.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(written, folder / "report.json")
+    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -220,6 +220,13 @@ def _defaults(config: type[Any]) -> Any:
 
 def _build(config: type[Any], node: Any) -> Any:
     return config(**{entry.name: node[entry.name] for entry in fields(config)})
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, whoever else writes it."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Fitting a model; Lightning runs the loop, keeps checkpoints and stops early."""
 
+import copy
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -11,15 +13,19 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grank_kernels.data import Batch, Split, TrainingWindows
 from grank_kernels.evaluation import metrics, recommend
+from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.recommender import Recommender
+from grank_kernels.models.sharding import shard
 
 _KS = (10, 50)
 
@@ -43,7 +49,10 @@ class TrainingConfig:
         monitor: the validation metric that chooses the checkpoint and stops early.
         patience: validations without a better one before the run stops; None never stops early.
         seed: of weights, batches and dropout.
-        devices: processes of distributed data parallel training.
+        devices: processes that train together, each on batches of its own (DDP); with torchrun, those of all hosts. A
+            step is that of their joint batch.
+        shard_items: split the item table among them, for tables beyond one device's memory, and the other weights too
+            (FSDP2). It needs a model of `softmax="batch"` and a folder.
     """
 
     epochs: int = 20
@@ -60,6 +69,7 @@ class TrainingConfig:
     patience: int | None = None
     seed: int = 0
     devices: int = 1
+    shard_items: bool = False
 
 
 class _Module(lightning.LightningModule):
@@ -82,12 +92,24 @@ class _Module(lightning.LightningModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Cases of the validation by number, shared out among the processes."""
-        own = torch.arange(self.trainer.global_rank, len(self.split.validation), self.trainer.world_size)
-        return DataLoader(list(torch.split(own, 512)), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        ranks, cases = self.trainer.world_size, len(self.split.validation)
+        own = torch.arange(self.trainer.global_rank, cases, ranks)
+        parts = -(-cases // (512 * ranks))  # on every rank as many, since a search in a split table takes all of them
+        return DataLoader(list(torch.tensor_split(own, parts)), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    def configure_model(self) -> None:
+        """Weights become those of this rank; once, of a model that nobody else has."""
+        if self.config.shard_items and self.model.group is None:
+            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]  # Lightning has set it
+            shard(self.model, mesh)  # type: ignore[arg-type]  # `fit` has checked
+
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            self.model.group = dist.group.WORLD
 
     def on_train_epoch_start(self) -> None:
-        """Dropout and draws depend on seed and epoch alone, so that a resumed run repeats what it lost."""
-        torch.manual_seed((self.config.seed << 20) + self.current_epoch)
+        """Dropout and draws depend on seed, epoch and rank alone, so that a resumed run repeats what it lost."""
+        torch.manual_seed((self.trainer.global_rank << 40) + (self.config.seed << 20) + self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.model.losses(batch)
@@ -161,9 +183,12 @@ def fit(
         Seconds spent in training, over all resumptions.
 
     Raises:
+        ValueError: the table is to be split, but there is no folder, one process alone, or a softmax over the corpus.
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
         KeyboardInterrupt: it was interrupted; the run can be resumed.
     """
+    if config.shard_items:
+        _check_shardable(model, config, folder)
     timer = Timer()  # its time is part of the checkpoints
     own: list[Callback] = [timer, *callbacks]
     if progress:  # without a terminal, one line an epoch
@@ -181,13 +206,15 @@ def fit(
         if tensorboard:
             loggers.append(TensorBoardLogger(folder, name="tensorboard"))
         last = folder / "last.ckpt"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's; alone, Lightning starts the processes itself
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
-            accelerator="auto" if config.devices == 1 else "cpu",
-            devices=config.devices,
+            devices=config.devices // nodes,
+            num_nodes=nodes,
+            strategy=_strategy(config),
             precision=config.precision,  # type: ignore[arg-type]
             gradient_clip_val=config.clip,
             reload_dataloaders_every_n_epochs=1,
@@ -199,13 +226,17 @@ def fit(
             enable_checkpointing=folder is not None,
             enable_model_summary=False,
             enable_progress_bar=progress,
+            inference_mode=False,  # what FSDP2 brings together for a validation is used in training again
             callbacks=own,
         )
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(config.matmul)
         try:
             resume = str(last) if last is not None and last.is_file() else None
-            trainer.fit(_Module(model, split, config), ckpt_path=resume, weights_only=False)
+            # Splitting replaces weights: of a copy, which ends with the fit.
+            trained = copy.deepcopy(model) if config.shard_items else model
+            trained.observe(split.train)
+            trainer.fit(_Module(trained, split, config), ckpt_path=resume, weights_only=False)
         except SIGTERMException:  # Lightning ends the process with status 0, as if all had gone well
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit as stop:  # and with status 1 when it is interrupted
@@ -214,10 +245,29 @@ def fit(
             raise
         finally:
             torch.set_float32_matmul_precision(before)
+            model.group = None
     if folder is not None:
         load_best(model, folder)
     model.cpu().eval()
     return timer.time_elapsed("train")
+
+
+def _strategy(config: TrainingConfig) -> Strategy | str:
+    if config.shard_items:
+        # Checkpoints hold whole weights, as those of every other run: they are gathered on the first rank's host.
+        return ModelParallelStrategy(config.devices, 1, save_distributed_checkpoint=False)
+    return "ddp" if config.devices > 1 else "auto"
+
+
+def _check_shardable(model: Recommender, config: TrainingConfig, folder: str | Path | None) -> None:
+    if config.devices < 2:
+        raise ValueError(f"shard_items takes devices of 2 or more, got {config.devices}")
+    if folder is None:
+        raise ValueError("shard_items takes a folder, through which the weights come together again, got None")
+    if not isinstance(model, EmbeddingModel) or model.softmax != "batch":
+        raise ValueError(
+            'shard_items takes a model of softmax="batch", got one that needs the whole table at every step'
+        )
 
 
 def load_best(model: Recommender, folder: str | Path) -> None:

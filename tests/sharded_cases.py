@@ -5,12 +5,8 @@
 RESULTS.RANK receives {name of the case: "" or what failed}. Random numbers are the same on all ranks.
 """
 
-import json
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launches import Case, run_cases
 from oracle import KINDS, assert_same, integers
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -25,11 +22,10 @@ import grank_kernels as gk
 from benchmarks.sharded_model import received as bytes_received
 from grank_kernels.distributed import ShardError, short_list
 
-CASES: dict[str, Callable[[int, int, Path], None]] = {}
-TIMEOUT = timedelta(seconds=60)
+CASES: dict[str, Case] = {}
 
 
-def case(run: Callable[[int, int, Path], None]) -> Callable[[int, int, Path], None]:
+def case(run: Case) -> Case:
     CASES[run.__name__] = run
     return run
 
@@ -299,25 +295,5 @@ def no_gradient_where_none_is_asked_for(rank: int, world: int, folder: Path) -> 
     assert f"rank {rank} of {world}" in repr(sharded)
 
 
-def main() -> None:
-    rank, world, store, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
-    failures = {}
-    for name, run in CASES.items():
-        torch.manual_seed(20251015)
-        try:
-            run(rank, world, Path(results).parent)
-            failures[name] = ""
-        except (Exception, pytest.fail.Exception):
-            failures[name] = traceback.format_exc()
-        everybody: list[str] = [""] * world
-        dist.all_gather_object(everybody, failures[name])
-        if any(everybody) and not failures[name]:
-            failures[name] = "failed on another rank"
-    Path(f"{results}.{rank}").write_text(json.dumps(failures))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)

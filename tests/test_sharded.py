@@ -3,7 +3,6 @@
 Ranks are processes over gloo. Those of a fixture run all cases of `sharded_cases.py` in one launch.
 """
 
-import json
 import math
 import os
 import shutil
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import SECONDS, all_cases, finished, started
 from oracle import TESTS
 from sharded_cases import CASES
 
@@ -25,46 +25,11 @@ from benchmarks.sharded_model import Host, best_tree, flat, message, received, s
 from grank_kernels.distributed import merge, short_list
 
 SCALING = TESTS.parent / "docs" / "scaling.md"
-SECONDS = 240  # after which a launch has failed; it takes a few
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def finished(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What they wrote; none is left running."""
-    try:
-        return [process.communicate(timeout=SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def started(*command: object, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        list(map(str, command)),
-        env=environment(**variables),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def all_cases(world: int, folder: Path) -> dict[str, list[str]]:
-    """What failed, by case and rank."""
-    arguments = [world, folder / "store", folder / "results"]
-    ranks = [started(sys.executable, TESTS / "sharded_cases.py", rank, *arguments) for rank in range(world)]
-    output = finished(ranks)
-    assert [process.returncode for process in ranks] == [0] * world, output
-    of_ranks = [json.loads((folder / f"results.{rank}").read_text()) for rank in range(world)]
-    return {name: [failures[name] for failures in of_ranks] for name in CASES}
 
 
 @pytest.fixture(scope="module")
 def with_2_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return all_cases(2, tmp_path_factory.mktemp("ranks"))
+    return all_cases("sharded_cases.py", CASES, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -75,7 +40,7 @@ def test_with_2_ranks(name: str, with_2_ranks: dict[str, list[str]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [3, 4])
 def test_with_other_numbers_of_ranks(world: int, tmp_path: Path) -> None:
-    failures = all_cases(world, tmp_path)
+    failures = all_cases("sharded_cases.py", CASES, world, tmp_path)
     assert failures == dict.fromkeys(CASES, [""] * world)
 
 

@@ -137,25 +137,57 @@ from test_training import *
 from torch import distributed
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, config = sequential(), TrainingConfig(epochs=3, targets=16, batch_items=128, learning_rate=0.01, devices=2)
-    fit(model, circle(), config, folder=sys.argv[2], progress=False)
-    norm = torch.stack([p.detach().double().norm() for p in model.parameters()])
-    both = [torch.empty_like(norm) for _ in range(2)]
-    distributed.all_gather(both, norm)
-    assert torch.equal(*both), both
+    torch.manual_seed(1)
+    model = Sequential(31, SequentialConfig(dim=16, history=16, softmax="batch"))
+    sharded, cut = sys.argv[3] == "sharded", [Interrupt(2)] if "cut" in sys.argv else []
+    config = TrainingConfig(
+        epochs=4, targets=16, batch_items=128, learning_rate=0.01, validate_every=2, devices=2, shard_items=sharded
+    )
+    fit(model, circle(), config, folder=sys.argv[2], progress=False, callbacks=cut)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    distributed.all_gather(both, weights)
+    assert torch.equal(*both)
+    assert model.group is None
     if distributed.get_rank() == 0:
-        print(f"all {distributed.get_world_size()} ranks have the same weights")
+        torch.save(weights, sys.argv[2] + ".weights")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_share_out_an_epoch_and_end_with_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", ["whole", "sharded"])
+def test_two_processes_train_together_and_resume(table: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(_TWO_RANKS)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    def launch(run: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path / run), table, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    done = launch("run")
     assert done.returncode == 0, done.stderr
-    assert "all 2 ranks have the same weights" in done.stdout
-    steps = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)["global_step"]
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)
     alone = len(TrainingWindows(circle().train, targets=16, batch_items=128))
-    assert steps == 3 * -(-alone // 2)
+    assert checkpoint["global_step"] == 4 * -(-alone // 2)
+    assert checkpoint["state_dict"]["model.items"].shape == (31, 16)
+
+    cut = launch("cut", "cut")
+    assert cut.returncode != 0
+    assert "interrupted" in cut.stderr
+    resumed = launch("cut")
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.equal(torch.load(tmp_path / "cut.weights"), torch.load(tmp_path / "run.weights"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder", "text"),
+    [
+        ({"devices": 1}, True, "shard_items takes devices of 2 or more, got 1"),
+        ({"devices": 2}, False, "shard_items takes a folder"),
+        ({"devices": 2}, True, 'shard_items takes a model of softmax="batch"'),
+    ],
+)
+def test_what_cannot_be_split(settings: dict[str, int], folder: bool, text: str, tmp_path: Path) -> None:
+    config = TrainingConfig(shard_items=True, **settings)
+    with pytest.raises(ValueError, match=text):
+        fit(sequential(), circle(), config, folder=tmp_path if folder else None)

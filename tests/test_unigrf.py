@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from grank_kernels.data import Batch, Histories
 from grank_kernels.models import Sequential, SequentialConfig, UniGRF, UniGRFConfig
+from grank_kernels.models.blocks import Memory
 from grank_kernels.models.unigrf import _Weighter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ def test_ranking_a_candidate_is_reading_it_as_the_next_item(backbone: str, batch
                 continue
             feedback = histories.feedback[histories.offsets[row] : histories.offsets[row + 1]].tolist()
             longer = Histories.from_lists([[*own, candidate]], [[*feedback, False]]).pad()
-            at_item = unigrf._outputs(longer)[:, ::2][0, len(own)]
+            at_item = unigrf._read(longer)[0][:, ::2][0, len(own)]
             torch.testing.assert_close(got[row, column], unigrf.score(at_item)[0])
 
 
@@ -61,7 +62,7 @@ def test_feedback_changes_the_query_and_later_scores(backbone: str) -> None:
 def test_losses_are_of_the_next_item_and_of_the_feedback(backbone: str, batch: Batch) -> None:
     unigrf = model(backbone, enhancer=False)
     losses = unigrf.losses(batch)
-    outputs = unigrf._outputs(batch)
+    outputs, _ = unigrf._read(batch)
     ranking, retrieval = [], []
     vectors = unigrf.item_vectors()
     for row, length in enumerate(batch.lengths.tolist()):
@@ -94,11 +95,12 @@ def test_the_enhancer_by_hand() -> None:
     unigrf = model("llama", favourite=0.9, favourite_weight=0.25, **settings)
     batch = Histories.from_lists([[0, 1]]).pad()
     vectors = unigrf.item_vectors()
-    queries = unigrf._queries(unigrf._outputs(batch)[:, 1:-1:2])
+    outputs, memories = unigrf._read(batch)
+    queries = unigrf._queries(outputs[:, 1:-1:2])
     logits = vectors @ queries[0, 0]
     disliked, loved = logits.index_fill(0, torch.tensor([0, 1]), -torch.inf).topk(2).indices.tolist()
 
-    def judged(batch: Batch, candidates: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def judged(candidates: torch.Tensor, visible: torch.Tensor, memories: list[Memory]) -> torch.Tensor:
         assert (visible == 2).all()  # behind the first item and its feedback
         return torch.where(candidates == loved, 5.0, -5.0)
 
@@ -106,7 +108,7 @@ def test_the_enhancer_by_hand() -> None:
     mass = logits[1:].exp()  # the first has been seen
     mass[disliked - 1] *= 3
     expected = mass.sum().log() - 0.75 * logits[1] - 0.25 * logits[loved]
-    torch.testing.assert_close(unigrf._enhanced(batch, queries, vectors), expected)
+    torch.testing.assert_close(unigrf._enhanced(batch, queries, unigrf.corpus(batch.items), memories), expected)
 
 
 @pytest.mark.parametrize("length", [N - 1, N])
@@ -123,7 +125,8 @@ def test_the_enhancer_where_the_corpus_runs_out(length: int) -> None:
 def test_the_weighter_favours_the_slower_task() -> None:
     weighter = _Weighter(2, 2, 1.0).train()
     for losses in ([4.0, 1.0], [4.0, 1.0], [2.0, 1.0], [2.0, 1.0]):
-        total = weighter(torch.tensor(losses, requires_grad=True))
+        own = torch.tensor(losses, requires_grad=True)
+        total = weighter(own, own.detach())
         assert total.item() == pytest.approx((weighter.weights * torch.tensor(losses)).sum().item())
     assert weighter.weights.tolist() == pytest.approx((2 * torch.tensor([0.5, 1.0]).softmax(0)).tolist())
     assert not weighter.weights.requires_grad
@@ -131,7 +134,7 @@ def test_the_weighter_favours_the_slower_task() -> None:
     kept.load_state_dict(weighter.state_dict())
     assert torch.equal(kept.weights, weighter.weights)
     weighter.eval()
-    weighter(torch.tensor([100.0, 1.0]))
+    weighter(torch.tensor([100.0, 1.0]), torch.tensor([100.0, 1.0]))
     assert torch.equal(kept.total, weighter.total)  # validation is not observed
 
 

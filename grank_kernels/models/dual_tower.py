@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
+from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
-from grank_kernels.models.losses import softmax_loss
-from grank_kernels.models.recommender import Recommender
-from grank_kernels.models.targets import later_targets, until
+from grank_kernels.models.targets import later_targets, seen_before
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class DualTowerConfig:
         history: items that the user tower reads.
         dropout: of the user tower's inputs.
         temperature: user and item vectors are normalised, and logits are their products over this.
+        softmax: over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
         horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item.
     """
 
@@ -31,10 +31,11 @@ class DualTowerConfig:
     history: int = 256
     dropout: float = 0.2
     temperature: float = 0.05
+    softmax: str = "corpus"
     horizon: int = 1
 
 
-class DualTower(Recommender):
+class DualTower(EmbeddingModel):
     """An MLP for users and one for items, which meet in an inner product only.
 
     The user tower reads the mean of the history's items, the mean of the liked ones and the newest item. DSSM draws
@@ -42,17 +43,12 @@ class DualTower(Recommender):
     """
 
     def __init__(self, num_items: int, config: DualTowerConfig) -> None:
-        super().__init__()
+        super().__init__(num_items, config.dim, std=1.0, softmax=config.softmax)
         self.config = config
         self.history = config.history
-        self.items = nn.Parameter(torch.randn(num_items, config.dim))
         self.user_tower = mlp(3 * config.dim, config.hidden, config.dim)
         self.item_tower = mlp(config.dim, config.hidden, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-
-    def item_vectors(self) -> Tensor:
-        """(N, d) float32, of norm 1: the table to search."""
-        return F.normalize(self.item_tower(self.items), dim=1)
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32, of norm 1 / temperature: the queries for `mips_topk` over `item_vectors()`."""
@@ -65,13 +61,18 @@ class DualTower(Recommender):
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
         visible = torch.arange(1, asked.shape[1] + 1, device=asked.device).expand(asked.shape)
         users = self._users(history, visible)[asked]
-        items = self.item_vectors()
-        seen = until(window.items[asked.nonzero()[:, 0]], visible[asked], len(items))
-        return {"retrieval": softmax_loss(users, items, later_targets(window, self.config.horizon)[asked], seen)}
+        targets = later_targets(window, self.config.horizon)[asked]
+        corpus = self.corpus(targets)
+        seen = seen_before(corpus.columns(window.items), asked, len(corpus.vectors))
+        loss = corpus.loss(users, corpus.columns(targets), seen)
+        return {"retrieval": self.joint_mean(loss, len(targets))}
+
+    def _vectors(self, rows: Tensor) -> Tensor:
+        return F.normalize(self.item_tower(rows), dim=-1)
 
     def _users(self, history: Batch, visible: Tensor) -> Tensor:
         """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""
-        x = F.embedding(history.items.clamp(min=0), self.items)
+        x = self.rows_of(history.items.clamp(min=0))
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         newest = F.pad(x, (0, 0, 1, 0)).gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         users = self.user_tower(self.dropout(torch.cat([*pools, newest], -1)))

@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone, Memory
+from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
-from grank_kernels.models.losses import softmax_loss
 from grank_kernels.models.ranker import Ranker
-from grank_kernels.models.recommender import Recommender
-from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
+from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, seen_before, until
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
 
@@ -32,6 +31,7 @@ class GRankConfig:
         dropout: of the Generator.
         ranker_dropout: of those heads' hidden layers.
         temperature: user and item vectors are normalised, and first-stage logits are their products over this.
+        softmax: of the first stage, over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
         auxiliary: whether training has the target-aware branch. Without a Ranker it is the second stage too.
         ranker: whether there is a Ranker.
         auxiliary_weight: of L_SA, where L_NTP has 1.
@@ -52,6 +52,7 @@ class GRankConfig:
     dropout: float = 0.2
     ranker_dropout: float = 0.2
     temperature: float = 0.05
+    softmax: str = "corpus"
     auxiliary: bool = True
     ranker: bool = True
     auxiliary_weight: float = 0.25
@@ -82,7 +83,7 @@ class Auxiliary(nn.Module):
         return scores.squeeze(-1)
 
 
-class GRank(Recommender):
+class GRank(EmbeddingModel):
     """Retrieve, then rank, over one item table that every part shares (arXiv 2510.15299).
 
     **Generator**: causal self-attention over the short history, and a query token U behind it whose output is the user
@@ -101,11 +102,10 @@ class GRank(Recommender):
     """
 
     def __init__(self, num_items: int, config: GRankConfig) -> None:
-        super().__init__()
+        super().__init__(num_items, config.dim, softmax=config.softmax)
         self.config = config
         self.history = max(config.short_history, config.long_history if config.ranker else 0)
         self.ranks = config.auxiliary or config.ranker
-        self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
         self.query_token = mlp(2 * config.dim, 2 * config.dim, config.dim)
         self.backbone = Backbone(
             config.backbone,
@@ -120,10 +120,6 @@ class GRank(Recommender):
         if config.ranker:
             self.ranker = Ranker(config.dim, config.long_history, config.hidden, config.ranker_dropout)
 
-    def item_vectors(self) -> Tensor:
-        """(N, d) float32, of norm 1: the table to search, and the one that the Ranker reads."""
-        return F.normalize(self.items, dim=1)
-
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32, of norm 1 / temperature: the queries for `mips_topk` over `item_vectors()`."""
         history = batch.newest(self.config.short_history)
@@ -133,7 +129,8 @@ class GRank(Recommender):
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """See `Recommender.rank`: logits plus outputs of the Ranker, or of the auxiliary branch where there is none."""
         if self.ranker is not None:
-            outputs = self.ranker(self.item_vectors(), batch.items, users, candidates.clamp(min=0))
+            read, known = (self.vectors_of(ids.clamp(min=0)) for ids in (batch.items, candidates))
+            outputs = self.ranker(read, batch.lengths, users, known)
         elif self.auxiliary is not None:
             history = batch.newest(self.config.short_history)
             _, memories = self._read(history)
@@ -149,55 +146,58 @@ class GRank(Recommender):
         """See `Recommender.rank_rows`: `rank` by the folded Ranker and `score_candidates`, over the table's rows."""
         if self.ranker is None:
             return self.rank(batch, users, candidates, logits)
-        # Of the histories alone: the table may be large, or of int8. A copy of its own for every place of the batch.
-        rows = table.rows(batch.items.clamp(min=0)).flatten(0, 1)
-        places = torch.arange(len(rows), device=rows.device).view(batch.items.shape).where(batch.valid, -1)
-        folded = self.ranker.fold(rows, places, users)
+        folded = self.ranker.fold(table.rows(batch.items.clamp(min=0)), batch.lengths, users)
         return logits + score_candidates(candidates, table, **folded._asdict())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The paper's L_NTP, L_SA and L_CA, weighted: the InfoNCE losses of the parts there are.
 
-        The first stage's softmax runs over all items not seen in the window, which is what retrieval searches. The
-        paper takes the other targets of the batch as negatives; at a few thousand items the corpus costs no more than
-        the attention does, and needs no logQ correction.
+        The first stage's softmax runs over items not seen in the window, which is what retrieval searches. The paper
+        takes the other targets of the batch as negatives (`softmax="batch"`); at a few thousand items the corpus costs
+        no more than the attention does, and needs no logQ correction.
 
         The second stages' negatives are drawn from the first stage's own softmax, so they are the candidates to be met
         in serving. A score is `logit + output`, and after the logQ correction the output alone is left of it: the
         second stages learn how much likelier an item is than the first stage thought.
         """
-        config, items = self.config, self.item_vectors()
+        config = self.config
         window = batch.newest(config.short_history + 1)
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
-        targets = later_targets(window, config.horizon)
+        wanted = later_targets(window, config.horizon)
+        corpus = self.corpus(wanted[asked])
+        M, columns, targets = len(corpus.vectors), corpus.columns(window.items), corpus.columns(wanted)
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        seen = until(window.items[asked.nonzero()[:, 0]], visible[asked], len(items))
-        losses = {"retrieval": softmax_loss(users[asked], items, targets[asked], seen)}
+        first = corpus.loss(users[asked], targets[asked], seen_before(columns, asked, M))
+        losses = {"retrieval": self.joint_mean(first, int(asked.sum()))}
         if not self.ranks:
             return losses
 
         at = draw_moments(window, config.moments)
         rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
         stops, users, targets = (at + 1).flatten(), users[rows, at.flatten()], targets.gather(1, at).flatten()
-        seen = until(window.items[rows], stops, targets.unsqueeze(1))
-        candidates = draw_candidates(targets, users.detach() @ items.detach().T, seen, config.negatives)
+        barred = until(columns[rows], stops, M)
+        barred = barred.where(barred < M, targets.unsqueeze(1))
+        with torch.no_grad():
+            drawn = draw_candidates(targets, corpus.logits(users, targets), barred, config.negatives)
+        known = drawn.clamp(min=0)
         if self.auxiliary is not None:
-            tokens = self._embed(candidates.view(len(at), -1))
-            visible = stops.repeat_interleave(candidates.shape[1]).view(len(at), -1)
-            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(candidates.shape)
-            losses["auxiliary"] = config.auxiliary_weight * _infonce(outputs, candidates)
+            tokens = self._embed(corpus.items(known).view(len(at), -1))
+            visible = stops.repeat_interleave(drawn.shape[1]).view(len(at), -1)
+            outputs = self.auxiliary(tokens, visible, self.backbone, memories).view(drawn.shape)
+            losses["auxiliary"] = self.joint_mean(config.auxiliary_weight * _infonce(outputs, drawn), len(drawn))
         if self.ranker is not None:
             stops = stops + (batch.lengths - window.lengths)[rows]  # in the batch, which reaches further back
-            outputs = self.ranker(items, batch.items, users, candidates.clamp(min=0), (rows, stops))
-            losses["ranking"] = config.ranking_weight * _infonce(outputs, candidates)
+            read, candidates = self.vectors_of(batch.items.clamp(min=0)), F.embedding(known, corpus.vectors)
+            outputs = self.ranker(read, batch.lengths, users, candidates, (rows, stops))
+            losses["ranking"] = self.joint_mean(config.ranking_weight * _infonce(outputs, drawn), len(drawn))
         return losses
 
     def _embed(self, ids: Tensor) -> Tensor:
         """(..., d), of anything where an id is negative."""
         stretch: float = self.config.dim**0.5
-        return F.embedding(ids.clamp(min=0), self.items) * stretch
+        return self.rows_of(ids.clamp(min=0)) * stretch
 
     def _read(self, history: Batch) -> tuple[Tensor, list[Memory]]:
         """The short history's embeddings, and its memory in each block."""

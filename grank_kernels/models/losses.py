@@ -1,12 +1,10 @@
 """Losses over the whole corpus, without the matrix of logits."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 _CHUNK = 128 * 4096
 """Logits of a chunk: 2 MiB of float32, so that every pass over them but the first finds them in the L2 cache."""
@@ -16,7 +14,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     """Mean cross-entropy of `users @ items.T`; the gradient is made with the loss, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         n, N = len(users), len(items)
         wide = N + 1 if seen is not None else N  # the last column takes what is no item
         user_grad = torch.empty_like(users)
@@ -31,10 +31,12 @@ class _SoftmaxLoss(torch.autograd.Function):
             torch.mm(users[rows], items.T, out=scores)
             target = targets[rows, None]
             at_target = scores.gather(1, target)
+            if bias is not None:
+                scores.add_(bias)
             if seen is not None:
                 logits[:, N] = float("-inf")
                 logits.scatter_(1, seen[rows], float("-inf"))
-                scores.scatter_(1, target, at_target)  # an item that comes again may be seen and wanted
+            scores.scatter_(1, target, at_target)  # without bias, and an item that comes again may be seen and wanted
             top = scores.amax(1, keepdim=True)
             scores.sub_(top).exp_()
             mass = scores.sum(1, keepdim=True)
@@ -48,12 +50,14 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         user_grad, item_grad = ctx.saved_tensors
-        return user_grad * grad, item_grad * grad, None, None
+        return user_grad * grad, item_grad * grad, None, None, None
 
 
-def softmax_loss(users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None = None) -> Tensor:
+def softmax_loss(
+    users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Mean of `-log softmax(users @ items.T)[target]`: cross-entropy over the whole corpus.
 
     The (n, N) logits exist in pieces of 2 MiB only, and each piece becomes the gradient while it lies in the cache: a
@@ -65,6 +69,7 @@ def softmax_loss(users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | N
         items: (N, d) float32.
         targets: (n,) int64 in [0, N).
         seen: (n, S) int64 in [0, N]: items that are no alternative to the target, N for none; the target always is one.
+        bias: (N,) float32 without a gradient, added to the logits of all but the target.
 
     Returns:
         A scalar; 0 for n = 0.
@@ -72,33 +77,6 @@ def softmax_loss(users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | N
     if len(users) == 0:
         return (users.sum() + items.sum()) * 0
     loss: Tensor = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
-        users, items, targets, seen
+        users, items, targets, seen, bias
     )
     return loss
-
-
-def retrieval_loss(queries: Tensor, items: Tensor, windows: Tensor, asked: Tensor, negatives: int | None) -> Tensor:
-    """The softmax loss of the items of `windows` that are asked for, each against the items not seen before it.
-
-    Args:
-        queries: (n, d) float32, one for each entry of `asked`.
-        items: (N, d) float32, the whole corpus.
-        windows: (B, W) int64, padded with -1.
-        asked: (B, W - 1) bool: whether `windows[:, 1:]` is asked for there.
-        negatives: how many items to draw, uniformly, one draw for all queries; None takes the whole corpus.
-
-    Returns:
-        A scalar.
-    """
-    N = len(items)
-    rows, columns = asked.nonzero(as_tuple=True)
-    targets = windows[:, 1:][rows, columns]
-    if negatives is None or negatives >= N:
-        past = windows[rows].where(torch.arange(windows.shape[1], device=rows.device) <= columns[:, None], -1)
-        return softmax_loss(queries, items, targets, past.where(past >= 0, N))
-    drawn = torch.randint(N, (negatives,), device=rows.device)
-    logits = queries @ items[drawn].T
-    # Uniform draws stand for the N - 1 items that are not the target.
-    logits = logits.masked_fill(drawn == targets[:, None], float("-inf")) + math.log((N - 1) / negatives)
-    at_target = (queries * items[targets]).sum(1, keepdim=True)
-    return F.cross_entropy(torch.cat([at_target, logits], 1), torch.zeros_like(targets))

@@ -64,8 +64,8 @@ class Ranker(nn.Module):
 
     def forward(
         self,
-        table: Tensor,
         history: Tensor,
+        lengths: Tensor,
         users: Tensor,
         candidates: Tensor,
         moments: tuple[Tensor, Tensor] | None = None,
@@ -73,19 +73,19 @@ class Ranker(nn.Module):
         """Scores of the candidates.
 
         Args:
-            table: (N, d) float32 item vectors.
-            history: (B, L) int64, oldest first, -1 behind the newest; the newest `self.history` items count.
+            history: (B, L, d) float32 item vectors, oldest first; the newest `self.history` items count.
+            lengths: (B,) int64, how many there are; what stands behind them does not matter.
             users: (R, d) from the Generator.
-            candidates: (R, C) int64 in [0, N).
+            candidates: (R, C, d) item vectors.
             moments: whose history each of the R sees, (R,) int64 rows of `history`, and how many items of it, (R,)
                 int64. None: R = B, each sees all of its own.
 
         Returns:
             (R, C) float32. Of an empty history o is 0.
         """
-        x = self._read(table, history)
+        x = self._read(history, lengths)
         keys, values = self.key(x), self.value(x)
-        stops = (history >= 0).sum(1)
+        stops = lengths
         if moments is not None:
             rows, stops = moments
             keys, values = keys[rows], values[rows]
@@ -93,15 +93,16 @@ class Ranker(nn.Module):
         keys = keys + F.embedding(age, self.recency)
         values = values.masked_fill(~counts.unsqueeze(-1), 0.0)
         mask = counts | ~counts.any(1, keepdim=True)  # nothing to attend to: all values are 0, and so is o
-        e = self.stretch * F.embedding(candidates, table)
+        e = self.stretch * candidates
         o = F.scaled_dot_product_attention(self.query(e), keys, values, attn_mask=mask.unsqueeze(1))
         hidden = self.hidden_attended(o) + self.hidden_item(e) + self.hidden_user(users).unsqueeze(1)
         scores: Tensor = self.out(self.dropout(F.relu(hidden)))
         return scores.squeeze(-1)
 
-    def _read(self, table: Tensor, history: Tensor) -> Tensor:
+    def _read(self, history: Tensor, lengths: Tensor) -> Tensor:
         """What keys and values are made of, (B, L, d)."""
-        x = self.stretch * F.embedding(history.clamp(min=0), table).masked_fill((history < 0).unsqueeze(-1), 0.0)
+        behind = torch.arange(history.shape[1], device=history.device) >= lengths.unsqueeze(1)
+        x = self.stretch * history.masked_fill(behind.unsqueeze(-1), 0.0)
         read: Tensor = x + self.history_mlp(x)
         return read
 
@@ -111,7 +112,9 @@ class Ranker(nn.Module):
         return age.clamp(0, self.history - 1), (age >= 0) & (age < self.history)
 
     @torch.no_grad()
-    def fold(self, table: Tensor, history: Tensor, users: Tensor, *, dtype: torch.dtype | None = None) -> FoldedRanker:
+    def fold(
+        self, history: Tensor, lengths: Tensor, users: Tensor, *, dtype: torch.dtype | None = None
+    ) -> FoldedRanker:
         """All of the Ranker that does not depend on the candidates, once a request instead of once a candidate.
 
         The query of a candidate is linear in its row e, and so is the head's first layer in what was attended to. By
@@ -125,16 +128,16 @@ class Ranker(nn.Module):
         is no dropout, as in evaluation.
 
         Args:
-            table: (N, d) float32 item vectors.
-            history: (B, L) int64, oldest first, -1 behind the newest; the newest `self.history` items count.
+            history: (B, L, d) float32 item vectors, oldest first; the newest `self.history` items count.
+            lengths: (B,) int64, how many there are.
             users: (B, d) from the Generator.
             dtype: float16 or bfloat16 to round the operands to; None keeps float32.
 
         Returns:
             Copies: training may go on meanwhile.
         """
-        age, counts = self._ages((history >= 0).sum(1), history.shape[1])
-        x = self._read(table, history)[counts]  # its size is in the data: a GPU is waited for here, once a request
+        age, counts = self._ages(lengths, history.shape[1])
+        x = self._read(history, lengths)[counts]  # its size is in the data: a GPU is waited for here, once a request
         operands = (
             (self.key(x) + self.recency[age[counts]]) @ self.query.weight,
             self.hidden_attended(self.value(x)),
@@ -153,5 +156,5 @@ class Ranker(nn.Module):
             item_weight,
             out_weight,
             float(self.out.bias),
-            self.stretch * table.shape[1] ** -0.5,  # what scaled_dot_product_attention takes, of a stretched row
+            self.stretch * history.shape[2] ** -0.5,  # what scaled_dot_product_attention takes, of a stretched row
         )

@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from grank_kernels.data.histories import Batch
+from grank_kernels.data.histories import Batch, Histories
+from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.table import ItemTable
 
 
@@ -15,14 +17,24 @@ class Recommender(nn.Module, ABC):
     Attributes:
         history: items of a history that the model reads.
         ranks: whether `rank` has anything to add to the retrieval's order.
+        group: of the processes that train the model together, each with batches of its own; None for one alone. In a
+            group `losses` is collective, and its averages over the ranks are the losses of their joint batch.
     """
 
     history: int
     ranks: bool = False
+    group: dist.ProcessGroup | None = None
+
+    def observe(self, histories: Histories) -> None:
+        """Take what the model needs to know of the histories that it is to be trained on. Here: nothing."""
 
     @abstractmethod
     def item_vectors(self) -> Tensor:
         """(N, d) float32: the table to search."""
+
+    def searchable(self) -> Tensor | ShardedItemTable:
+        """The same as `items` of `mips_topk`, wherever it lies."""
+        return self.item_vectors()
 
     @abstractmethod
     def user_vectors(self, batch: Batch) -> Tensor:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
-from grank_kernels.models.losses import retrieval_loss
-from grank_kernels.models.recommender import Recommender, at_newest
+from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.recommender import at_newest
+from grank_kernels.models.targets import seen_before
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SequentialConfig:
         history: items that the model reads.
         dropout: of inputs and outputs of blocks.
         temperature: user and item vectors are normalised, and logits are their products over this.
-        negatives: items drawn for the loss, one draw a batch; None takes the whole corpus.
+        softmax: over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
     """
 
     backbone: str = "transformer"
@@ -34,21 +34,20 @@ class SequentialConfig:
     history: int = 200
     dropout: float = 0.2
     temperature: float = 0.05
-    negatives: int | None = None
+    softmax: str = "corpus"
 
 
-class Sequential(Recommender):
+class Sequential(EmbeddingModel):
     """A causal backbone over item vectors whose output at each item is a query for the item after it.
 
-    Trained on the softmax over the whole corpus where it is small enough (the papers draw negatives, as
-    `SequentialConfig.negatives` does), less the items that the user has seen by then, which are never asked for.
+    Trained on the softmax over the whole corpus where it is small enough, where the papers draw negatives, less the
+    items that the user has seen by then, which are never asked for.
     """
 
     def __init__(self, num_items: int, config: SequentialConfig) -> None:
-        super().__init__()
+        super().__init__(num_items, config.dim, softmax=config.softmax)
         self.config = config
         self.history = config.history
-        self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
         self.backbone = Backbone(
             config.backbone,
             dim=config.dim,
@@ -58,24 +57,22 @@ class Sequential(Recommender):
             length=config.history,
         )
 
-    def item_vectors(self) -> Tensor:
-        """(N, d) float32, of norm 1: the table to search."""
-        return F.normalize(self.items, dim=1)
-
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
         return self._queries(at_newest(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of every item of the windows but the first, given those before it."""
-        history = Batch(batch.items[:, :-1], batch.feedback[:, :-1])
-        asked = batch.items[:, 1:] >= 0
-        queries = self._queries(self._outputs(history.items)[asked])
-        loss = retrieval_loss(queries, self.item_vectors(), batch.items, asked, self.config.negatives)
-        return {"retrieval": loss}
+        asked = batch.valid[:, 1:]
+        queries = self._queries(self._outputs(batch.items[:, :-1])[asked])
+        targets = batch.items[:, 1:][asked]
+        corpus = self.corpus(targets)
+        seen = seen_before(corpus.columns(batch.items), asked, len(corpus.vectors))
+        loss = corpus.loss(queries, corpus.columns(targets), seen)
+        return {"retrieval": self.joint_mean(loss, len(targets))}
 
     def _outputs(self, items: Tensor) -> Tensor:
-        x = F.embedding(items.clamp(min=0), self.items) * self.config.dim**0.5
+        x = self.rows_of(items.clamp(min=0)) * self.config.dim**0.5
         outputs: Tensor = self.backbone(x)[0]
         return outputs
 

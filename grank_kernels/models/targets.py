@@ -31,7 +31,6 @@ def draw_moments(window: Batch, number: int) -> Tensor:
     return (choice * (window.lengths - 1).unsqueeze(1)).long()
 
 
-@torch.no_grad()
 def draw_candidates(targets: Tensor, logits: Tensor, barred: Tensor, number: int) -> Tensor:
     """Each target with negatives drawn from a softmax, without repetition.
 
@@ -54,3 +53,18 @@ def draw_candidates(targets: Tensor, logits: Tensor, barred: Tensor, number: int
 def until(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
     """The first `stops[i]` items of row i of (n, L), and `padding` behind them."""
     return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), padding)
+
+
+def seen_before(windows: Tensor, asked: Tensor, padding: int | Tensor) -> Tensor:
+    """What stands in a window before each item that is asked for.
+
+    Args:
+        windows: (B, W).
+        asked: (B, W - 1) bool: whether `windows[:, 1:]` is asked for there; n times True.
+        padding: of the rows.
+
+    Returns:
+        (n, W).
+    """
+    rows, columns = asked.nonzero(as_tuple=True)
+    return until(windows[rows], columns + 1, padding)

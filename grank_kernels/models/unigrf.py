@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.blocks import Backbone
-from grank_kernels.models.losses import retrieval_loss
-from grank_kernels.models.recommender import Recommender, at_newest
+from grank_kernels.models.blocks import Backbone, Memory
+from grank_kernels.models.corpus import Corpus, average
+from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.recommender import at_newest
+from grank_kernels.models.targets import seen_before, until
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class UniGRFConfig:
         history: items that the model reads, two tokens each.
         dropout: of inputs and outputs of blocks.
         temperature: user and item vectors are normalised, and logits are their products over this.
-        negatives: items drawn for the retrieval loss, one draw a batch; None takes the whole corpus.
+        softmax: of retrieval, over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
         retrieval: train the next item.
         ranking: train the feedback.
         enhancer: train retrieval on what ranking thinks of its candidates (section 3.3).
@@ -49,7 +51,7 @@ class UniGRFConfig:
     history: int = 200
     dropout: float = 0.2
     temperature: float = 0.05
-    negatives: int | None = None
+    softmax: str = "corpus"
     retrieval: bool = True
     ranking: bool = True
     enhancer: bool = True
@@ -66,7 +68,7 @@ class UniGRFConfig:
     weighter_temperature: float = 1.0
 
 
-class UniGRF(Recommender):
+class UniGRF(EmbeddingModel):
     """One backbone over the tokens `i1, b1, ..., in, bn` of items and feedback (section 3.2).
 
     The output at an item is the expected feedback on it: ranking, binary cross-entropy. The output at a feedback is a
@@ -78,7 +80,7 @@ class UniGRF(Recommender):
     """
 
     def __init__(self, num_items: int, config: UniGRFConfig) -> None:
-        super().__init__()
+        super().__init__(num_items, config.dim, softmax=config.softmax)
         if not (config.retrieval or config.ranking):
             raise ValueError("retrieval or ranking must be True, got False for both")
         if config.enhancer and not (config.retrieval and config.ranking):
@@ -86,7 +88,6 @@ class UniGRF(Recommender):
         self.config = config
         self.history = config.history
         self.ranks = config.ranking
-        self.items = nn.Parameter(0.02 * torch.randn(num_items, config.dim))
         self.feedback = nn.Parameter(0.02 * torch.randn(2, config.dim))
         self.backbone = Backbone(
             config.backbone,
@@ -101,34 +102,37 @@ class UniGRF(Recommender):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.steps: Tensor
 
-    def item_vectors(self) -> Tensor:
-        """(N, d) float32, of norm 1: the table to search."""
-        return F.normalize(self.items, dim=1)
-
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
-        return self._queries(at_newest(self._outputs(batch)[:, 1::2], batch))
+        return self._queries(at_newest(self._read(batch)[0][:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """Logits of positive feedback, (B, C); see `Recommender.rank`. Neither `users` nor `logits` is used."""
         visible = (2 * batch.lengths).unsqueeze(1).expand(candidates.shape)
-        return self._feedback_logits(batch, candidates.clamp(min=0), visible).masked_fill(candidates < 0, -torch.inf)
+        _, memories = self._read(batch)
+        liked = self._feedback_logits(candidates.clamp(min=0), visible, memories)
+        return liked.masked_fill(candidates < 0, -torch.inf)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next item at every feedback, binary cross-entropy of the feedback at every item."""
-        outputs = self._outputs(batch)
+        outputs, memories = self._read(batch)
         losses = {}
         if self.config.retrieval:
-            asked = batch.items[:, 1:] >= 0
-            queries, vectors = self._queries(outputs[:, 1:-1:2]), self.item_vectors()
-            losses["retrieval"] = retrieval_loss(queries[asked], vectors, batch.items, asked, self.config.negatives)
+            asked, queries = batch.valid[:, 1:], self._queries(outputs[:, 1:-1:2])
+            targets = batch.items[:, 1:][asked]
+            corpus = self.corpus(targets)
+            seen = seen_before(corpus.columns(batch.items), asked, len(corpus.vectors))
+            loss = corpus.loss(queries[asked], corpus.columns(targets), seen)
+            losses["retrieval"] = self.joint_mean(loss, len(targets))
             if self.config.enhancer and self.training:
                 self.steps += 1
                 if self.steps > self.config.enhancer_after:
-                    losses["enhanced"] = self.config.enhancer_weight * self._enhanced(batch, queries, vectors)
+                    enhanced = self.config.enhancer_weight * self._enhanced(batch, queries, corpus, memories)
+                    losses["enhanced"] = self.joint_mean(enhanced, len(batch.items))
         if self.config.ranking:
             at_items = self.score(outputs[:, ::2][batch.valid]).squeeze(-1)
-            losses["ranking"] = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
+            loss = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
+            losses["ranking"] = self.joint_mean(loss, len(at_items))
         return losses
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
@@ -136,12 +140,14 @@ class UniGRF(Recommender):
         if not (self.config.weighter and self.config.retrieval and self.config.ranking):
             return super().objective(losses)
         retrieval = losses["retrieval"] + losses.get("enhanced", 0.0)
-        weighed: Tensor = self.weighter(torch.stack([retrieval, losses["ranking"]]))
+        own = torch.stack([retrieval, losses["ranking"]])
+        weighed: Tensor = self.weighter(own, average(own.detach(), self.group))
         return weighed
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        outputs: Tensor = self.backbone(self._tokens(batch))[0]
-        return outputs
+    def _read(self, batch: Batch) -> tuple[Tensor, list[Memory]]:
+        """The output at every token (B, 2 L, d), and the tokens' memory in each block."""
+        read: tuple[Tensor, list[Memory]] = self.backbone(self._tokens(batch))
+        return read
 
     def _tokens(self, batch: Batch) -> Tensor:
         """(B, 2 L, d): item, feedback, item, feedback, ..."""
@@ -151,44 +157,46 @@ class UniGRF(Recommender):
         return tokens
 
     def _item_tokens(self, items: Tensor) -> Tensor:
-        tokens: Tensor = F.embedding(items, self.items) * self.config.dim**0.5
+        tokens: Tensor = self.rows_of(items) * self.config.dim**0.5
         return tokens
 
     def _queries(self, outputs: Tensor) -> Tensor:
         return F.normalize(outputs, dim=-1) / self.config.temperature
 
-    def _feedback_logits(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
+    def _feedback_logits(self, candidates: Tensor, visible: Tensor, memories: list[Memory]) -> Tensor:
         """Logits of positive feedback on candidates (B, C), each behind the first `visible` (B, C) tokens."""
-        _, memories = self.backbone(self._tokens(batch))
         outputs = self.backbone.join(self._item_tokens(candidates), visible, memories)
         logits: Tensor = self.score(outputs).squeeze(-1)
         return logits
 
-    def _enhanced(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
+    def _enhanced(self, batch: Batch, queries: Tensor, corpus: Corpus, memories: list[Memory]) -> Tensor:
         """The ranking-driven enhancer (section 3.3): retrieval learns from what ranking thinks of its candidates.
 
         At some moments of every window, ranking judges the items that retrieval would return. Those it is sure of
         become extra positives, which share a part of the label. Among the others, those with the largest gap between
         the two scores, min-max normalised in the pool, become hard negatives, liked by retrieval and disliked by
         ranking. In the paper they join the drawn negatives; where the softmax runs over the corpus all items are
-        negatives already, so they count several times.
+        negatives already, so they count several times. Ranking judges by the pass that training makes anyway, dropout
+        included: a second one without would take as long again.
         """
-        config, N = self.config, len(vectors)
+        config, M, columns = self.config, len(corpus.vectors), corpus.columns(batch.items)
         B, moments = len(batch.items), config.enhancer_moments
         asked = batch.lengths - 1  # moments with a next item; windows have at least two items
         at = (torch.rand(B, moments, device=asked.device) * asked.unsqueeze(1)).long()
-        target = batch.items.gather(1, at + 1)
+        target = columns.gather(1, at + 1)
         query = queries.gather(1, at.unsqueeze(-1).expand(-1, -1, queries.shape[-1]))
-        past = batch.items.unsqueeze(1).expand(-1, moments, -1)
-        past = past.where(torch.arange(past.shape[2], device=at.device) <= at.unsqueeze(-1), -1)
-        seen = torch.zeros(B, moments, N + 1, dtype=torch.bool, device=at.device)
-        seen = seen.scatter(2, past.where(past >= 0, N), True)[..., :N].scatter(2, target.unsqueeze(-1), False)
-        logits = (query @ vectors.T).masked_fill(seen, -torch.inf)
+        past = until(columns.repeat_interleave(moments, 0), (at + 1).flatten(), M).view(B, moments, -1)
+        seen = torch.zeros(B, moments, M + 1, dtype=torch.bool, device=at.device)
+        seen = seen.scatter(2, past, True)[..., :M].scatter(2, target.unsqueeze(-1), False)
+        logits = corpus.logits(query, target).masked_fill(seen, -torch.inf)
         with torch.no_grad():
-            others = logits.scatter(2, target.unsqueeze(-1), -torch.inf)
-            scores, pool = others.topk(min(config.enhancer_pool, N))
+            others = (
+                (query @ corpus.vectors.T).masked_fill(seen, -torch.inf).scatter(2, target.unsqueeze(-1), -torch.inf)
+            )
+            scores, pool = others.topk(min(config.enhancer_pool, M))
             visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.shape)
-            liked = self._judge(batch, pool.flatten(1), visible.flatten(1)).view(pool.shape)
+            candidates = corpus.items(pool.flatten(1))
+            liked = self._feedback_logits(candidates, visible.flatten(1), memories).sigmoid().view(pool.shape)
             scores = scores.where(scores > -torch.inf, 0.0)  # of a corpus that ran out
             low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
             favourite = (liked > config.favourite) & others.gather(2, pool).isfinite()
@@ -196,18 +204,11 @@ class UniGRF(Recommender):
             hard = pool.gather(2, gap.topk(min(config.hard_negatives, pool.shape[2])).indices)
             extra = torch.zeros_like(logits).scatter(2, hard, math.log(config.hard_weight))
             extra.scatter_(2, pool, extra.gather(2, pool).masked_fill(favourite, 0.0))
-            share = config.favourite_weight * favourite / favourite.sum(-1, keepdim=True).clamp(min=1)
+            share = config.favourite_weight * favourite.to(logits.dtype) / favourite.sum(-1, keepdim=True).clamp(min=1)
             label = torch.zeros_like(logits).scatter(2, pool, share)
             label.scatter_(2, target.unsqueeze(-1), 1 - share.sum(-1, keepdim=True))
         negative = (logits + extra).logsumexp(-1, keepdim=True) - logits
         return (label * negative.masked_fill(seen, 0.0)).sum(-1).mean()
-
-    def _judge(self, batch: Batch, candidates: Tensor, visible: Tensor) -> Tensor:
-        """Ranking's probability that each candidate is liked, without dropout."""
-        self.eval()
-        liked = self._feedback_logits(batch, candidates, visible).sigmoid()
-        self.train()
-        return liked
 
 
 class _Weighter(nn.Module):
@@ -229,9 +230,10 @@ class _Weighter(nn.Module):
         self.previous: Tensor
         self.count: Tensor
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, observed: Tensor) -> Tensor:
+        """The weighed sum of losses (tasks,); what is observed are those of all ranks together."""
         if self.training:
-            self._observe(losses.detach())
+            self._observe(observed)
         return (self.weights * losses).sum()
 
     def _observe(self, losses: Tensor) -> None:
