@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import environment
 from oracle import run_python
 from pyarrow import dataset
 from test_experiment import write_circle
 from test_retriever import IDS, MODELS_SERVED, N, build, experiment_of, retriever_of
-from test_sharded import environment
 from typer.testing import CliRunner
 
 from grank_kernels.catalogue import Catalogue
