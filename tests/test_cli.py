@@ -187,7 +187,11 @@ def test_without_the_extra_it_says_what_to_install(name: str) -> None:
 @pytest.mark.slow
 def test_interrupted_training_is_status_130_and_goes_on_later(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grank_kernels.cli", "train", str(config), str(tmp_path / "run")]
-    process = subprocess.Popen([*command, "training.epochs=1000000"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "training.epochs=1000000"],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         deadline = time.monotonic() + 600
         while not (tmp_path / "run" / "last.ckpt").exists():
