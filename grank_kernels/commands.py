@@ -40,11 +40,15 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a model and report on its test split."""
+    import torch.distributed as dist
+
     from grank_kernels.experiment import Experiment, run
 
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
     report = run(Experiment.load(config, given), folder)
+    if dist.is_initialized():  # or its threads may outlive the interpreter, which then aborts
+        dist.destroy_process_group()
     if report:
         _print_json({name: value for name, value in report.items() if name != "machine"})
 

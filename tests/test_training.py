@@ -154,6 +154,7 @@ if __name__ == "__main__":
     assert model.group is None
     if distributed.get_rank() == 0:
         torch.save(weights, sys.argv[2] + ".weights")
+    distributed.destroy_process_group()  # or its threads may outlive the interpreter, which then aborts
 """
 
 

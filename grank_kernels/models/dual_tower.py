@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from grank_kernels.data.histories import Batch
 from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
-from grank_kernels.models.targets import later_targets, seen_before
+from grank_kernels.models.targets import later_targets
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ class DualTower(EmbeddingModel):
         visible = torch.arange(1, asked.shape[1] + 1, device=asked.device).expand(asked.shape)
         users = self._users(history, visible)[asked]
         targets = later_targets(window, self.config.horizon)[asked]
-        corpus = self.corpus(targets)
-        seen = seen_before(corpus.columns(window.items), asked, len(corpus.vectors))
-        loss = corpus.loss(users, corpus.columns(targets), seen)
-        return {"retrieval": self.joint_mean(loss, len(targets))}
+        loss, _ = self.retrieval_loss(users, targets, window.items, asked)
+        return {"retrieval": loss}
 
     def _vectors(self, rows: Tensor) -> Tensor:
         return F.normalize(self.item_tower(rows), dim=-1)

@@ -10,6 +10,7 @@ from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.models.corpus import Corpus, gathered, joint_mean
 from grank_kernels.models.recommender import Recommender
 from grank_kernels.models.sharding import rows_of
+from grank_kernels.models.targets import seen_before
 from grank_kernels.table import ItemTable
 
 SOFTMAXES = ("corpus", "batch")
@@ -66,6 +67,20 @@ class EmbeddingModel(Recommender):
         targets = gathered(targets, self.group)
         ids, counts = torch.unique(targets, return_counts=True)
         return Corpus(self.vectors_of(ids), ids, (counts / len(targets)).log() - self.log_share[ids])
+
+    def retrieval_loss(self, queries: Tensor, targets: Tensor, windows: Tensor, asked: Tensor) -> tuple[Tensor, Corpus]:
+        """Mean cross-entropy of the targets, each against the items not seen before it, and what the softmax ran over.
+
+        Args:
+            queries: (n, d) float32, one for each entry of `asked`.
+            targets: (n,) int64 item numbers.
+            windows: (B, W) int64 item numbers, padded with -1.
+            asked: (B, W - 1) bool: whether a target is asked for behind the item there; n times True.
+        """
+        corpus = self.corpus(targets)
+        seen = seen_before(corpus.columns(windows), asked, len(corpus.vectors))
+        loss = corpus.loss(queries, corpus.columns(targets), seen)
+        return self.joint_mean(loss, len(targets)), corpus
 
     def vectors_of(self, ids: Tensor) -> Tensor:
         """Rows (..., d) of `item_vectors()` for ids (...) in [0, N)."""

@@ -11,7 +11,7 @@ from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.ranker import Ranker
-from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, seen_before, until
+from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table import ItemTable
 
@@ -164,21 +164,23 @@ class GRank(EmbeddingModel):
         window = batch.newest(config.short_history + 1)
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
         wanted = later_targets(window, config.horizon)
-        corpus = self.corpus(wanted[asked])
-        M, columns, targets = len(corpus.vectors), corpus.columns(window.items), corpus.columns(wanted)
         x, memories = self._read(history)
         visible = torch.arange(1, x.shape[1] + 1, device=x.device).expand(asked.shape)
         users = self._users(x, history, visible, memories)
-        first = corpus.loss(users[asked], targets[asked], seen_before(columns, asked, M))
-        losses = {"retrieval": self.joint_mean(first, int(asked.sum()))}
+        first, corpus = self.retrieval_loss(users[asked], wanted[asked], window.items, asked)
+        losses = {"retrieval": first}
         if not self.ranks:
             return losses
 
         at = draw_moments(window, config.moments)
         rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
-        stops, users, targets = (at + 1).flatten(), users[rows, at.flatten()], targets.gather(1, at).flatten()
-        barred = until(columns[rows], stops, M)
-        barred = barred.where(barred < M, targets.unsqueeze(1))
+        stops, users, targets = (
+            (at + 1).flatten(),
+            users[rows, at.flatten()],
+            corpus.columns(wanted.gather(1, at)).flatten(),
+        )
+        barred = corpus.columns(until(window.items[rows], stops, -1))
+        barred = barred.where(barred < len(corpus.vectors), targets.unsqueeze(1))
         with torch.no_grad():
             drawn = draw_candidates(targets, corpus.logits(users, targets), barred, config.negatives)
         known = drawn.clamp(min=0)

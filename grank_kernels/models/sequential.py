@@ -9,7 +9,6 @@ from grank_kernels.data.histories import Batch
 from grank_kernels.models.blocks import Backbone
 from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.recommender import at_newest
-from grank_kernels.models.targets import seen_before
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,8 @@ class Sequential(EmbeddingModel):
         """Cross-entropy of every item of the windows but the first, given those before it."""
         asked = batch.valid[:, 1:]
         queries = self._queries(self._outputs(batch.items[:, :-1])[asked])
-        targets = batch.items[:, 1:][asked]
-        corpus = self.corpus(targets)
-        seen = seen_before(corpus.columns(batch.items), asked, len(corpus.vectors))
-        loss = corpus.loss(queries, corpus.columns(targets), seen)
-        return {"retrieval": self.joint_mean(loss, len(targets))}
+        loss, _ = self.retrieval_loss(queries, batch.items[:, 1:][asked], batch.items, asked)
+        return {"retrieval": loss}
 
     def _outputs(self, items: Tensor) -> Tensor:
         x = self.rows_of(items.clamp(min=0)) * self.config.dim**0.5

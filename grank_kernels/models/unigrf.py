@@ -12,7 +12,7 @@ from grank_kernels.models.blocks import Backbone, Memory
 from grank_kernels.models.corpus import Corpus, average
 from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.recommender import at_newest
-from grank_kernels.models.targets import seen_before, until
+from grank_kernels.models.targets import until
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ class UniGRF(EmbeddingModel):
         losses = {}
         if self.config.retrieval:
             asked, queries = batch.valid[:, 1:], self._queries(outputs[:, 1:-1:2])
-            targets = batch.items[:, 1:][asked]
-            corpus = self.corpus(targets)
-            seen = seen_before(corpus.columns(batch.items), asked, len(corpus.vectors))
-            loss = corpus.loss(queries[asked], corpus.columns(targets), seen)
-            losses["retrieval"] = self.joint_mean(loss, len(targets))
+            losses["retrieval"], corpus = self.retrieval_loss(
+                queries[asked], batch.items[:, 1:][asked], batch.items, asked
+            )
             if self.config.enhancer and self.training:
                 self.steps += 1
                 if self.steps > self.config.enhancer_after:
@@ -190,9 +188,8 @@ class UniGRF(EmbeddingModel):
         seen = seen.scatter(2, past, True)[..., :M].scatter(2, target.unsqueeze(-1), False)
         logits = corpus.logits(query, target).masked_fill(seen, -torch.inf)
         with torch.no_grad():
-            others = (
-                (query @ corpus.vectors.T).masked_fill(seen, -torch.inf).scatter(2, target.unsqueeze(-1), -torch.inf)
-            )
+            others = logits.scatter(2, target.unsqueeze(-1), -torch.inf)
+            others = others if corpus.bias is None else others - corpus.bias  # as retrieval will score them
             scores, pool = others.topk(min(config.enhancer_pool, M))
             visible = (2 * (at + 1)).unsqueeze(-1).expand(pool.shape)
             candidates = corpus.items(pool.flatten(1))
