@@ -13,7 +13,7 @@ BUILD_TOOLS = pip setuptools wheel cmake ninja pybind11
 LINT_TOOLS = ruff mypy clang-format
 CPP_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help venv demo test lint docs format sanitize bench bench-compare wheel clean distclean
+.PHONY: help venv demo test lint docs format sanitize coverage bench bench-compare wheel clean distclean
 
 help:
 	@echo 'make demo       install, train a first model on MovieLens-100K, recommend with it, time the search'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint       ruff, mypy --strict, clang-format: report only'
 	@echo 'make format     ruff and clang-format: rewrite the files'
 	@echo 'make sanitize   C++ tests under AddressSanitizer and UBSan, once per instruction set; ThreadSanitizer; a fuzzer'
+	@echo 'make coverage   the share of the package and of the C++ CPU code that the tests run, line by line'
 	@echo 'make bench      every op beside its peers: a page with tables and pictures in BENCH_OUT   (BENCH_ARGS="--bench-n 100000")'
 	@echo 'make bench-compare REF=COMMIT    the kernels as they are beside those of a commit; fails where they are slower'
 	@echo 'make wheel      source archive -> wheel -> clean environment -> one search'
@@ -101,6 +102,19 @@ sanitize: $(VENV)/installed
 	! build/thread/update_soak --planted-race 2>build/planted_race.log
 	grep -q 'data race' build/planted_race.log
 
+# A copy of the package beside native modules that count: the tests import it, and the modules in place stay as they are.
+COVERED = build/coverage/package/grank_kernels
+
+coverage: venv
+	$(PIP) pytest-cov gcovr
+	@rm -rf build/coverage && mkdir -p build/coverage/package && cp -r grank_kernels build/coverage/package/ && rm -f $(COVERED)/_cpu.*.so
+	@PATH="$$(cd $(VENV)/bin && pwd):$$PATH" && cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CXX_FLAGS=--coverage -DGRANK_CUDA=OFF -DPython_EXECUTABLE="$$(pwd)/$(PY)" \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$$(pwd)/$(COVERED)" >build/coverage.log && cmake --build build/coverage
+	PYTHONPATH=build/coverage/package:. $(VENV)/bin/pytest -p no:benchmark $(TEST_ARGS) --cov=$(COVERED) --cov-report=
+	$(VENV)/bin/coverage report --skip-covered --fail-under=95
+	$(VENV)/bin/gcovr --filter csrc/ --sort uncovered-percent --gcov-ignore-parse-errors=negative_hits.warn --fail-under-line 90
+
 bench: venv $(VENV)/bench
 	@mkdir -p build
 	$(PY) -m pytest benchmarks -q --benchmark-only --benchmark-quiet --benchmark-json=build/benchmark.json $(BENCH_ARGS)
@@ -117,9 +131,7 @@ wheel: $(VENV)/installed
 	PIP_CONSTRAINT="$$(pwd)/constraints.txt" $(PY) -m build -o build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt build/wheel/*.whl
-	@cd build/wheel && venv/bin/python -I -c 'import torch, grank_kernels as gk; \
-	  q, x = torch.randn(4, 64), torch.randn(1000, 64); top = gk.mips_topk(q, x, 10, backend="cpu"); \
-	  torch.testing.assert_close(top.values, torch.topk(q @ x.T, 10).values); print("wheel:", gk.__file__, "searches")'
+	cd build/wheel && venv/bin/python -I ../../tests/wheel_smoke.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .demo grank_kernels/*.so

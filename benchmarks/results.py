@@ -4,7 +4,8 @@ python -m benchmarks.results train --data ml-1m=DIR [--only unigrf] [--seeds 0 1
 python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] [--svg docs/results.svg]
 
 `train` goes on where it was stopped and skips what is done; rows land one by one. One thread each: start it twice, with
-different rows, on two cores. `write` takes whatever is done and says how many seeds stand behind each figure.
+different rows, on two cores. `write` adds the reports of the runs to docs/results.json, where those of earlier runs
+stay, and fills the page from there; it says how many seeds stand behind each figure.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from grank_kernels.experiment import KS, Experiment, run
 from grank_kernels.models.neighbours import ItemKNN, Popularity
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+Reports = dict[str, dict[str, Any]]  # by the name of a run's folder
 
 
 class Row(NamedTuple):
@@ -129,12 +132,29 @@ def flat(report: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def collect(runs: Path, row: Row) -> dict[str, list[float]]:
+def known(record: Path, runs: Path) -> Reports:
+    """What the record holds and the runs add to it, which goes before."""
+    reports: Reports = json.loads(record.read_text()) if record.exists() else {}
+    return reports | {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*-seed_*/report.json")}
+
+
+def save(record: Path, reports: Reports) -> None:
+    """One line a run, and six digits: a difference between two records can be read."""
+    lines = (f"{json.dumps(name)}: {_short(report)}" for name, report in sorted(reports.items()))
+    record.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _short(report: dict[str, Any]) -> str:
+    return json.dumps(json.loads(json.dumps(report), parse_float=lambda figure: float(f"{float(figure):.6g}")))
+
+
+def collect(reports: Reports, row: Row) -> dict[str, list[float]]:
     """The figures of every seed that is done, by name."""
     found: dict[str, list[float]] = {}
-    for path in sorted(runs.glob(f"{row.slug}-seed_*/report.json")):
-        for name, value in flat(json.loads(path.read_text())).items():
-            found.setdefault(name, []).append(value)
+    for run_name, report in sorted(reports.items()):
+        if run_name.rpartition("-seed_")[0] == row.slug:
+            for name, value in flat(report).items():
+                found.setdefault(name, []).append(value)
     return found
 
 
@@ -145,23 +165,23 @@ def cell(values: list[float] | None) -> str:
     return f"{mean(values):.4f}".replace("0.", ".", 1) + spread
 
 
-def leave_one_out_table(runs: Path, rows: list[Row]) -> str:
+def leave_one_out_table(reports: Reports, rows: list[Row]) -> str:
     header = ["", "n", "HR@10", "NDCG@10", "HR@50", "NDCG@50", "HR@200", "NDCG@200", "MRR", "AUC", "minutes"]
     names = [f"retrieved {metric}@{k}" for k in (10, 50, 200) for metric in ("hr", "ndcg")] + ["retrieved mrr", "auc"]
-    return _table(runs, rows, header, names)
+    return _table(reports, rows, header, names)
 
 
-def half_and_half_table(runs: Path, rows: list[Row], first: str) -> str:
+def half_and_half_table(reports: Reports, rows: list[Row], first: str) -> str:
     """Of the retrieval, or after the second stage over k1 candidates."""
     ks = (10, 50, 200, 500) if first == "retrieved" else (10, 50, *((200,) if first != "ranked_100" else ()))
     header = ["", "n", *(f"{metric}@{k}" for k in ks for metric in ("Recall", "NDCG")), "minutes"]
-    return _table(runs, rows, header, [f"{first} {metric}@{k}" for k in ks for metric in ("recall", "ndcg")])
+    return _table(reports, rows, header, [f"{first} {metric}@{k}" for k in ks for metric in ("recall", "ndcg")])
 
 
-def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> str:
+def _table(reports: Reports, rows: list[Row], header: list[str], names: list[str]) -> str:
     lines = []
     for row in rows:
-        found = collect(runs, row)
+        found = collect(reports, row)
         seconds = found.get("seconds", [])
         count = max((len(found[name]) for name in names if name in found), default=0)
         if count:
@@ -170,7 +190,7 @@ def _table(runs: Path, rows: list[Row], header: list[str], names: list[str]) -> 
     return markdown_table(header, lines)
 
 
-def draw(path: Path, runs: Path) -> None:
+def draw(path: Path, reports: Reports) -> None:
     """Two panels: HR@10 of leave-one-out, Recall@50 of half-and-half after the second stage where there is one."""
     from benchmarks.pictures import COLOURS, plt, save
 
@@ -181,7 +201,7 @@ def draw(path: Path, runs: Path) -> None:
     ):
         bars = {}
         for row in reversed(TABLES[table]):
-            found = collect(runs, row)
+            found = collect(reports, row)
             values = next((found[name] for name in choices if name in found), None)
             if values:
                 bars[row.name] = mean(values)
@@ -198,15 +218,13 @@ def draw(path: Path, runs: Path) -> None:
     save(figure, path)
 
 
-def write(runs: Path, page: Path, svg: Path | None) -> None:
+def write(page: Path, reports: Reports) -> None:
     for table, rows in TABLES.items():
         if table.endswith("leave-one-out"):
-            write_readme(page, table, leave_one_out_table(runs, rows))
+            write_readme(page, table, leave_one_out_table(reports, rows))
         else:
             for first in ("retrieved", "ranked_100", "ranked_200", "ranked_500"):
-                write_readme(page, f"{table} {first}", half_and_half_table(runs, rows, first))
-    if svg is not None:
-        draw(svg, runs)
+                write_readme(page, f"{table} {first}", half_and_half_table(reports, rows, first))
 
 
 def main() -> None:
@@ -220,13 +238,18 @@ def main() -> None:
             command.add_argument("--only", default="", help="part of a table's or a row's name")
             command.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
         else:
+            command.add_argument("--record", type=Path, default=Path("docs/results.json"))
             command.add_argument("--page", type=Path, default=Path("docs/results.md"))
             command.add_argument("--svg", type=Path)
     options = parser.parse_args()
     if options.command == "train":
         train(options.runs, dict(entry.split("=", 1) for entry in options.data), options.only, options.seeds)
     else:
-        write(options.runs, options.page, options.svg)
+        reports = known(options.record, options.runs)
+        save(options.record, reports)
+        write(options.page, reports)
+        if options.svg is not None:
+            draw(options.svg, reports)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from grank_kernels.arrays import as_tensor
@@ -65,12 +66,15 @@ def check_choice(name: str, x: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {x!r}; it takes one of {', '.join(map(repr, choices))}")
 
 
-def check_k(k: Any) -> None:
-    """That k is an int, 1 or more."""
+def check_k(k: Any) -> Any:
+    """That k is an int, 1 or more; one of NumPy becomes Python's."""
+    if isinstance(k, np.integer):
+        k = int(k)
     if not isinstance(k, (int, torch.SymInt)) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__} {k!r}")
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
+    return k
 
 
 def exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

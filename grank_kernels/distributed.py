@@ -168,7 +168,7 @@ class ShardedItemTable:
                 "queries require a gradient, which a search of a ShardedItemTable does not have: detach them, "
                 "or search under torch.no_grad()"
             )
-        check_k(k)
+        k = check_k(k)
         if k > _MOST:
             raise ValueError(f"k is {k}; with a ShardedItemTable it takes at most {_MOST}")
         if queries.shape[-1] != self._table.dim:

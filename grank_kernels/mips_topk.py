@@ -194,7 +194,7 @@ def _search(
             f"queries are on {queries.device} and items on {rows.device}; both must be on one device, as after "
             f"queries.to({str(rows.device)!r}), or the queries on a GPU and the items in pinned host memory"
         )
-    check_k(k)
+    k = check_k(k)
     offsets, excluded = None, None
     if exclude is not None:
         offsets, excluded = exclusions(exclude, B, one, queries.device)

@@ -1,0 +1,60 @@
+"""The record behind the page of results: runs are added, those of before stay, and rows do not mix."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import TABLES, collect, known, leave_one_out_table, save, write
+
+ROWS = {row.name: row for row in TABLES["ml-1m leave-one-out"]}
+
+
+def report(hr: float, **more: Any) -> dict[str, Any]:
+    return {"users": 10, "retrieved": {"hr@10": hr}, "seconds": 120.0} | more
+
+
+def record(path: Path, **reports: dict[str, Any]) -> None:
+    for name, figures in reports.items():
+        folder = path / name.replace("__", "-")
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(figures))
+
+
+def test_runs_are_added_and_those_of_before_stay(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    save(path, {"ml-1m-hstu-seed_0": report(0.25), "ml-1m-hstu-seed_1": report(0.27)})
+    record(tmp_path / "runs", **{"ml-1m-hstu-seed_1": report(1 / 3), "ml-1m-sasrec-seed_0": report(0.5)})
+    save(path, known(path, tmp_path / "runs"))
+    assert known(path, tmp_path / "no runs") == {
+        "ml-1m-hstu-seed_0": report(0.25),
+        "ml-1m-hstu-seed_1": report(0.333333),
+        "ml-1m-sasrec-seed_0": report(0.5),
+    }
+    assert len(path.read_text().splitlines()) == 5, "one line a run"
+
+
+def test_a_row_takes_its_own_seeds(tmp_path: Path) -> None:
+    reports = {
+        "ml-1m-unigrf-hstu-seed_0": report(0.2, auc=0.75),
+        "ml-1m-unigrf-hstu-seed_1": report(0.4, auc=0.85),
+        "ml-1m-unigrf-hstu-enhancer_false-seed_0": report(0.1),
+        "ml-1m-unigrf-hstu-enhancer_false-weighter_false-seed_0": report(0.9),
+    }
+    whole = collect(reports, ROWS["UniGRF, HSTU"])
+    assert whole == {"retrieved hr@10": [0.2, 0.4], "auc": [0.75, 0.85], "seconds": [120.0, 120.0]}
+    assert collect(reports, ROWS["UniGRF, HSTU, no enhancer"])["retrieved hr@10"] == [0.1]
+    assert collect(reports, ROWS["SASRec"]) == {}
+
+
+def test_the_table_says_how_many_seeds(tmp_path: Path) -> None:
+    reports = {"ml-1m-hstu-seed_0": report(0.2), "ml-1m-hstu-seed_1": report(0.4), "ml-1m-sasrec-seed_0": report(0.5)}
+    lines = leave_one_out_table(reports, TABLES["ml-1m leave-one-out"]).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [["| SASRec", "1", ".5000"], ["| HSTU", "2", ".3000 ± .1414"]]
+
+
+def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    page = tmp_path / "results.md"
+    page.write_text((docs / "results.md").read_text())
+    write(page, known(docs / "results.json", tmp_path / "no runs"))
+    assert page.read_text() == (docs / "results.md").read_text()
