@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report import markdown_table, write_readme
+from benchmarks.runs import few_digits
 from grank_kernels.data import read
 from grank_kernels.evaluation import DEPTH, metrics
 from grank_kernels.experiment import KS, Experiment, run
@@ -140,12 +141,8 @@ def known(record: Path, runs: Path) -> Reports:
 
 def save(record: Path, reports: Reports) -> None:
     """One line a run, and six digits: a difference between two records can be read."""
-    lines = (f"{json.dumps(name)}: {_short(report)}" for name, report in sorted(reports.items()))
+    lines = (f"{json.dumps(name)}: {few_digits(report, 6)}" for name, report in sorted(reports.items()))
     record.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _short(report: dict[str, Any]) -> str:
-    return json.dumps(json.loads(json.dumps(report), parse_float=lambda figure: float(f"{float(figure):.6g}")))
 
 
 def collect(reports: Reports, row: Row) -> dict[str, list[float]]:

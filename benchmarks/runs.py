@@ -52,14 +52,14 @@ def _described(machine: dict[str, Any]) -> dict[str, Any]:
 
 def save(path: Path, run: Run) -> None:
     """One line a case, and few digits: a difference between two runs can be read."""
-    cases = ",\n  ".join(json.dumps({name: _short(value) for name, value in case.items()}) for case in run.cases)
-    limits = json.dumps(json.loads(json.dumps(run.limits), parse_float=lambda x: _short(float(x))))
+    cases = ",\n  ".join(few_digits(case) for case in run.cases)
     machine = json.dumps(run.machine)
-    path.write_text(f'{{"machine": {machine},\n "limits": {limits},\n "cases": [\n  {cases}\n]}}\n')
+    path.write_text(f'{{"machine": {machine},\n "limits": {few_digits(run.limits)},\n "cases": [\n  {cases}\n]}}\n')
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def few_digits(value: Any, digits: int = 4) -> str:
+    """JSON on one line, every float in it rounded."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=lambda x: float(f"{float(x):.{digits}g}")))
 
 
 def ours(case: Case) -> bool:

@@ -13,9 +13,10 @@ def report(hr: float, **more: Any) -> dict[str, Any]:
     return {"users": 10, "retrieved": {"hr@10": hr}, "seconds": 120.0} | more
 
 
-def record(path: Path, **reports: dict[str, Any]) -> None:
+def leave(runs: Path, reports: dict[str, dict[str, Any]]) -> None:
+    """As `train` does."""
     for name, figures in reports.items():
-        folder = path / name.replace("__", "-")
+        folder = runs / name
         folder.mkdir(parents=True)
         (folder / "report.json").write_text(json.dumps(figures))
 
@@ -23,7 +24,7 @@ def record(path: Path, **reports: dict[str, Any]) -> None:
 def test_runs_are_added_and_those_of_before_stay(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     save(path, {"ml-1m-hstu-seed_0": report(0.25), "ml-1m-hstu-seed_1": report(0.27)})
-    record(tmp_path / "runs", **{"ml-1m-hstu-seed_1": report(1 / 3), "ml-1m-sasrec-seed_0": report(0.5)})
+    leave(tmp_path / "runs", {"ml-1m-hstu-seed_1": report(1 / 3), "ml-1m-sasrec-seed_0": report(0.5)})
     save(path, known(path, tmp_path / "runs"))
     assert known(path, tmp_path / "no runs") == {
         "ml-1m-hstu-seed_0": report(0.25),
@@ -33,7 +34,7 @@ def test_runs_are_added_and_those_of_before_stay(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 5, "one line a run"
 
 
-def test_a_row_takes_its_own_seeds(tmp_path: Path) -> None:
+def test_a_row_takes_its_own_seeds() -> None:
     reports = {
         "ml-1m-unigrf-hstu-seed_0": report(0.2, auc=0.75),
         "ml-1m-unigrf-hstu-seed_1": report(0.4, auc=0.85),
@@ -46,7 +47,7 @@ def test_a_row_takes_its_own_seeds(tmp_path: Path) -> None:
     assert collect(reports, ROWS["SASRec"]) == {}
 
 
-def test_the_table_says_how_many_seeds(tmp_path: Path) -> None:
+def test_the_table_says_how_many_seeds() -> None:
     reports = {"ml-1m-hstu-seed_0": report(0.2), "ml-1m-hstu-seed_1": report(0.4), "ml-1m-sasrec-seed_0": report(0.5)}
     lines = leave_one_out_table(reports, TABLES["ml-1m leave-one-out"]).splitlines()[2:]
     assert [line.split(" | ")[:3] for line in lines] == [["| SASRec", "1", ".5000"], ["| HSTU", "2", ".3000 ± .1414"]]
