@@ -73,7 +73,7 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.inputs = mlp(dim, dim, dim)
         self.head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.out = nn.Linear(hidden, 1)
+        self.out = nn.Linear(hidden, 1, bias=False)  # a constant would leave a softmax over candidates as it is
         nn.init.zeros_(self.out.weight)  # start from the first stage's order
 
     def forward(self, x: Tensor, visible: Tensor, backbone: Backbone, memories: list[Memory]) -> Tensor:
