@@ -40,15 +40,13 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a model and report on its test split."""
-    import torch.distributed as dist
-
     from grank_kernels.experiment import Experiment, run
+    from grank_kernels.training import leave
 
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
     report = run(Experiment.load(config, given), folder)
-    if dist.is_initialized():  # or its threads may outlive the interpreter, which then aborts
-        dist.destroy_process_group()
+    leave()
     if report:
         _print_json({name: value for name, value in report.items() if name != "machine"})
 

@@ -42,6 +42,16 @@ def metrics(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[
     counts = targets.lengths
     if B and int(counts.min()) < 1:
         raise ValueError("targets must have at least one item for every user, got none for some")
+    parts = [
+        _metrics_of_users(recommended[rows], targets.select(rows), ks) for rows in torch.split(torch.arange(B), 4096)
+    ]
+    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+
+
+def _metrics_of_users(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[str, Tensor]:
+    """`metrics` of each of B users, (B,) float64 each: its temporaries are several times the size of the lists."""
+    B, K = recommended.shape
+    counts = targets.lengths
     width = 1 + max(int(recommended.max()) if recommended.numel() else 0, int(targets.items.max()) if B else 0)
     rows = torch.arange(B).unsqueeze(1)
     hits = torch.isin(recommended + rows * width, targets.items + targets.users * width) & (recommended >= 0)
@@ -55,7 +65,7 @@ def metrics(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[
         values[f"recall@{k}"] = first.sum(1) / counts
         values[f"ndcg@{k}"] = (first * gains[:k]).sum(1) / ideal[counts.clamp(max=k) - 1]
     values["mrr"] = (found / torch.arange(1, K + 1)).amax(1)
-    return {name: value.mean().item() for name, value in values.items()}
+    return values
 
 
 @dataclass(frozen=True)
