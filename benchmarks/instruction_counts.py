@@ -1,7 +1,7 @@
 """Instructions that the CPU kernels execute for small fixed calls: a measure of speed that is the same in every run.
 
 python -m benchmarks.instruction_counts            # counted now, beside the budget
-python -m benchmarks.instruction_counts --write    # makes the budget anew: benchmarks/instruction_budget.json
+python -m benchmarks.instruction_counts --write    # makes the budget of this processor's instruction sets anew
 
 Counted is what runs in the native module, one thread, by stepping through it (tests/csrc/instruction_counter.cpp).
 Compilers differ, so the budget names the one it was made with, and holds for modules that it compiled.
@@ -151,7 +151,7 @@ def instruction_sets() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make what is counted now the budget")
+    parser.add_argument("--write", action="store_true", help="make what is counted here the budget")
     parser.add_argument("--here", action="store_true", help="JSON of this process's instruction set alone")
     options = parser.parse_args()
     if options.here:
@@ -160,14 +160,14 @@ def main() -> None:
         except UncountableError as reason:
             print(json.dumps(str(reason)))
         return
-    counts: Counts = {}
+    budget = Budget.read()
+    counts: Counts = budget.counts if options.write and budget.compiler == compiler() else {}
     for isa in instruction_sets():
         for name, number in count(isa).items():
             counts.setdefault(name, {})[isa] = number
     if options.write:
         Budget(compiler(), MARGIN, counts).write()
         return
-    budget = Budget.read()
     for name, by_isa in counts.items():
         for isa, number in by_isa.items():
             print(f"{name:45}{isa:>12}{number:>9_} of {budget.counts.get(name, {}).get(isa, 0):_}")

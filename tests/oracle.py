@@ -32,6 +32,11 @@ def isas() -> list[str]:
     return [name for name, runs_here in cpu.isas().items() if runs_here]
 
 
+def searching_isas() -> list[str]:
+    """Those with kernels of their own for searches; avx512bf16 has the Ranker's alone."""
+    return [isa for isa in isas() if isa != "avx512bf16"]
+
+
 # ---- scores ----
 
 

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "candidate_cross_attention_kernel.h"
-#include "tile_product.h"
-#include "tile_product_amx.h"
+#include "tiles.h"
 
 namespace grank {
 namespace GRANK_ISA {

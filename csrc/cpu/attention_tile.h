@@ -5,7 +5,7 @@
 //
 // `max` need not be the largest, only near: it is raised, and what is there scaled down, where a logit is above it by
 // more than 8, so that no weight is above 2^8. Nothing else is rescaled. All float32; weights are rounded to the
-// values' number of parts where the product has parts (tile_product_amx.h). An overflowed sum would take 2^120 keys.
+// values' number of parts where the product has parts (tile_product_parts.h). An overflowed sum would take 2^120 keys.
 #pragma once
 
 #include <cstdint>

@@ -50,11 +50,12 @@ class Run {
 }  // namespace
 
 void candidate_cross_attention(const CandidateCrossAttentionProblem& p, const Isa& isa) {
-  Run(p, *isa.attention_forward, p.queries).run();
+  Run(p, *isa.ranker(p.dtype).attention_forward, p.queries).run();
 }
 
 void candidate_cross_attention_backward(const CandidateCrossAttentionProblem& p, const Isa& isa) {
-  Run queries(p, *isa.attention_grad_queries, p.queries), keys(p, *isa.attention_grad_keys, p.keys);
+  const RankerKernels& kernels = isa.ranker(p.dtype);
+  Run queries(p, *kernels.attention_grad_queries, p.queries), keys(p, *kernels.attention_grad_keys, p.keys);
   queries.run();
   keys.run();
 }

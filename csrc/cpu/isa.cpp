@@ -11,7 +11,9 @@
 
 namespace grank {
 
-#define X(isa)                                                                               \
+// GRANK_ISAS has X(isa, wide) for each: `wide` is the one whose kernels it uses for what is not bfloat16, mostly
+// itself.
+#define X(isa, wide)                                                                         \
   namespace isa {                                                                            \
   extern const MipsTopkKernel mips_topk_kernel;                                              \
   extern const ScoreCandidatesKernel score_candidates_kernel;                                \
@@ -54,6 +56,7 @@ bool runs_here(const std::string& isa) {
   if (isa == "avx512") return avx512;
   const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (isa == "avx512vnni") return avx512vnni;
+  if (isa == "avx512bf16") return avx512vnni && __builtin_cpu_supports("avx512bf16");
   if (isa == "amx") return avx512vnni && may_use_amx();
 #endif
   return false;
@@ -72,16 +75,12 @@ const Isa& choose() {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all{
-#define X(isa)                    \
-  {#isa,                          \
-   runs_here(#isa),               \
-   &isa::mips_topk_kernel,        \
-   &isa::score_candidates_kernel, \
-   &isa::attention_forward,       \
-   &isa::attention_grad_queries,  \
-   &isa::attention_grad_keys},
+#define RANKER(isa) \
+  {&isa::score_candidates_kernel, &isa::attention_forward, &isa::attention_grad_queries, &isa::attention_grad_keys}
+#define X(isa, wide) {#isa, runs_here(#isa), &wide::mips_topk_kernel, RANKER(wide), RANKER(isa)},
       GRANK_ISAS
 #undef X
+#undef RANKER
   };
   return all;
 }

@@ -10,12 +10,19 @@
 
 namespace grank {
 
+// Of the ops that are made of the product of tile_product.h.
+struct RankerKernels {
+  const ScoreCandidatesKernel* score_candidates;
+  const AttentionPass *attention_forward, *attention_grad_queries, *attention_grad_keys;
+};
+
 struct Isa {
   const char* name;
   bool runs_here;  // this processor and operating system can execute it
   const MipsTopkKernel* mips_topk;
-  const ScoreCandidatesKernel* score_candidates;
-  const AttentionPass *attention_forward, *attention_grad_queries, *attention_grad_keys;
+  RankerKernels floats, bfloats;  // for operands of float32 and float16, and of bfloat16
+
+  const RankerKernels& ranker(DType dtype) const { return dtype == DType::kBFloat16 ? bfloats : floats; }
 };
 
 // All that were compiled, weakest first.

@@ -18,6 +18,11 @@ int useful_threads(const ScoreCandidatesProblem& p) {
   return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
 }
 
+// Kernels for bfloat16 take tables of bfloat16 and int8.
+const RankerKernels& kernels_of(const ScoreCandidatesProblem& p, const Isa& isa) {
+  return isa.ranker(p.rows_dtype == DType::kInt8 || p.rows_dtype == p.dtype ? p.dtype : DType::kFloat32);
+}
+
 }  // namespace
 
 void score_candidates(const ScoreCandidatesProblem& p, const Isa& isa) {
@@ -26,7 +31,7 @@ void score_candidates(const ScoreCandidatesProblem& p, const Isa& isa) {
     std::fill(p.scores, p.scores + scores, -std::numeric_limits<float>::infinity());
     return;
   }
-  const ScoreCandidatesKernel& kernel = *isa.score_candidates;
+  const ScoreCandidatesKernel& kernel = *kernels_of(p, isa).score_candidates;
   const int threads = useful_threads(p);
   AlignedMemory weight(kernel.weight_bytes(p)), scratch(kernel.scratch_bytes(p), threads);
   kernel.prepare_weight(p, weight.of(0));

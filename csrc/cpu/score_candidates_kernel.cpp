@@ -2,8 +2,7 @@
 #include "score_candidates_kernel.h"
 
 #include "attention_tile.h"
-#include "tile_product.h"
-#include "tile_product_amx.h"
+#include "tiles.h"
 
 namespace grank {
 namespace GRANK_ISA {

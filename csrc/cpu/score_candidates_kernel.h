@@ -10,8 +10,9 @@
 // keys and values, kKeys at a time, meet one tile after the other: logits (keys, 64) in the first-level cache, online
 // softmax (attention_tile.h), weighted sum into (h, 64). The head stands at the end, so that neither C x d nor C x L
 // numbers are ever written to memory. Candidates lie in the lanes: a score depends on its candidate and user alone, bit
-// for bit, and, but for AMX, has the same bits on every instruction set with FMA. (The hidden layer adds e item_weight
-// to the attended part and user_hidden; the head sums h ascending.) Products and accumulators: tile_product.h.
+// for bit, and has the same bits on every instruction set with FMA, but for AMX and, of bfloat16 numbers, AVX512-BF16.
+// (The hidden layer adds e item_weight to the attended part and user_hidden; the head sums h ascending.) Products and
+// accumulators: tile_product.h.
 // An int8 row's scale is multiplied into its logits' scale and its share of the hidden layer.
 //
 // Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every

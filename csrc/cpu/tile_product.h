@@ -8,7 +8,8 @@
 //
 // Float products: float32 fused multiply-adds over the depth ascending, in segments of kSegment, each summed from zero
 // and then added to C; the same order, hence the same bits, for every instruction set with FMA. 6 x 4 vectors of 16 are
-// summed in registers where there are 32 of them, else 6 x 2. With AMX there is a second kind (tile_product_amx.h).
+// summed in registers where there are 32 of them, else 6 x 2. Operands in bfloat16 parts (tile_product_parts.h) are
+// multiplied by AMX (tile_product_amx.h), and bfloat16 itself by AVX-512's dot products (tile_product_pairs.h).
 #pragma once
 
 #include <cstdint>
