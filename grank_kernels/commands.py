@@ -41,7 +41,7 @@ def train(
 ) -> None:
     """Train a model and report on its test split."""
     from grank_kernels.experiment import Experiment, run
-    from grank_kernels.training import leave
+    from grank_kernels.ranks import leave
 
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]

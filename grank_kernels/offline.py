@@ -39,7 +39,7 @@ from grank_kernels.catalogue import Catalogue
 from grank_kernels.data import Histories, Interactions, all_histories
 from grank_kernels.distributed import ShardedItemTable
 from grank_kernels.mips_topk import TopK
-from grank_kernels.ranks import Ranks
+from grank_kernels.ranks import Ranks, leave
 from grank_kernels.retriever import Retriever, Serving, check_at_least_1, check_histories, to_disk
 from grank_kernels.table import ItemTable
 from grank_kernels.table_versions import Version
@@ -117,7 +117,7 @@ def launched() -> Iterator[Ranks | None]:
     try:
         yield Ranks()
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ the rank was to send, and every rank raises: the one that failed its own excepti
 """
 
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,22 @@ class ShardError(RuntimeError):
     cannot be told which, and the group is of no more use: processes under `torchrun --max-restarts` end, and are
     started anew.
     """
+
+
+def leave() -> None:
+    """Destroys the process groups that this process is in, if any, and ends their threads; no mesh can be used again.
+
+    For the end of a process. A thread of gloo's that lets go of the last collective's tensors when the interpreter has
+    ended aborts the process. These threads end with their group, but PyTorch's meshes keep their groups, and DTensor's
+    caches keep the meshes.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    for each in gc.get_objects():
+        if type(each) is DeviceMesh:
+            vars(each).get("_pg_registry", {}).clear()  # not there in older versions of PyTorch
+    gc.collect()  # groups that are part of reference cycles
 
 
 def attempt(run: Callable[..., T], *arguments: object) -> T | Exception:

@@ -1,7 +1,6 @@
 """Fitting a model; Lightning runs the loop, keeps checkpoints and stops early."""
 
 import copy
-import gc
 import logging
 import os
 import signal
@@ -20,7 +19,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from grank_kernels.data import Batch, Split, TrainingWindows
@@ -172,7 +170,7 @@ def fit(
     (seed, epoch), so it ends with the same weights, bit for bit, as one that was never stopped (with one number of
     threads).
 
-    Several devices are left in a process group, which `leave` ends.
+    Several devices are left in a process group, for `ranks.leave`.
 
     Args:
         model: changed in place; ends in evaluation mode, on the CPU, with the weights of its best epoch.
@@ -250,8 +248,6 @@ def fit(
         finally:
             torch.set_float32_matmul_precision(before)
             model.group = None
-            if config.shard_items:
-                _let_go_of_groups(trainer.strategy.device_mesh)  # type: ignore[attr-defined]
     if folder is not None:
         load_best(model, folder)
     model.cpu().eval()
@@ -263,22 +259,6 @@ def _strategy(config: TrainingConfig) -> Strategy | str:
         # Checkpoints hold whole weights, as those of every other run: they are gathered on the first rank's host.
         return ModelParallelStrategy(config.devices, 1, save_distributed_checkpoint=False)
     return "ddp" if config.devices > 1 else "auto"
-
-
-def leave() -> None:
-    """Leaves the process groups that a fit on several devices has joined and left in place, if there are any.
-
-    For the end of a process: a thread of gloo's that lets go of the last collective's tensors when the interpreter has
-    ended aborts the process. The threads end with their groups.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        gc.collect()  # groups that are part of reference cycles
-
-
-def _let_go_of_groups(mesh: DeviceMesh) -> None:
-    """DTensor's caches keep meshes for ever, and the meshes of newer versions of PyTorch keep their groups."""
-    vars(mesh).get("_pg_registry", {}).clear()
 
 
 def _check_shardable(model: Recommender, config: TrainingConfig, folder: str | Path | None) -> None:

@@ -19,13 +19,17 @@ import torch
 import torch.distributed as dist
 from oracle import TESTS
 
+import grank_kernels as gk
+from grank_kernels.ranks import leave
+
 Case = Callable[[int, int, Path], None]
 TIMEOUT = timedelta(seconds=60)
 SECONDS = 600  # after which a launch has failed; it takes a few
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    package = Path(gk.__file__).resolve().parent.parent
+    path = os.pathsep.join(map(str, (package, TESTS.parent, TESTS, os.environ.get("PYTHONPATH", ""))))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
@@ -76,4 +80,4 @@ def run_cases(cases: dict[str, Case]) -> None:
         if any(everybody) and not failures[name]:
             failures[name] = "failed on another rank"
     Path(f"{results}.{rank}").write_text(json.dumps(failures))
-    dist.destroy_process_group()
+    leave()

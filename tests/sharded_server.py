@@ -18,6 +18,7 @@ from oracle import assert_same
 
 import grank_kernels as gk
 from grank_kernels.distributed import ShardError
+from grank_kernels.ranks import leave
 
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -40,7 +41,7 @@ def main() -> None:
         (folder / f"lost.{rank}").write_text(str(error))
         os._exit(3)  # what is left of the group would wait for the rank that is lost
     (folder / f"served.{rank}").write_text(f"{restarts} {os.environ.get('GRANK_ADDRESS', '')}")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_training import *
 from torch import distributed
-from grank_kernels.training import leave
+from grank_kernels.ranks import leave
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(1)
