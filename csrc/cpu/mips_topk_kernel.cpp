@@ -1,6 +1,8 @@
 // mips_topk_kernel.h says what is computed here, and how.
 #include "mips_topk_kernel.h"
 
+#include <type_traits>
+
 #include "mips_topk_amx.h"
 #include "simd.h"
 
@@ -30,7 +32,10 @@ int64_t packed_units(DType dtype, int64_t d) {
   return units_of(dtype, d) + (dtype == DType::kInt8);
 }
 
-int64_t queries_bytes(DType dtype, int64_t count, int64_t d) { return count * packed_units(dtype, d) * 4; }
+int64_t queries_bytes(DType dtype, int64_t count, int64_t d) {
+  const int64_t block = kAmx && dtype == DType::kInt8 ? 1 : kQueryBlock;
+  return divide_up(count, block) * block * packed_units(dtype, d) * 4;
+}
 
 // Four int8 as the packed units of dot(): s16 pairs (0, 2) and (1, 3), or the four bytes.
 void split_four(uint32_t four, uint32_t* units, int64_t stride) {
@@ -52,34 +57,36 @@ int32_t start_of(const int8_t* query, int64_t d) {
   return start;
 }
 
-// Interleaves blocks of kQueryBlock queries unit by unit: what the multiplication reads, in its order.
+// Interleaves blocks of kQueryBlock queries unit by unit: what the multiplication reads, in its order. The last block
+// is filled up with zeros.
 void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, void* packed) {
 #if GRANK_AMX
   if (dtype == DType::kInt8) {
     return pack_tiles(static_cast<const int8_t*>(queries), count, d, static_cast<char*>(packed));
   }
 #endif
+  const int64_t block_units = kQueryBlock * packed_units(dtype, d);
   auto* out = static_cast<uint32_t*>(packed);
-  for (int64_t first = 0; first < count; first += kQueryBlock) {
+  for (int64_t first = 0; first < count; first += kQueryBlock, out += block_units) {
     const int64_t block = count - first < kQueryBlock ? count - first : kQueryBlock;
+    if (block < kQueryBlock) __builtin_memset(out, 0, block_units * 4);
     for (int64_t b = 0; b < block; ++b) {
       uint32_t* unit = out + b;
       if (dtype != DType::kInt8) {
         const float* query = static_cast<const float*>(queries) + (first + b) * d;
-        for (int64_t j = 0; j < d; ++j) __builtin_memcpy(unit + j * block, query + j, 4);
+        for (int64_t j = 0; j < d; ++j) __builtin_memcpy(unit + j * kQueryBlock, query + j, 4);
       } else {
         const int8_t* query = static_cast<const int8_t*>(queries) + (first + b) * d;
         const int32_t start = kInt8PerUnit == 4 ? start_of(query, d) : 0;
         __builtin_memcpy(unit, &start, 4);
-        unit += block;
-        for (int64_t j = 0; j < d; j += 4, unit += kUnitsPerFour * block) {
+        unit += kQueryBlock;
+        for (int64_t j = 0; j < d; j += 4, unit += kUnitsPerFour * kQueryBlock) {
           uint32_t four = 0;
           __builtin_memcpy(&four, query + j, d - j < 4 ? d - j : 4);
-          split_four(four, unit, block);
+          split_four(four, unit, kQueryBlock);
         }
       }
     }
-    out += block * packed_units(dtype, d);
   }
 }
 
@@ -120,6 +127,35 @@ struct Ahead {
   }
 };
 
+// Hands the two 16-bit elements in every lane of `column` to sink(unit, 0, values) and sink(unit + 1, 0, values).
+template <DType kType, bool kBoth, typename Sink>
+[[gnu::always_inline]] inline void give_pair(int64_t unit, Units column, Sink& sink) {
+  if constexpr (kType == DType::kFloat16) {
+    sink(unit, 0, (Units)float_of_float16(__builtin_convertvector(column & 0xffff, Halves)));
+    if (kBoth) sink(unit + 1, 0, (Units)float_of_float16(__builtin_convertvector(column >> 16, Halves)));
+  } else {
+    sink(unit, 0, column << 16);
+    if (kBoth) sink(unit + 1, 0, column & 0xffff0000u);
+  }
+}
+
+// Transposes 16 bytes of every row of a square of kLanes rows and columns of pairs of 16-bit elements, or `bytes` of
+// them.
+template <DType kType, bool kListed, bool kWhole, typename Sink>
+[[gnu::always_inline]] inline void transpose_pairs(const char* row, int64_t stride, const uint32_t* list, int64_t bytes,
+                                                   int64_t unit, Sink& sink) {
+  Units columns[4];
+  load_columns<4, kListed, kWhole>(row, stride, list, bytes, columns);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    if (kWhole || 4 * j + 2 < bytes) {
+      give_pair<kType, true>(unit + 2 * j, columns[j], sink);
+    } else if (4 * j < bytes) {
+      give_pair<kType, false>(unit + 2 * j, columns[j], sink);
+    }
+  }
+}
+
 // Transposes 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns; `unit` is the first of
 // them.
 template <DType kType, bool kListed, bool kWhole, typename Sink>
@@ -136,25 +172,32 @@ template <DType kType, bool kListed, bool kWhole, typename Sink>
   }
 }
 
-// Rows that are transposed together: a vector of them, or two of 16-bit elements.
-template <DType kType>
-constexpr int kRowsOfSquare = kType == DType::kFloat16 || kType == DType::kBFloat16 ? 2 * kLanes : kLanes;
+// Rows that are transposed together: a vector of them, or two of 16-bit elements, if these are not moved in pairs.
+template <DType kType, bool kPairs = false>
+constexpr int kRowsOfSquare = element_bytes(kType) == 2 && !kPairs ? 2 * kLanes : kLanes;
 
 // Transposes dimensions begin to end of the rows of a tile from number `first` on, kRowsOfSquare of them, units
 // ascending. `begin` is a multiple of 16.
-template <DType kType, bool kListed, typename Sink>
+template <DType kType, bool kListed, bool kPairs = false, typename Sink>
 [[gnu::always_inline]] inline void transpose_rows(const MipsTopkTile& tile, int first, int64_t begin, int64_t end,
                                                   Ahead& ahead, Sink sink) {
   const uint32_t* list = kListed ? tile.list + first : nullptr;
   const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride) + begin * element_bytes(kType);
   int64_t unit = units_of(kType, begin);
   int64_t left = (end - begin) * element_bytes(kType);
+  const auto square = [&](auto whole, int64_t bytes) {
+    if constexpr (kPairs) {
+      transpose_pairs<kType, kListed, decltype(whole)::value>(row, tile.row_stride, list, bytes, unit, sink);
+    } else {
+      transpose_square<kType, kListed, decltype(whole)::value>(row, tile.row_stride, list, bytes, unit, sink);
+    }
+  };
   for (; left >= 16; left -= 16, row += 16) {
-    ahead.fetch<16 * kRowsOfSquare<kType> / 64, 3>();
-    transpose_square<kType, kListed, true>(row, tile.row_stride, list, 16, unit, sink);
+    ahead.fetch<16 * kRowsOfSquare<kType, kPairs> / 64, 3>();
+    square(std::true_type(), 16);
     unit += units_of(kType, 16 / element_bytes(kType));
   }
-  if (left > 0) transpose_square<kType, kListed, false>(row, tile.row_stride, list, left, unit, sink);
+  if (left > 0) square(std::false_type(), left);
 }
 
 template <DType kType, bool kListed>
@@ -198,7 +241,7 @@ struct FloatProducts {
         Floats rows[kVectorsAtOnce];
         for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Floats>(panel + j * kTileRows + v * kLanes);
         for (int q = 0; q < kQueries; ++q) {
-          const Floats query = broadcast<Floats>(queries[j * kQueries + q]);
+          const Floats query = broadcast<Floats>(queries[j * kQueryBlock + q]);
           for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = multiply_add(query, rows[v], sums[q][v]);
         }
       }
@@ -210,20 +253,30 @@ struct FloatProducts {
     }
   }
 
-  // The same sums for one query and the rows of a tile from number `first` on, kRowsOfSquare of them, straight from the
+  // The same sums for vectors `vector` and following of the rows of a tile, kRowsOfSquare of them, straight from the
   // transposition.
-  template <DType kType, bool kListed>
-  [[gnu::always_inline]] static void sum_one(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
-                                             Ahead& ahead, Sum* sums) {
-    const float* query = reinterpret_cast<const float*>(packed);
-    constexpr int kVectors = kRowsOfSquare<kType> / kLanes;
+  template <DType kType, bool kListed, bool kPairs, int kQueries>
+  [[gnu::always_inline]] static void sum_few(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
+                                             Ahead& ahead, int vector, Sum (&sums)[kQueries][kVectorsAtOnce]) {
+    const float* queries = reinterpret_cast<const float*>(packed);
+    constexpr int kVectors = kRowsOfSquare<kType, kPairs> / kLanes;
     for (int64_t begin = 0; begin == 0 || begin < d; begin += kSegment) {
       const int64_t end = d - begin < kSegment ? d : begin + kSegment;
-      Floats partial[kVectors] = {};
-      transpose_rows<kType, kListed>(tile, first, begin, end, ahead, [&](int64_t unit, int v, Units values) {
-        partial[v] = multiply_add(broadcast<Floats>(query[unit]), (Floats)values, partial[v]);
+      Floats partial[kQueries][kVectors] = {};
+      transpose_rows<kType, kListed, kPairs>(tile, first, begin, end, ahead, [&](int64_t unit, int v, Units values) {
+#pragma GCC unroll 16
+        for (int q = 0; q < kQueries; ++q) {
+          const float query = queries[(q / kQueryBlock * d + unit) * kQueryBlock + q % kQueryBlock];
+          partial[q][v] = multiply_add(broadcast<Floats>(query), (Floats)values, partial[q][v]);
+        }
       });
-      for (int v = 0; v < kVectors; ++v) sums[v] = begin == 0 ? partial[v] : sums[v] + partial[v];
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) {
+        for (int v = 0; v < kVectors; ++v) {
+          Sum& sum = sums[q][vector + v];
+          sum = begin == 0 ? partial[q][v] : sum + partial[q][v];
+        }
+      }
     }
   }
 
@@ -241,28 +294,42 @@ struct Int8Products {
     for (int q = 0; q < kQueries; ++q) {
       for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = (Ints)broadcast<Units>(packed[q]);
     }
-    packed += kQueries;
+    packed += kQueryBlock;
     const int64_t units = units_of(DType::kInt8, d);
     for (int64_t unit = 0; unit < units; ++unit) {
       ahead.fetch<2, 2>();
       Units rows[kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) rows[v] = load<Units>(panel + unit * kTileRows + v * kLanes);
       for (int q = 0; q < kQueries; ++q) {
-        const Units query = broadcast<Units>(packed[unit * kQueries + q]);
+        const Units query = broadcast<Units>(packed[unit * kQueryBlock + q]);
         for (int v = 0; v < kVectorsAtOnce; ++v) sums[q][v] = dot(sums[q][v], rows[v], query);
       }
     }
   }
 
-  template <DType kType, bool kListed>
-  [[gnu::always_inline]] static void sum_one(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
-                                             Ahead& ahead, Sum* sums) {
-    const uint32_t* query = kAmx ? packed : packed + 1;
-    Ints sum = (Ints)broadcast<Units>(kAmx ? start_of(reinterpret_cast<const int8_t*>(packed), d) : packed[0]);
+  template <DType kType, bool kListed, bool, int kQueries>
+  [[gnu::always_inline]] static void sum_few(const MipsTopkTile& tile, int first, const uint32_t* packed, int64_t d,
+                                             Ahead& ahead, int vector, Sum (&sums)[kQueries][kVectorsAtOnce]) {
+    static_assert(!kAmx || kQueries == 1, "those are packed in tiles");
+    constexpr int kStep = kAmx ? 1 : kQueryBlock;  // of packed units of a query
+    const int64_t block_units = kQueryBlock * packed_units(DType::kInt8, d);
+    const uint32_t* units = kAmx ? packed : packed + kQueryBlock;
+    Ints few[kQueries];
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) {
+      few[q] = (Ints)broadcast<Units>(kAmx ? start_of(reinterpret_cast<const int8_t*>(packed), d)
+                                           : packed[q / kQueryBlock * block_units + q % kQueryBlock]);
+    }
     transpose_rows<kType, kListed>(tile, first, 0, d, ahead, [&](int64_t unit, int, Units values) {
-      sum = dot(sum, values ^ kFlipInt8, broadcast<Units>(query[unit]));
+      const Units flipped = values ^ kFlipInt8;
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) {
+        const uint32_t query = units[q / kQueryBlock * block_units + unit * kStep + q % kQueryBlock];
+        few[q] = dot(few[q], flipped, broadcast<Units>(query));
+      }
     });
-    sums[0] = sum;
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) sums[q][vector] = few[q];
   }
 
   static Floats row_scale(const MipsTopkTile& tile, int row) { return load<Floats>(tile.row_scale + row); }
@@ -273,7 +340,8 @@ struct Int8Products {
 };
 
 // Compares the sums of kQueries queries, from `first` on, and of kRowsAtOnce rows, from `row` on. Emits what is wanted.
-template <typename Products, int kQueries>
+// Without kAll there may be fewer queries.
+template <typename Products, int kQueries, bool kAll = true>
 [[gnu::always_inline]] inline void emit_wanted(const typename Products::Sum (&sums)[kQueries][kVectorsAtOnce],
                                                const MipsTopkTile& tile, const MipsTopkQueries& queries, int64_t first,
                                                int row, MipsTopkEmit emit, void* context) {
@@ -284,6 +352,7 @@ template <typename Products, int kQueries>
   unsigned hits = 0;  // one bit a query; what was found is emitted when no sum is needed any more
 #pragma GCC unroll 8  // or the sums would leave the registers
   for (int q = 0; q < kQueries; ++q) {
+    if (!kAll && first + q >= queries.count) break;
     const Floats bound = broadcast<Floats>(queries.bounds[first + q]);
     Floats largest = Products::compared(sums[q][0], scale[0]);
     for (int v = 1; v < kVectorsAtOnce; ++v) largest = larger(largest, Products::compared(sums[q][v], scale[v]));
@@ -345,18 +414,46 @@ void scan_packed(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTop
   }
 }
 
-// One query: what is transposed is multiplied at once, and no panel is written.
-template <typename Products, DType kType, bool kListed>
-void scan_one(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, Ahead ahead, MipsTopkEmit emit,
+// Few queries, at most kQueries: what is transposed is multiplied at once, and no panel is written.
+template <typename Products, DType kType, bool kListed, int kQueries>
+void scan_few(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, Ahead ahead, MipsTopkEmit emit,
               void* context) {
+  constexpr bool kPairs = element_bytes(kType) == 2 && kQueries > kQueryBlock;  // or the sums would fill the registers
   const auto* packed = static_cast<const uint32_t*>(queries.packed);
   for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
-    typename Products::Sum sums[1][kVectorsAtOnce];
-    for (int v = 0; v < kVectorsAtOnce; v += kRowsOfSquare<kType> / kLanes) {
-      Products::template sum_one<kType, kListed>(tile, row + v * kLanes, packed, d, ahead, &sums[0][v]);
+    typename Products::Sum sums[kQueries][kVectorsAtOnce];
+    for (int v = 0; v < kVectorsAtOnce; v += kRowsOfSquare<kType, kPairs> / kLanes) {
+      Products::template sum_few<kType, kListed, kPairs>(tile, row + v * kLanes, packed, d, ahead, v, sums);
     }
-    emit_wanted<Products, 1>(sums, tile, queries, 0, row, emit, context);
+    emit_wanted<Products, kQueries, false>(sums, tile, queries, 0, row, emit, context);
   }
+}
+
+template <typename Products, DType kType, int kQueries>
+void scan_few(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, Ahead ahead, MipsTopkEmit emit,
+              void* context) {
+  tile.list != nullptr ? scan_few<Products, kType, true, kQueries>(d, tile, queries, ahead, emit, context)
+                       : scan_few<Products, kType, false, kQueries>(d, tile, queries, ahead, emit, context);
+}
+
+// Up to how many queries writing and reading a panel takes longer than it saves.
+constexpr int most_of_few(DType dtype) {
+  if (dtype == DType::kInt8) return kAmx ? 1 : kLanes == 16 ? 6 : kLanes == 8 ? 2 : 1;
+  return kLanes == 16 ? 16 : kLanes == 8 || dtype == DType::kFloat32 ? 4 : 1;
+}
+
+// With the least number of queries that is compiled and enough: 1, 2, 4, 6, 12 or 16, for all of which there are packed
+// blocks.
+template <typename Products, DType kType, int kQueries>
+void scan_at_least(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, Ahead ahead, MipsTopkEmit emit,
+                   void* context) {
+  if constexpr (kQueries < most_of_few(kType)) {
+    constexpr int kMore = kQueries == 4 ? 6 : kQueries == 12 ? 16 : 2 * kQueries;
+    if (queries.count > kQueries) {
+      return scan_at_least<Products, kType, kMore>(d, tile, queries, ahead, emit, context);
+    }
+  }
+  scan_few<Products, kType, kQueries>(d, tile, queries, ahead, emit, context);
 }
 
 #if GRANK_AMX
@@ -382,15 +479,17 @@ void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries&
 #endif
 
 // As many queries as leave most of the next tile to be fetched when their products are done.
-int64_t few_queries(DType dtype) { return kAmx && dtype == DType::kInt8 ? 3 * kAmxQueries : kQueryBlock; }
+int64_t few_queries(DType dtype) {
+  if (kAmx && dtype == DType::kInt8) return 3 * kAmxQueries;
+  return most_of_few(dtype) > kQueryBlock ? most_of_few(dtype) : kQueryBlock;
+}
 
 // `early` fetches while rows are transposed, `late` while packed rows are multiplied.
 template <typename Products, DType kType>
 void scan_tile(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, uint32_t* panel, Ahead early,
                Ahead late, MipsTopkEmit emit, void* context) {
-  if (queries.count == 1) {
-    return tile.list != nullptr ? scan_one<Products, kType, true>(d, tile, queries, early, emit, context)
-                                : scan_one<Products, kType, false>(d, tile, queries, early, emit, context);
+  if (queries.count <= most_of_few(kType)) {
+    return scan_at_least<Products, kType, 1>(d, tile, queries, early, emit, context);
   }
   pack<kType>(tile, d, early, panel);
 #if GRANK_AMX

@@ -9,10 +9,11 @@
 //
 // A tile is kTileRows rows. Packing transposes it into `panel`, one 32-bit unit (a float, or four int8) of every row
 // after the other, which stays in the first-level cache while all queries pass over it: a row is read from memory once
-// a call. For a single query what is transposed is multiplied at once and no panel is written. Registers: 6 queries x 4
-// vectors of 16 accumulators with 32 registers, 6 x 2 with 16. int8 with AMX: 16 queries x 4 tiles of 16 rows; 64
-// dimensions of them take 5 tile loads and 4 products (mips_topk_amx.h). Per tile: 64 d sizeof(row element) bytes read,
-// 64 d num_queries multiply-adds, one compare a score.
+// a call. For few queries what is transposed is multiplied at once and no panel is written; with 32 registers for up to
+// 16 queries of float rows and 6 of int8. Registers of the others: 6 queries x 4 vectors of 16 accumulators with 32
+// registers, 6 x 2 with 16. int8 with AMX: 16 queries x 4 tiles of 16 rows; 64 dimensions of them take 5 tile
+// loads and 4 products (mips_topk_amx.h). Per tile: 64 d sizeof(row element) bytes read, 64 d num_queries
+// multiply-adds, one compare a score.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,7 @@ namespace grank {
 
 constexpr int kTileRows = 64;         // one bit of a 64-bit mask each
 constexpr int kSegment = 128;         // dimensions summed before the partial sum is added to the total
-constexpr int kQueryBlock = 6;        // queries multiplied together; packed queries are interleaved in such blocks
+constexpr int kQueryBlock = 6;        // queries multiplied together; packed ones are interleaved in full blocks
 constexpr int kQueriesMultiple = 48;  // where packed queries may be cut: every kernel's block divides it
 static_assert(kQueriesMultiple % kQueryBlock == 0, "or packed queries would be cut within a block");
 constexpr int64_t kMaxInt8Width = 131072;
