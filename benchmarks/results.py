@@ -5,7 +5,8 @@ python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] 
 
 `train` goes on where it was stopped and skips what is done; rows land one by one. One thread each: start it twice, with
 different rows, on two cores. `write` adds the reports of the runs to docs/results.json, where those of earlier runs
-stay, and fills the page from there; it says how many seeds stand behind each figure.
+stay, and fills the page from there; it says how many seeds stand behind each figure. What benchmarks.retrieval_systems
+has left there as systems-ml-1m.json and systems-1000000.json, it adds too.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from grank_kernels.models.neighbours import ItemKNN, Popularity
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-Reports = dict[str, dict[str, Any]]  # by the name of a run's folder
+SYSTEMS = ("systems-ml-1m", "systems-1000000")  # comparisons by benchmarks.retrieval_systems
+
+Reports = dict[str, dict[str, Any]]  # by the name of a run's folder, or of a comparison
 
 
 class Row(NamedTuple):
@@ -136,7 +139,9 @@ def flat(report: dict[str, Any]) -> dict[str, float]:
 def known(record: Path, runs: Path) -> Reports:
     """What the record holds and the runs add to it, which goes before."""
     reports: Reports = json.loads(record.read_text()) if record.exists() else {}
-    return reports | {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*-seed_*/report.json")}
+    paths = {path.parent.name: path for path in runs.glob("*-seed_*/report.json")}
+    paths |= {name: runs / f"{name}.json" for name in SYSTEMS if (runs / f"{name}.json").exists()}
+    return reports | {name: json.loads(path.read_text()) for name, path in paths.items()}
 
 
 def save(record: Path, reports: Reports) -> None:
@@ -187,6 +192,17 @@ def _table(reports: Reports, rows: list[Row], header: list[str], names: list[str
     return markdown_table(header, lines)
 
 
+def systems_table(report: dict[str, Any]) -> str:
+    """Retrieval systems at equal recall, by batch size."""
+    header = ["", "B", "setting", f"recall@{report['k1']}", "p50 ms", "p99 ms", "users/s", "build s"]
+    lines = []
+    for row in sorted(report["systems"], key=lambda row: row["batch"]):
+        missed = "" if row["reached"] else ", not reached"
+        numbers = [f"{row['p50']:.3g}", f"{row['p99']:.3g}", f"{row['qps']:,.0f}", f"{row['build_s']:.1f}"]
+        lines.append([row["system"], str(row["batch"]), row["setting"], f"{row['recall']:.3f}{missed}", *numbers])
+    return markdown_table(header, lines)
+
+
 def draw(path: Path, reports: Reports) -> None:
     """Two panels: HR@10 of leave-one-out, Recall@50 of half-and-half after the second stage where there is one."""
     from benchmarks.pictures import COLOURS, plt, save
@@ -222,6 +238,9 @@ def write(page: Path, reports: Reports) -> None:
         else:
             for first in ("retrieved", "ranked_100", "ranked_200", "ranked_500"):
                 write_readme(page, f"{table} {first}", half_and_half_table(reports, rows, first))
+    for name in SYSTEMS:
+        if name in reports:
+            write_readme(page, name, systems_table(reports[name]))
 
 
 def main() -> None:

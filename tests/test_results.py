@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import TABLES, collect, known, leave_one_out_table, save, write
+from benchmarks.results import TABLES, collect, known, leave_one_out_table, save, systems_table, write
 
 ROWS = {row.name: row for row in TABLES["ml-1m leave-one-out"]}
 
@@ -51,6 +51,16 @@ def test_the_table_says_how_many_seeds() -> None:
     reports = {"ml-1m-hstu-seed_0": report(0.2), "ml-1m-hstu-seed_1": report(0.4), "ml-1m-sasrec-seed_0": report(0.5)}
     lines = leave_one_out_table(reports, TABLES["ml-1m leave-one-out"]).splitlines()[2:]
     assert [line.split(" | ")[:3] for line in lines] == [["| SASRec", "1", ".5000"], ["| HSTU", "2", ".3000 ± .1414"]]
+
+
+def test_a_comparison_of_systems_says_where_the_recall_was_not_reached() -> None:
+    row = {"system": "HNSW", "batch": 16, "setting": "ef_search 40", "recall": 0.9512, "reached": True}
+    row |= {"p50": 1.234, "p99": 12.34, "qps": 12_345.6, "build_s": 0.05}
+    systems = [row, row | {"system": "tree", "batch": 1, "recall": 0.5, "reached": False}]
+    assert systems_table({"k1": 500, "systems": systems}).splitlines()[2:] == [
+        "| tree | 1 | ef_search 40 | 0.500, not reached | 1.23 | 12.3 | 12,346 | 0.1 |",
+        "| HNSW | 16 | ef_search 40 | 0.951 | 1.23 | 12.3 | 12,346 | 0.1 |",
+    ]
 
 
 def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:

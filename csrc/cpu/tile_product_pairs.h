@@ -16,7 +16,7 @@ struct PairTiles : PartTiles {
 
   static constexpr int kMostParts = 1;
 
-  // Computes rows up to a multiple of kBlock, which A and C have.
+  // Computes rows up to a multiple of kBlock: A and C are padded to one.
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
     for (int64_t row = 0; row < m; row += kBlock) {
