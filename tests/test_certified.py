@@ -190,7 +190,8 @@ def test_filters(backend: str) -> None:
     rows, queries = rows_like("clusters", 5000, 12), torch.randn(5, 12)
     top = gk.mips_topk(queries, rows, 60).indices
     ids = torch.randperm(9000)[:5000]
-    for allow in (torch.rand(5000) < 0.02, torch.rand(5, 5000) < 0.5, torch.zeros(5000, dtype=torch.bool)):
+    masks = [torch.rand(5000) < 0.02, torch.rand(5, 5000) < 0.5, torch.rand(5, 5000) < 0.02]
+    for allow in (*masks, torch.zeros(5000, dtype=torch.bool)):
         both(queries, rows, 20, "float32", backend, allow=allow, exclude=top)
         both(queries, rows, 20, "float16", backend, allow=allow, exclude=ids[top], ids=ids)
 

@@ -496,7 +496,8 @@ def test_listed_rows_score_as_a_scan_does(kind: str, backend: str) -> None:
     queries, rows = torch.randn(7, 77), torch.randn(N, 77)
     want = search(queries, rows, N, kind=kind, backend=backend)
     score = torch.empty(7, N).scatter_(1, want.indices, want.values)
-    for allow in (torch.rand(N) < 0.1, torch.rand(7, N) < 0.1, torch.arange(N) % 65 == 0):
+    masks = (torch.rand(N) < 0.1, torch.rand(7, N) < 0.1, torch.rand(7, N) < 0.02, torch.arange(N) % 65 == 0)
+    for allow in masks:
         got = search(queries, rows, N, kind=kind, backend=backend, allow=allow)
         count = allow.sum(-1).expand(7)
         for b in range(7):

@@ -1,6 +1,7 @@
 #include "mips_topk.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -87,12 +88,36 @@ class Search : public RowScan<Search> {
   const std::unique_ptr<Key[]> scratch_;
 };
 
+void search(const MipsTopkProblem& problem, const Isa& isa) {
+  const Sample sample = sample_of(problem.num_rows, problem.num_queries, std::min(problem.k, problem.num_rows));
+  Search(problem, *isa.mips_topk, sample).run(nullptr, problem.num_rows);
+}
+
 }  // namespace
+
+bool masks_leave_few(const MipsTopkProblem& p) {
+  if (p.allow == nullptr || p.allow_stride == 0) return false;
+  constexpr int64_t kBytesOfThread = 1 << 20;  // that are counted while a thread wakes
+  const int64_t few = p.num_rows / 32,
+                threads = std::min<int64_t>(p.threads, 1 + p.num_queries * p.num_rows / kBytesOfThread);
+  std::atomic<bool> all = true;
+  parallel_for(static_cast<int>(threads), p.num_queries, [&](int64_t b, int) {
+    int64_t count = 0;
+    for (int64_t row = 0; row < p.num_rows && all; row += few + 1) {
+      count += count_allowed(p.allow + b * p.allow_stride, row, std::min(row + few + 1, p.num_rows));
+      if (count > few) all = false;
+    }
+  });
+  return all;
+}
+
+void mips_topk_each(const MipsTopkProblem& problem, const Isa& isa) {
+  for (int64_t b = 0; b < problem.num_queries; ++b) search(some_queries(problem, b, 1), isa);
+}
 
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa) {
   if (problem.num_queries == 0) return;
-  const Sample sample = sample_of(problem.num_rows, problem.num_queries, std::min(problem.k, problem.num_rows));
-  Search(problem, *isa.mips_topk, sample).run(nullptr, problem.num_rows);
+  masks_leave_few(problem) ? mips_topk_each(problem, isa) : search(problem, isa);
 }
 
 void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count) {

@@ -1,12 +1,10 @@
 // The k best rows of a table for every query: threshold, emit, finish.
 //
-//   1. Threshold. Score a sample of the rows and take its r-th best, so that with probability > 1 - 1e-6 at least k
-//   rows of
-//      the table beat it (mips_topk.cpp: sample_of). Any lower bound of the k-th best is valid.
-//   2. Scan and emit. Tile by tile inner products, one compare a score; what reaches the threshold goes into the
-//   query's
-//      reservoir. A full reservoir keeps its k best, and the worst of them is the new threshold for all threads.
-//   3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
+// 1. Threshold. Score a sample of the rows and take its r-th best, so that with probability > 1 - 1e-5 at least k rows
+//    of the table beat it (row_scan.h: sample_of). Any lower bound of the k-th best is valid.
+// 2. Scan and emit. Tile by tile inner products, one compare a score; what reaches the threshold goes into the query's
+//    reservoir. A full reservoir keeps its k best, and the worst of them is the new threshold for all threads.
+// 3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
 //
 // The result does not depend on the thresholds, hence neither on threads nor on their timing.
 // Memory: 8 (k + max(k, 64)) + 4 d bytes a query (a fifth of that for int8), 72 bytes a query and thread, and for every
@@ -31,7 +29,7 @@ struct MipsTopkProblem {
   int64_t row_stride;      // bytes
   const float* row_scale;  // (num_rows,), int8 only
   const int64_t* ids;      // (num_rows,) external ids, unique; null: the positions are the ids
-  // Rows never to return: ids of query b stand at exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is no
+  // Rows never to return: those of query b stand at exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is no
   // id.
   const int64_t* exclude_offsets;  // (num_queries + 1,) or null
   const int64_t* exclude_ids;
@@ -45,8 +43,13 @@ struct MipsTopkProblem {
   int64_t* positions;
 };
 
-// Throws std::bad_alloc, with nothing written to the outputs.
+// Throws std::bad_alloc, and may have written to the outputs then.
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa);
+
+// Query by query, which reads eligible rows alone. It is what mips_topk does where every query has a mask of its own
+// that leaves at most a 32nd of the rows: gathering these takes less than the query's share of a scan of all.
+void mips_topk_each(const MipsTopkProblem& problem, const Isa& isa);
+bool masks_leave_few(const MipsTopkProblem& problem);
 
 // The same of the rows list[0 .. count) alone, all of them different.
 void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count);

@@ -211,6 +211,12 @@ void mips_topk_certified(const MipsTopkProblem& problem, const CoarseRows& coars
     std::fill(rescored, rescored + problem.num_queries, problem.num_rows);
     return mips_topk(problem, isa);
   }
+  if (masks_leave_few(problem)) {
+    for (int64_t b = 0; b < problem.num_queries; ++b) {
+      rescored[b] = count_allowed(problem.allow + b * problem.allow_stride, 0, problem.num_rows);
+    }
+    return mips_topk_each(problem, isa);
+  }
   CertifiedSearch(problem, coarse, isa, rescored).run();
 }
 

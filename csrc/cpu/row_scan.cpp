@@ -12,7 +12,6 @@ Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
   return {rows, rank};
 }
 
-// One row of every stride, at a place in it that no order of the table can be aligned with.
 std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count) {
   std::vector<uint32_t> rows(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
@@ -23,7 +22,6 @@ std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count) {
   return rows;
 }
 
-// int8 numbers and their scale: q is about scale * q8.
 float quantise(const float* q, int64_t d, int8_t* q8) {
   float largest = 0;
   for (int64_t j = 0; j < d; ++j) {
@@ -40,6 +38,17 @@ float quantise(const float* q, int64_t d, int8_t* q8) {
   return scale;
 }
 
+int64_t count_allowed(const bool* allow, int64_t begin, int64_t end) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(allow);
+  int64_t count = 0;
+  for (int64_t i = begin; i < end;) {
+    uint8_t some = 0;  // bytes are added sixteen at once
+    for (const int64_t stop = std::min<int64_t>(i + 128, end); i < stop; ++i) some += bytes[i] != 0;
+    count += some;
+  }
+  return count;
+}
+
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count) {
   MipsTopkProblem some = problem;
   some.num_queries = count;
@@ -48,6 +57,7 @@ MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int6
   some.positions += first * problem.k;
   if (some.exclude_offsets != nullptr) some.exclude_offsets += first;
   if (some.allow != nullptr) some.allow += first * problem.allow_stride;
+  if (count == 1) some.allow_stride = 0;  // shared by all
   return some;
 }
 

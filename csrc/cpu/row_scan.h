@@ -35,6 +35,9 @@ std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count);
 // int8 numbers and their scale: q is about scale * q8.
 float quantise(const float* q, int64_t d, int8_t* q8);
 
+// Eligible rows from `begin` to `end`. Masks are read as bytes: a bool tensor may be a view of others than 0 and 1.
+int64_t count_allowed(const bool* allow, int64_t begin, int64_t end);
+
 // Queries from `first` on, `count` of them, as a problem of their own.
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count);
 
@@ -130,10 +133,7 @@ class RowScan {
 
   // Whether rows are scanned faster as they lie than one by one, as it is in a table of which a few rows are gone.
   bool mostly_allowed(int64_t begin, int64_t end) const {
-    const uint8_t* allow = allowed(0);
-    int64_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += allow[i] != 0;
-    return 2 * count >= end - begin;
+    return 2 * count_allowed(p_.allow, begin, end) >= end - begin;
   }
 
   static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
