@@ -1,13 +1,24 @@
 """What other libraries keep in memory, as tensors without a copy."""
 
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Array: TypeAlias = torch.Tensor | npt.NDArray[Any]
-"""A tensor, or what becomes one without a copy: a NumPy array, or any object with `__dlpack__`."""
+
+class SupportsDLPack(Protocol):
+    """An array of any library that hands out its memory: JAX, CuPy, ..."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        """A capsule of the memory."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Type and number of the device."""
+
+
+Array: TypeAlias = torch.Tensor | npt.NDArray[Any] | SupportsDLPack
+"""A tensor, or what becomes one without a copy."""
 
 
 class _Writable:

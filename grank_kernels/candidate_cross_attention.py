@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grank_kernels.backends import BACKENDS
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 from grank_kernels.checks import (
     FLOATS,
     INTEGERS,
@@ -119,11 +120,11 @@ def candidate_cross_attention(
         None if x is None else x.long() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)
     )
     chosen = choose("candidate_cross_attention", backend, q, k, v)
-    operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation, chosen)
-    if is_plain(*(x for x in operands if isinstance(x, torch.Tensor))):
-        out, lse = _run(*operands)
-    else:
-        out, lse = torch.ops.grank.candidate_cross_attention.default(*operands)
+    problem = CandidateCrossAttentionProblem(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation
+    )
+    plain = is_plain(*(x for x in problem if isinstance(x, torch.Tensor)))
+    out, lse = (_run if plain else torch.ops.grank.candidate_cross_attention.default)(*problem, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -146,55 +147,31 @@ torch.library.define(
 )
 
 
-def _run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float | None,
-    bias_k: torch.Tensor | None,
-    activation: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if cu_seqlens_q is not None:
-        check_offsets("cu_seqlens_q", cu_seqlens_q, len(q))
-    if cu_seqlens_k is not None:
-        check_offsets("cu_seqlens_k", cu_seqlens_k, len(k))
-    if seqused_k is not None and seqused_k.is_cpu:
-        wrong = seqused_k[(seqused_k < 0) | (seqused_k > k.shape[1])]
+def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = operands
+    problem = CandidateCrossAttentionProblem(*fields)
+    if problem.cu_seqlens_q is not None:
+        check_offsets("cu_seqlens_q", problem.cu_seqlens_q, len(problem.q))
+    if problem.cu_seqlens_k is not None:
+        check_offsets("cu_seqlens_k", problem.cu_seqlens_k, len(problem.k))
+    if problem.seqused_k is not None and problem.seqused_k.is_cpu:
+        used, L = problem.seqused_k, problem.k.shape[1]
+        wrong = used[(used < 0) | (used > L)]
         if len(wrong):
-            raise ValueError(f"seqused_k: {int(wrong[0])} is out of range; it takes 0 to L = {k.shape[1]}")
-    out, lse = BACKENDS[backend].candidate_cross_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _scale(softmax_scale, q), bias_k, activation
-    )
+            raise ValueError(f"seqused_k: {int(wrong[0])} is out of range; it takes 0 to L = {L}")
+    out, lse = BACKENDS[backend].candidate_cross_attention(problem)
     return out, lse
 
 
 def _run_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float | None,
-    bias_k: torch.Tensor | None,
-    activation: str,
-    backend: str,
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *operands: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse, *fields, backend = operands
+    problem = CandidateCrossAttentionProblem(q, k, v, *fields)
     grad_q, grad_k, grad_v, grad_bias = BACKENDS[backend].candidate_cross_attention_backward(
-        grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, _scale(softmax_scale, q), bias_k, activation
+        grad_out, problem, out, lse
     )
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
-
-
-def _scale(softmax_scale: float | None, q: torch.Tensor) -> float:
-    return float(q.shape[-1] ** -0.5) if softmax_scale is None else softmax_scale
 
 
 def _fake(q: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,33 +9,25 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from grank_kernels.backends.problems import MipsTopkProblem
 from grank_kernels.backends.reference import check_exclude
 from grank_kernels.mapping import Mapping, streamed
 
 PART_BYTES = 1 << 24
 _LAST = torch.iinfo(torch.int64).max
 
-Search = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Search = Callable[[MipsTopkProblem], tuple[torch.Tensor, torch.Tensor]]
 
 
 def search(
-    op: Search,
-    mapping: Mapping,
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    offsets: torch.Tensor | None,
-    excluded: torch.Tensor | None,
-    allow: torch.Tensor | None,
-    progress: Callable[[int, int], object] | None = None,
+    op: Search, mapping: Mapping, problem: MipsTopkProblem, progress: Callable[[int, int], object] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `op`, a backend's `mips_topk` or the torch op, returns of all rows; but ids in place of positions.
 
-    The operands are those of `mips_topk` in backends/reference.py; rows, scales and ids are in `mapping`. After every
-    part, `progress` is told how many rows are done, and how many there are.
+    Rows, scales and ids are in `mapping`. After every part, `progress` is told how many rows are done, and how many
+    there are.
     """
+    queries, rows, row_scale, ids, k, offsets, excluded, allow = problem
     columns = [x for x in (rows, row_scale, ids) if x is not None]
 
     def read_ahead(part: slice) -> None:
@@ -47,12 +39,15 @@ def search(
     values = torch.empty(len(queries), 0, dtype=torch.float32, device=queries.device)
     found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part in streamed(_parts(rows), read_ahead):
-        here = excluded if ids is not None or excluded is None else within(excluded, part)
-        best, positions = op(
-            queries, rows[part], None if row_scale is None else row_scale[part], None if ids is None else ids[part], k,
-            offsets, here, None if allow is None else allow[..., part],
-        )  # fmt: skip
-        own = positions + part.start if ids is None else ids[part][positions.clamp(min=0)]
+        here = problem._replace(
+            items=rows[part],
+            row_scale=None if row_scale is None else row_scale[part],
+            ids=None if ids is None else ids[part],
+            exclude_ids=excluded if ids is not None or excluded is None else within(excluded, part),
+            allow=None if allow is None else allow[..., part],
+        )
+        best, positions = op(here)
+        own = positions + part.start if here.ids is None else here.ids[positions.clamp(min=0)]
         values, found = best_of(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
         if progress is not None:
             progress(part.stop, len(rows))

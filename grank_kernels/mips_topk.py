@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree
 
 from grank_kernels import mapped_search
-from grank_kernels.arrays import Array, as_tensor
+from grank_kernels.arrays import Array, SupportsDLPack, as_tensor
 from grank_kernels.backends import BACKENDS
+from grank_kernels.backends.problems import MipsTopkProblem
 from grank_kernels.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of, version_of
 from grank_kernels.dispatch import choose, is_plain, supports
 from grank_kernels.distributed import ShardedItemTable
@@ -46,20 +47,6 @@ class TopKArrays(NamedTuple):
 
 @overload
 def mips_topk(
-    queries: torch.Tensor,
-    items: "Array | ItemTable | ShardedItemTable",
-    k: int,
-    *,
-    exclude: Exclude | None = None,
-    allow: Array | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-    backend: str | None = None,
-    progress: Progress | None = None,
-) -> TopK: ...
-
-
-@overload
-def mips_topk(
     queries: npt.NDArray[Any],
     items: "Array | ItemTable | ShardedItemTable",
     k: int,
@@ -70,6 +57,20 @@ def mips_topk(
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> TopKArrays: ...
+
+
+@overload
+def mips_topk(
+    queries: torch.Tensor | SupportsDLPack,
+    items: "Array | ItemTable | ShardedItemTable",
+    k: int,
+    *,
+    exclude: Exclude | None = None,
+    allow: Array | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> TopK: ...
 
 
 def mips_topk(
@@ -205,20 +206,20 @@ def _search(
     if ids is not None and ids.device != queries.device:
         ids = ids.to(queries.device, non_blocking=True)
     name = choose("mips_topk", backend, queries_2d, rows)
-    filters = (offsets, excluded, allow)
+    problem = MipsTopkProblem(queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
     plain = is_plain(queries_2d, rows)
     results: tuple[torch.Tensor, ...]
     if coarse is not None and supports("mips_topk_certified", name, queries_2d, rows):
         if plain:
-            results = BACKENDS[name].mips_topk_certified(queries_2d, rows, coarse, ids, k, *filters)
+            results = BACKENDS[name].mips_topk_certified(problem, coarse)
         else:
-            results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, ids, k, *filters, name)
+            results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, *problem[3:], name)
     else:
-        op = BACKENDS[name].mips_topk if plain else partial(torch.ops.grank.mips_topk.default, backend=name)
+        op = BACKENDS[name].mips_topk if plain else lambda p: torch.ops.grank.mips_topk.default(*p, name)
         if version.mapping is None:
-            results = op(queries_2d, rows, row_scale, ids, k, *filters)
+            results = op(problem)
         else:
-            results = mapped_search.search(op, version.mapping, queries_2d, rows, row_scale, ids, k, *filters, progress)
+            results = mapped_search.search(op, version.mapping, problem, progress)
             ids = None  # the result holds them
     values, positions, *more = results
     indices = positions if ids is None else _external(positions, ids)
@@ -281,20 +282,9 @@ torch.library.define(
 
 
 @torch.library.impl("grank::mips_topk", "default")
-def _run(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values, positions = BACKENDS[backend].mips_topk(
-        queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow
-    )
+def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = operands
+    values, positions = BACKENDS[backend].mips_topk(MipsTopkProblem(*fields))
     return values, positions
 
 
@@ -309,22 +299,11 @@ torch.library.define(
 
 @torch.library.impl("grank::mips_topk_certified", "default")
 def _run_certified(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    coarse_rows: torch.Tensor,
-    coarse_scale: torch.Tensor,
-    coarse_error: torch.Tensor,
-    basis: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-    backend: str,
+    queries: torch.Tensor, items: torch.Tensor, *operands: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    coarse = Coarse(coarse_rows, coarse_scale, coarse_error, basis)
+    rows, scale, error, basis, *fields, backend = operands
     values, positions, rescored = BACKENDS[backend].mips_topk_certified(
-        queries, items, coarse, ids, k, exclude_offsets, exclude_ids, allow
+        MipsTopkProblem(queries, items, None, *fields), Coarse(rows, scale, error, basis)
     )
     return values, positions, rescored
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from grank_kernels.backends import BACKENDS
+from grank_kernels.backends.problems import ScoreCandidatesProblem
 from grank_kernels.checks import (
     FLOATS,
     INTEGERS,
@@ -104,13 +105,11 @@ def score_candidates(
             )
     positions = candidate_ids if ids is None else _positions(candidate_ids, version)
     name = choose("score_candidates", backend, rows, keys, values)
-    operands = (
+    problem = ScoreCandidatesProblem(
         positions.long(), rows, row_scale, keys, values, cu_seqlens.long(), user_hidden, item_weight, out_weight,
-        out_bias, softmax_scale, activation, name,
+        out_bias, softmax_scale, activation,
     )  # fmt: skip
-    if is_plain(*tensors):
-        return _run(*operands)
-    scores: torch.Tensor = torch.ops.grank.score_candidates.default(*operands)
+    scores: torch.Tensor = (_run if is_plain(*tensors) else torch.ops.grank.score_candidates.default)(*problem, name)
     return scores
 
 
@@ -135,33 +134,16 @@ torch.library.define(
 )
 
 
-def _run(
-    candidate_ids: torch.Tensor,
-    items: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    user_hidden: torch.Tensor,
-    item_weight: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: float,
-    softmax_scale: float | None,
-    activation: str,
-    backend: str,
-) -> torch.Tensor:
-    check_offsets("cu_seqlens", cu_seqlens, keys.shape[0])
-    if candidate_ids.is_cpu and candidate_ids.numel() > 0:  # on a GPU looking would cost a synchronisation
-        most = int(candidate_ids.max())
-        if most >= len(items):
-            raise ValueError(
-                f"candidate_ids: {most} is out of range; they take ids below {len(items)}, negative for none"
-            )
-    scale = items.shape[1] ** -0.5 if softmax_scale is None else softmax_scale
-    scores: torch.Tensor = BACKENDS[backend].score_candidates(
-        candidate_ids, items, row_scale, keys, values, cu_seqlens, user_hidden, item_weight, out_weight,
-        out_bias, scale, activation,
-    )  # fmt: skip
+def _run(*operands: Any) -> torch.Tensor:
+    *fields, backend = operands
+    problem = ScoreCandidatesProblem(*fields)
+    ids, N = problem.candidate_ids, len(problem.items)
+    check_offsets("cu_seqlens", problem.cu_seqlens, len(problem.keys))
+    if ids.is_cpu and ids.numel() > 0:  # on a GPU looking would cost a synchronisation
+        most = int(ids.max())
+        if most >= N:
+            raise ValueError(f"candidate_ids: {most} is out of range; they take ids below {N}, negative for none")
+    scores: torch.Tensor = BACKENDS[backend].score_candidates(problem)
     return scores
 
 

@@ -23,6 +23,7 @@ from ranker_oracle import (
 import grank_kernels as gk
 from grank_kernels.backends import BACKENDS as BY_NAME
 from grank_kernels.backends import reference
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 
 INF = math.inf
 BACKENDS = backends_of("candidate_cross_attention")
@@ -419,16 +420,17 @@ def test_the_references_gradient_is_the_differences(form: tuple[str, str], bias:
     class Reference(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-            rest = (*where, *(bias or (None,)), activation)
-            out, lse = reference.candidate_cross_attention(q, k, v, *rest)
+            taken = CandidateCrossAttentionProblem(q, k, v, *where, *(bias or (None,)), activation)
+            out, lse = reference.candidate_cross_attention(taken)
             ctx.save_for_backward(q, k, v, out, lse, *bias)
             return out
 
         @staticmethod
         def backward(ctx: Any, grad_out: torch.Tensor) -> Any:
-            *saved, bias = ctx.saved_tensors if len(ctx.saved_tensors) == 6 else (*ctx.saved_tensors, None)
-            grads = reference.candidate_cross_attention_backward(grad_out, *saved, *where, bias, activation)
-            return grads[: 3 + (bias is not None)]
+            q, k, v, out, lse, *bias = ctx.saved_tensors
+            taken = CandidateCrossAttentionProblem(q, k, v, *where, *(bias or (None,)), activation)
+            grads = reference.candidate_cross_attention_backward(grad_out, taken, out, lse)
+            return grads[: 3 + len(bias)]
 
     assert torch.autograd.gradcheck(Reference.apply, leaves)
 

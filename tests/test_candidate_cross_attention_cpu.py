@@ -104,6 +104,7 @@ def test_a_query_alone_and_among_others(activation: str) -> None:
 MEMORY = """
 import torch
 from grank_kernels.backends import cpu
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 
 def kilobytes(field):
     for line in open("/proc/self/status"):
@@ -118,13 +119,12 @@ def peak(call):
 
 torch.set_num_threads(2)
 q, k, v, grad = (torch.randn(4, 1000, 1, 128) for _ in range(4))
-forward = lambda q, k, v: cpu.candidate_cross_attention(q, k, v, None, None, None, 0.1, None, "softmax")
-backward = lambda g, *x: cpu.candidate_cross_attention_backward(g, *x, None, None, None, 0.1, None, "softmax")
-few = [x[:, :3].contiguous() for x in (grad, q, k, v)]
-backward(*few, *forward(*few[1:]))
-size, outputs = peak(lambda: forward(q, k, v))
+few_grad, *few = [x[:, :3].contiguous() for x in (grad, q, k, v)]
+few, many = CandidateCrossAttentionProblem(*few), CandidateCrossAttentionProblem(q, k, v)
+cpu.candidate_cross_attention_backward(few_grad, few, *cpu.candidate_cross_attention(few))
+size, outputs = peak(lambda: cpu.candidate_cross_attention(many))
 print(size)
-print(peak(lambda: backward(grad, q, k, v, *outputs))[0])
+print(peak(lambda: cpu.candidate_cross_attention_backward(grad, many, *outputs))[0])
 """
 
 

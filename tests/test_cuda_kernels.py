@@ -23,6 +23,7 @@ from test_score_candidates import check as check_scores
 
 import grank_kernels as gk
 from grank_kernels.backends import cuda
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem, ScoreCandidatesProblem
 
 HALVES = (torch.float16, torch.bfloat16)
 WIDTHS = (16, 32, 64, 128)
@@ -186,9 +187,12 @@ def test_scores_do_not_depend_on_the_plan(plan: tuple[int, int], lengths: list[i
 def test_scores_with_hostile_offsets_and_ids(offsets: list[int]) -> None:
     problem = scoring([30, 40], 5, dtype=torch.float16)
     ids = torch.tensor([[INT64.min, -1, 99, 100, INT64.max]] * 2)
-    operands = (problem.keys, problem.values, torch.tensor(offsets), problem.user_hidden, problem.item_weight)
+    head = (problem.user_hidden, problem.item_weight, problem.out_weight)
+    hostile = ScoreCandidatesProblem(
+        ids, problem.items, None, problem.keys, problem.values, torch.tensor(offsets), *head
+    )
     with with_emulator(checked=True):
-        scores = cuda.score_candidates(ids, problem.items, None, *operands, problem.out_weight, 0.0, 0.25, "relu")
+        scores = cuda.score_candidates(hostile)
     assert torch.equal(scores.isfinite(), torch.tensor([[False, False, True, False, False]] * 2))
     assert bool((scores[:, [0, 1, 3, 4]] == -torch.inf).all())
 
@@ -200,20 +204,21 @@ def test_attention_with_hostile_offsets(ragged: str, offsets: list[int]) -> None
     given: list[torch.Tensor | None] = [torch.tensor(offsets), torch.tensor([0, 30, 70])]
     if ragged == "keys":
         given.reverse()
+    hostile = CandidateCrossAttentionProblem(q, k, v, *given)
     with with_emulator(checked=True):
-        out, lse = cuda.candidate_cross_attention(q, k, v, *given, None, 0.25, None, "softmax")
-        cuda.candidate_cross_attention_backward(q, q, k, v, out, lse, *given, None, 0.25, None, "softmax")
+        out, lse = cuda.candidate_cross_attention(hostile)
+        cuda.candidate_cross_attention_backward(q, hostile, out, lse)
     assert bool(out.isfinite().all())
 
 
 @pytest.mark.parametrize("lengths", [[INT64.min, INT64.max], [-1, 71]])
 def test_attention_with_hostile_lengths(lengths: list[int]) -> None:
     q, k, v = (torch.randn(2, 70, 1, 16).half() for _ in range(3))
-    used = torch.tensor(lengths)
+    hostile = CandidateCrossAttentionProblem(q, k, v, seqused_k=torch.tensor(lengths))
     with with_emulator(checked=True):
-        out, lse = cuda.candidate_cross_attention(q, k, v, None, None, used, 0.25, None, "softmax")
-        grads = cuda.candidate_cross_attention_backward(q, q, k, v, out, lse, None, None, used, 0.25, None, "softmax")
-        full, _ = cuda.candidate_cross_attention(q, k, v, None, None, None, 0.25, None, "softmax")
+        out, lse = cuda.candidate_cross_attention(hostile)
+        grads = cuda.candidate_cross_attention_backward(q, hostile, out, lse)
+        full, _ = cuda.candidate_cross_attention(CandidateCrossAttentionProblem(q, k, v))
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert torch.equal(out[1], full[1])
     assert bool((grads[1][0] == 0).all())
@@ -422,13 +427,17 @@ def test_compiled_module_takes_what_the_launcher_gives(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda, "_stream_of", lambda device: nullcontext(0))
     problem = scoring([], 5, dtype=torch.float16, table=torch.int8)
     rows, row_scale, *_ = problem.items.operands()  # type: ignore[union-attr]
-    operands = (problem.keys, problem.values, problem.cu_seqlens, problem.user_hidden, problem.item_weight)
-    scores = cuda.score_candidates(problem.candidate_ids, rows, row_scale, *operands, problem.out_weight, 0, 1, "gelu")
+    history = (problem.keys, problem.values, problem.cu_seqlens)
+    head = (problem.user_hidden, problem.item_weight, problem.out_weight)
+    scores = cuda.score_candidates(
+        ScoreCandidatesProblem(problem.candidate_ids, rows, row_scale, *history, *head, 0, 1, "gelu")
+    )
     assert scores.shape == (0, 5)
     q = torch.zeros(0, 3, 2, 16).half()
     bias = torch.zeros(0, 3, 2)
-    out, lse = cuda.candidate_cross_attention(q, q, q, None, None, None, 1, bias, "softmax")
-    grads = cuda.candidate_cross_attention_backward(q, q, q, q, out, lse, None, None, None, 1, bias, "softmax")
+    nobody = CandidateCrossAttentionProblem(q, q, q, softmax_scale=1, bias_k=bias)
+    out, lse = cuda.candidate_cross_attention(nobody)
+    grads = cuda.candidate_cross_attention_backward(q, nobody, out, lse)
     assert [x.shape for x in (out, lse, *grads)] == [x.shape for x in (q, bias, q, q, q, bias)]
     with pytest.raises(ValueError, match="width is 48; it takes 16, 32, 64 or 128"):
         compiled.score_candidates(*[0] * 14, 0.0, 1.0, 0, 0, False, 48, 16, 0)

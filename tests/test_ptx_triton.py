@@ -14,6 +14,7 @@ import torch
 from emulation.ptx import Coverage, PtxError
 
 from grank_kernels.backends import reference
+from grank_kernels.backends.problems import MipsTopkProblem
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -106,7 +107,7 @@ def check(search: Search, device: TritonDevice) -> None:
     values, positions = run(search, device)
     p = search.problem()
     expected = reference.mips_topk(
-        p.queries, p.items, p.row_scale, p.ids, p.k, p.exclude_offsets, p.exclude_ids, p.allow
+        MipsTopkProblem(p.queries, p.items, p.row_scale, p.ids, p.k, p.exclude_offsets, p.exclude_ids, p.allow)
     )
     torch.testing.assert_close((values, positions), expected, rtol=0, atol=0)
 

@@ -1,9 +1,11 @@
 """The C++ SIMD kernels (csrc/cpu): tensors to addresses, outputs allocated here."""
 
 import warnings
+from typing import Any
 
 import torch
 
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
 from grank_kernels.quantise import Coarse, in_basis
 
 try:
@@ -68,17 +70,8 @@ def _row_bytes(x: torch.Tensor) -> int:
 class _Search:
     """What the searching kernels are told of a call, and the outputs they write."""
 
-    def __init__(
-        self,
-        queries: torch.Tensor,
-        items: torch.Tensor,
-        row_scale: torch.Tensor | None,
-        ids: torch.Tensor | None,
-        k: int,
-        exclude_offsets: torch.Tensor | None,
-        exclude_ids: torch.Tensor | None,
-        allow: torch.Tensor | None,
-    ) -> None:
+    def __init__(self, problem: MipsTopkProblem) -> None:
+        queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow = problem
         (B, d), N = queries.shape, items.shape[0]
         queries = queries.float().contiguous()
         items = _rows_contiguous(items)
@@ -102,18 +95,9 @@ class _Search:
         )
 
 
-def mips_topk(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mips_topk(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
-    search = _Search(queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow)
+    search = _Search(problem)
     _cpu.mips_topk(*search.arguments)
     return search.values, search.positions
 
@@ -125,19 +109,10 @@ def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) 
     return mips_topk_unsupported(queries, items)
 
 
-def mips_topk_certified(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    coarse: Coarse,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
-    search = _Search(queries, items, None, ids, k, exclude_offsets, exclude_ids, allow)
-    rescored = torch.empty(len(queries), dtype=torch.int64, device="cpu")
+    search = _Search(problem)
+    rescored = torch.empty(len(search.queries), dtype=torch.int64, device="cpu")
     turned = in_basis(search.queries, coarse.basis).contiguous()
     rows, scale, error = coarse.rows, coarse.scale, coarse.error
     _cpu.mips_topk_certified(
@@ -159,32 +134,19 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
     return None
 
 
-def score_candidates(
-    candidate_ids: torch.Tensor,
-    rows: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    user_hidden: torch.Tensor,
-    item_weight: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: float,
-    softmax_scale: float,
-    activation: str,
-) -> torch.Tensor:
+def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of every user's candidates."""
-    (B, C), (N, d), h = candidate_ids.shape, rows.shape, values.shape[1]
-    candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
-    rows, keys, values = _rows_contiguous(rows), _rows_contiguous(keys), _rows_contiguous(values)
-    user_hidden, out_weight = user_hidden.float().contiguous(), out_weight.float().contiguous()
-    item_weight = item_weight.contiguous()
+    (B, C), (N, d), h = problem.candidate_ids.shape, problem.items.shape, problem.values.shape[1]
+    candidate_ids, cu_seqlens = problem.candidate_ids.contiguous(), problem.cu_seqlens.contiguous()
+    rows, keys, values = (_rows_contiguous(x) for x in (problem.items, problem.keys, problem.values))
+    user_hidden, out_weight = (x.float().contiguous() for x in (problem.user_hidden, problem.out_weight))
+    item_weight = problem.item_weight.contiguous()
     scores = torch.empty(B, C, dtype=torch.float32, device="cpu")
     _cpu.score_candidates(
         candidate_ids.data_ptr(), B, C, rows.data_ptr(), _DTYPES[rows.dtype], N, d, _row_bytes(rows),
-        _address(row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
+        _address(problem.row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
         _row_bytes(values), h, cu_seqlens.data_ptr(), user_hidden.data_ptr(), item_weight.data_ptr(),
-        out_weight.data_ptr(), out_bias, softmax_scale, _HEAD_ACTIVATIONS[activation],
+        out_weight.data_ptr(), problem.out_bias, problem.scale, _HEAD_ACTIVATIONS[problem.activation],
         torch.get_num_threads(), scores.data_ptr(),
     )  # fmt: skip
     return scores
@@ -204,28 +166,32 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
 class _Attention:
     """What the attention kernels are told of a call, forward and backward."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cu_seqlens_q: torch.Tensor | None,
-        cu_seqlens_k: torch.Tensor | None,
-        seqused_k: torch.Tensor | None,
-        softmax_scale: float,
-        activation: str,
-    ) -> None:
-        self.offsets = [None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+    def __init__(self, problem: CandidateCrossAttentionProblem) -> None:
+        self.q, self.k, self.v = (_rows_contiguous(x) for x in problem[:3])
+        self.bias_k = problem.bias_k
+        self.offsets = [
+            None if x is None else x.contiguous()
+            for x in (problem.cu_seqlens_q, problem.cu_seqlens_k, problem.seqused_k)
+        ]
         offsets_q, offsets_k, used_k = self.offsets
         self.ragged_q, self.ragged_k = offsets_q is not None, offsets_k is not None
-        self.softmax = activation == "softmax"
+        self.softmax = problem.activation == "softmax"
+        q, k = self.q, self.k
         users = len(q) if offsets_q is None else len(offsets_q) - 1
         self.head = (
-            users, q.shape[-2], q.shape[-1], _DTYPES[q.dtype], _ATTENTION_ACTIVATIONS[activation],
-            softmax_scale, torch.get_num_threads(),
+            users, q.shape[-2], q.shape[-1], _DTYPES[q.dtype], _ATTENTION_ACTIVATIONS[problem.activation],
+            problem.scale, torch.get_num_threads(),
             (_address(offsets_q), 0, 0 if self.ragged_q else q.shape[1]),
             (_address(offsets_k), _address(used_k), 0 if self.ragged_k else k.shape[1]),
         )  # fmt: skip
         self.all_keys = not self.ragged_k and used_k is None
+
+    def operands(self, out: torch.Tensor, lse: torch.Tensor) -> list[Any]:
+        """What both directions take."""
+        return [
+            *self.head, self.by_query(self.q), self.by_key(self.k), self.by_key(self.v), self.by_key(self.bias_k),
+            self.by_query(out), self.by_query(lse if self.softmax else None),
+        ]  # fmt: skip
 
     def by_query(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
         """The address and strides of a tensor with a row a query; x without D is given one of 1."""
@@ -249,52 +215,28 @@ def _fresh(x: torch.Tensor, written: bool) -> torch.Tensor:
     return make(x.shape, dtype=x.dtype, device="cpu")
 
 
-def candidate_cross_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` of q's shape and dtype, and `lse` of q's shape without D, float32; of silu (0,)."""
-    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
-    out = _fresh(q, not call.ragged_q)
-    lse = torch.full(q.shape[:-1] if call.softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
-    _cpu.candidate_cross_attention(
-        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
-        call.by_query(lse if call.softmax else None),
-    )  # fmt: skip
+    call = _Attention(problem)
+    out = _fresh(call.q, not call.ragged_q)
+    lse = torch.full(call.q.shape[:-1] if call.softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
+    _cpu.candidate_cross_attention(*call.operands(out, lse))
     return out, lse
 
 
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
+    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of q, k, v and bias_k, of their shapes and dtypes, contiguous."""
-    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
-    call = _Attention(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, activation)
-    grad_q, grad_k, grad_v = _fresh(q, not call.ragged_q), _fresh(k, call.all_keys), _fresh(v, call.all_keys)
-    grad_bias = None if bias_k is None else _fresh(bias_k, call.all_keys)
+    call = _Attention(problem)
+    grad_out, out = _rows_contiguous(grad_out), _rows_contiguous(out)
+    grad_q = _fresh(call.q, not call.ragged_q)
+    grad_k, grad_v = _fresh(call.k, call.all_keys), _fresh(call.v, call.all_keys)
+    grad_bias = None if call.bias_k is None else _fresh(call.bias_k, call.all_keys)
     delta = torch.empty_like(lse) if call.softmax else None
-    _cpu.candidate_cross_attention_backward(
-        *call.head, call.by_query(q), call.by_key(k), call.by_key(v), call.by_key(bias_k), call.by_query(out),
-        call.by_query(lse if call.softmax else None), call.by_query(grad_out), call.by_query(grad_q),
-        call.by_key(grad_k), call.by_key(grad_v), call.by_key(grad_bias), call.by_query(delta),
-    )  # fmt: skip
+    gradients = [
+        call.by_query(grad_out), call.by_query(grad_q), call.by_key(grad_k), call.by_key(grad_v),
+        call.by_key(grad_bias), call.by_query(delta),
+    ]  # fmt: skip
+    _cpu.candidate_cross_attention_backward(*call.operands(out, lse), *gradients)
     return grad_q, grad_k, grad_v, grad_bias

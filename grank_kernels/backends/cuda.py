@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem, ScoreCandidatesProblem
+
 try:
     from grank_kernels import _cuda
 except ImportError as error:  # built without nvcc, or a driver library is missing: the package works without it
@@ -81,28 +83,17 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
     return None
 
 
-def score_candidates(
-    candidate_ids: torch.Tensor,
-    rows: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    user_hidden: torch.Tensor,
-    item_weight: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: float,
-    softmax_scale: float,
-    activation: str,
-) -> torch.Tensor:
+def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of every user's candidates."""
+    rows = problem.items
     if rows.data_ptr() % _ALIGNMENT:  # the table is not copied, and while torch.compile traces there is no address
         raise ValueError(f"items begin at {rows.data_ptr():#x}; the kernels take a multiple of {_ALIGNMENT} bytes")
-    (B, C), (d, h) = candidate_ids.shape, item_weight.shape
-    candidate_ids, cu_seqlens = candidate_ids.contiguous(), cu_seqlens.contiguous()
-    row_scale = None if row_scale is None else row_scale.contiguous()
+    (B, C), (d, h) = problem.candidate_ids.shape, problem.item_weight.shape
+    candidate_ids, cu_seqlens = problem.candidate_ids.contiguous(), problem.cu_seqlens.contiguous()
+    row_scale = None if problem.row_scale is None else problem.row_scale.contiguous()
     keys, values, user_hidden, item_weight, out_weight = (
-        _aligned(x) for x in (keys, values, user_hidden, item_weight, out_weight)
+        _aligned(x)
+        for x in (problem.keys, problem.values, problem.user_hidden, problem.item_weight, problem.out_weight)
     )
     scores = torch.empty(B, C, dtype=torch.float32, device=rows.device)
     with _stream_of(rows.device) as stream:
@@ -111,7 +102,7 @@ def score_candidates(
             _address(rows), _address(row_scale), len(rows), rows.stride(0) * rows.itemsize,
             _address(keys), _address(values), len(keys), _address(cu_seqlens),
             _address(user_hidden), _address(item_weight), _address(out_weight),
-            float(out_bias), float(softmax_scale), _HEAD_ACTIVATIONS[activation],
+            float(problem.out_bias), problem.scale, _HEAD_ACTIVATIONS[problem.activation],
             _address(scores), _BFLOAT[keys.dtype], d, h, stream,
         )  # fmt: skip
     return scores
@@ -138,18 +129,8 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
 class _Operands:
     """The tensors of a call as the kernels take them, and what keeps their memory alive until the launch."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor | None,
-        cu_seqlens_k: torch.Tensor | None,
-        seqused_k: torch.Tensor | None,
-        softmax_scale: float,
-        bias_k: torch.Tensor | None,
-        activation: str,
-    ) -> None:
+    def __init__(self, problem: CandidateCrossAttentionProblem) -> None:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
         offsets = cu_seqlens_q if cu_seqlens_q is not None else cu_seqlens_k
         self.users = len(q) if offsets is None else len(offsets) - 1
         self.shape, self.ragged_q, self.ragged_k = q.shape, cu_seqlens_q is not None, cu_seqlens_k is not None
@@ -158,7 +139,7 @@ class _Operands:
         self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.bias_k = (
             None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k, bias_k)
         )
-        self.softmax_scale, self.activation = softmax_scale, activation
+        self.scale, self.activation = problem.scale, activation
 
     def problem(self, out: torch.Tensor, lse: torch.Tensor) -> "_cuda.CandidateCrossAttention":
         """The argument of both directions; `out` is contiguous."""
@@ -169,7 +150,7 @@ class _Operands:
             _address(self.q), _address(self.cu_seqlens_q), rows[-1], out.shape[:-2].numel(), self.shared,
             _address(self.k), _address(self.v), _address(self.cu_seqlens_k), _address(self.seqused_k),
             key_rows[-1], self.k.shape[:-2].numel(),
-            _address(self.bias_k), float(self.softmax_scale), _ACTIVATIONS[self.activation],
+            _address(self.bias_k), self.scale, _ACTIVATIONS[self.activation],
             _address(out), _address(lse),
         )  # fmt: skip
 
@@ -180,21 +161,11 @@ def _fresh(shape: torch.Size, like: torch.Tensor, dtype: torch.dtype, ragged: bo
     return x.fill_(value) if ragged else x
 
 
-def candidate_cross_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` of q's shape and dtype, and `lse` of q's shape without D, float32."""
-    operands = _Operands(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation)
+    q, operands = problem.q, _Operands(problem)
     out = _fresh(q.shape, q, q.dtype, operands.ragged_q)
-    lse_shape = q.shape[:-1] if activation == "softmax" else torch.Size((0,))
+    lse_shape = q.shape[:-1] if problem.activation == "softmax" else torch.Size((0,))
     lse = _fresh(lse_shape, q, torch.float32, operands.ragged_q, torch.inf)
     with _stream_of(q.device) as stream:
         _cuda.candidate_cross_attention(operands.problem(out, lse), _BFLOAT[q.dtype], q.shape[-1], stream)
@@ -202,24 +173,13 @@ def candidate_cross_attention(
 
 
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
+    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
 
     Deterministic, without atomics. The gradient of shared queries is by user, (B, C, H, D).
     """
-    operands = _Operands(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation)
+    q, k, v, bias_k, operands = *problem[:3], problem.bias_k, _Operands(problem)
     grad_out, out, lse = _aligned(grad_out), _aligned(out), lse.contiguous()
     delta = torch.empty_like(lse)
     grad_q = _fresh(q.shape, q, q.dtype, operands.ragged_q)

@@ -1,6 +1,7 @@
 """Plain torch on any device: the definition, the oracle of the tests, and what runs where nothing faster can.
 
-The functions named like an op say, in their docstrings, what every backend's function of that name is given and owes.
+The functions named like an op say, in their docstrings, what every backend's function of that name owes; what it is
+given, problems.py says.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.nn import functional as F
 
+from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
 from grank_kernels.checks import check_offsets
 from grank_kernels.quantise import Coarse, certify_queries, quantise
 
@@ -30,17 +32,9 @@ def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | N
     return None
 
 
-def mips_topk(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mips_topk(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id), chunk by chunk: `values` (B, k) float32, `positions` (B, k) int64."""
+    queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow = problem
     B, N = len(queries), len(items)
     device = queries.device
     excluded = _excluded_positions(exclude_offsets, exclude_ids, ids, B, N)
@@ -65,20 +59,12 @@ def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) 
     return mips_topk_unsupported(queries, items)
 
 
-def mips_topk_certified(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    coarse: Coarse,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mips_topk` of the rows, bit for bit, and how many of them were scored for each query, `rescored` (B,) int64.
 
     Only rows are scored whose upper bound by the int8 copy (quantise.py) reaches the k-th largest lower bound.
     """
+    queries, items, _, ids, k, exclude_offsets, exclude_ids, allow = problem
     B, N = len(queries), len(items)
     excluded = _excluded_positions(exclude_offsets, exclude_ids, ids, B, N)
     numbers, query_scale, radius = certify_queries(queries, coarse.basis)
@@ -104,7 +90,7 @@ def mips_topk_certified(
     for b in range(B):
         mine = position[query == b]
         own_ids = None if ids is None else ids[mine]
-        value, place = mips_topk(queries[b : b + 1], items[mine], None, own_ids, k, None, None, None)
+        value, place = mips_topk(MipsTopkProblem(queries[b : b + 1], items[mine], None, own_ids, k))
         values[b] = value[0]
         positions[b] = F.pad(mine, (0, 1), value=-1)[place[0]]  # place -1 is the last, which says -1 again
     return values, positions, query.bincount(minlength=B)
@@ -224,55 +210,25 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
 
 
 @_in_full
-def score_candidates(
-    candidate_ids: torch.Tensor,
-    rows: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    user_hidden: torch.Tensor,
-    item_weight: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: float,
-    softmax_scale: float,
-    activation: str,
-) -> torch.Tensor:
+def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of every user's candidates.
 
-    For user b and `e = rows[candidate_ids[b, c]]` (times its scale), K and V the user's rows of keys and values:
-    `out_weight @ act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias`.
-
-    What a backend is given: shapes, dtypes and devices are checked, strides are not. On the CPU ids and offsets are
-    checked too. On a GPU they may hold anything: ids of N or more score -inf, offsets are clamped to [0, T].
-
-    Args:
-        candidate_ids: (B, C) int64, positions in `rows` (a table's own ids are translated already); negative: -inf,
-            whatever the rest holds, and no row is read.
-        rows: (N, d) float32, float16, bfloat16, or int8 with
-        row_scale: (N,) float32, else None.
-        keys: (T, d) of one dtype, float32, float16 or bfloat16, with all that follows, whatever that of `rows`.
-        values: (T, h).
-        cu_seqlens: (B + 1,) int64, not decreasing: user b has the rows from `cu_seqlens[b]` to `cu_seqlens[b + 1]`.
-            Rows outside belong to no user. Without any, the attended part of the hidden layer is 0.
-        user_hidden: (B, h).
-        item_weight: (d, h).
-        out_weight: (h,).
-        out_bias: added to every score.
-        softmax_scale: of the logits.
-        activation: a key of `ACTIVATIONS`.
+    For user b and `e = items[candidate_ids[b, c]]` (times its scale), K and V the user's rows of keys and values:
+    `out_weight @ act(softmax(scale e K^T) V + e item_weight + user_hidden[b]) + out_bias`.
     """
+    candidate_ids, rows, row_scale, keys, values = problem[:5]
+    user_hidden, activate = problem.user_hidden, ACTIVATIONS[problem.activation]
     scores = torch.full(candidate_ids.shape, -torch.inf, dtype=torch.float32, device=rows.device)
-    item_weight, out_weight = item_weight.float(), out_weight.float()
-    for b, user in enumerate(_sequences(keys, cu_seqlens)):
+    item_weight, out_weight = problem.item_weight.float(), problem.out_weight.float()
+    for b, user in enumerate(_sequences(keys, problem.cu_seqlens)):
         known = (candidate_ids[b] >= 0) & (candidate_ids[b] < len(rows))
         positions = candidate_ids[b][known]
         e = rows[positions].float()
         if row_scale is not None:
             e = e * row_scale[positions, None]
-        weights = (softmax_scale * (e @ keys[user].float().T)).softmax(1)
+        weights = (problem.scale * (e @ keys[user].float().T)).softmax(1)
         hidden = weights @ values[user].float() + e @ item_weight + user_hidden[b].float()
-        scores[b, known] = ACTIVATIONS[activation](hidden) @ out_weight + out_bias
+        scores[b, known] = activate(hidden) @ out_weight + problem.out_bias
     return scores
 
 
@@ -282,44 +238,20 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
 
 
 @_in_full
-def candidate_cross_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` of q's shape and dtype, and `lse` of q's shape without D, float32.
 
-    By user and head, for `s = softmax_scale q k^T + bias_k` over the user's L keys: `out = softmax(s) v` and `lse` the
+    By user and head, for `s = scale q k^T + bias_k` over the user's L keys: `out = softmax(s) v` and `lse` the
     logarithm of the sum of exp(s); or, for `activation` "silu", `out = silu(s) v / L`, and `lse` is (0,).
     A user without keys (a query whose logits are all -inf) has `out = 0` and `lse = +inf`, and so have rows of no user.
-
-    What a backend is given: shapes, dtypes and devices are checked, strides are not. On the CPU offsets and lengths are
-    checked too. On a GPU they may hold anything, and are clamped to the rows there are.
-
-    Args:
-        q: (B, C, H, D), where queries that all users share come expanded, `stride(0) == 0`; or with `cu_seqlens_q`
-            (total_q, H, D). float32, float16 or bfloat16, k and v the same.
-        k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D).
-        v: like k.
-        cu_seqlens_q: (B + 1,) int64, not decreasing, or None: user b has the rows `[cu[b], cu[b + 1])`.
-        cu_seqlens_k: the same for k and v.
-        seqused_k: (B,) int64, only without `cu_seqlens_k`: the keys that count, the first ones; None: all.
-        softmax_scale: of the products, for both activations.
-        bias_k: k's shape without D, float32, or None.
-        activation: "softmax" or "silu".
     """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(
         q.shape[:-1] if activation == "softmax" else (0,), torch.inf, dtype=_wide(q).dtype, device=q.device
     )
     for user_q, user_k in zip(_sequences(q, cu_seqlens_q), _sequences(k, cu_seqlens_k, seqused_k), strict=True):
-        logits = _logits(q[user_q], k[user_k], softmax_scale, None if bias_k is None else bias_k[user_k])
+        logits = _logits(q[user_q], k[user_k], problem.scale, None if bias_k is None else bias_k[user_k])
         if activation == "silu":
             weights = F.silu(logits) / max(logits.shape[-1], 1)
         else:
@@ -333,29 +265,19 @@ def candidate_cross_attention(
 
 @_in_full
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    softmax_scale: float,
-    bias_k: torch.Tensor | None,
-    activation: str,
+    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
 
     Deterministic: no sum whose order changes from run to run. Rows of no user and keys that do not count have gradient
     0. The gradient of shared queries is by user, (B, C, H, D): the sum over users is taken outside.
     """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad_bias = None if bias_k is None else torch.zeros_like(bias_k, memory_format=torch.contiguous_format)
     for user_q, user_k in zip(_sequences(q, cu_seqlens_q), _sequences(k, cu_seqlens_k, seqused_k), strict=True):
         queries, keys, values, grad = (_wide(x) for x in (q[user_q], k[user_k], v[user_k], grad_out[user_q]))
-        logits = _logits(queries, keys, softmax_scale, None if bias_k is None else bias_k[user_k])
+        logits = _logits(queries, keys, problem.scale, None if bias_k is None else bias_k[user_k])
         grad_weights = torch.einsum("chd,lhd->hcl", grad, values)
         if activation == "silu":
             length, gate = max(logits.shape[-1], 1), logits.sigmoid()
@@ -365,8 +287,8 @@ def candidate_cross_attention_backward(
             weights = (logits - lse[user_q].T[..., None]).exp()
             delta = (grad * _wide(out[user_q])).sum(-1).T[..., None]
             grad_logits = weights * (grad_weights - delta)
-        grad_q[user_q] = (torch.einsum("hcl,lhd->chd", grad_logits, keys) * softmax_scale).to(q.dtype)
-        grad_k[user_k] = (torch.einsum("hcl,chd->lhd", grad_logits, queries) * softmax_scale).to(k.dtype)
+        grad_q[user_q] = (torch.einsum("hcl,lhd->chd", grad_logits, keys) * problem.scale).to(q.dtype)
+        grad_k[user_k] = (torch.einsum("hcl,chd->lhd", grad_logits, queries) * problem.scale).to(k.dtype)
         grad_v[user_k] = torch.einsum("hcl,chd->lhd", weights, grad).to(v.dtype)
         if grad_bias is not None:
             grad_bias[user_k] = grad_logits.sum(1).T

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from grank_kernels.backends.problems import MipsTopkProblem
 from grank_kernels.backends.reference import check_exclude
 from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device, listed_rows
 from grank_kernels.quantise import Coarse, certify_queries
@@ -74,35 +75,21 @@ def _device(device: torch.device) -> Device:
     return Device(name, properties.multi_processor_count, shared)
 
 
-def mips_topk(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mips_topk(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best rows by (score, id): `values` (B, k) float32, `positions` (B, k) int64."""
     from grank_kernels.backends.triton.mips_topk_launches import Problem, search
 
+    problem = _with_filters(problem)
+    queries, items = problem.queries, problem.items
     (B, d), N = queries.shape, len(items)
-    if exclude_offsets is not None and exclude_ids is not None:
-        exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
-        if exclude_offsets.is_cpu:
-            check_exclude(exclude_offsets, exclude_ids, None if ids is not None else N)
-    values = torch.empty(B, k, dtype=torch.float32, device=queries.device)
-    positions = torch.empty(B, k, dtype=torch.int64, device=queries.device)
+    values, positions = _results(problem)
     if B == 0 or N == 0:
         return values.fill_(-torch.inf), positions.fill_(-1)
     if d == 0:
-        queries, items = queries.new_zeros(B, 1), items.new_zeros(N, 1)
+        problem = problem._replace(queries=queries.new_zeros(B, 1), items=items.new_zeros(N, 1))
     elif items.stride(1) != 1 and d > 1:
-        items = items.contiguous()
-    compute = _compute_dtype(queries, items)
-    problem = Problem(queries, items, row_scale, ids, k, exclude_offsets, exclude_ids, allow, compute)
-    search(problem, _device(queries.device), values, positions)
+        problem = problem._replace(items=items.contiguous())
+    search(Problem(*problem, _compute_dtype(problem)), _device(queries.device), values, positions)
     return values, positions
 
 
@@ -115,45 +102,48 @@ def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) 
     return mips_topk_unsupported(queries, items)
 
 
-def mips_topk_certified(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    coarse: Coarse,
-    ids: torch.Tensor | None,
-    k: int,
-    exclude_offsets: torch.Tensor | None,
-    exclude_ids: torch.Tensor | None,
-    allow: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
     from grank_kernels.backends.triton.mips_topk_launches import Problem, certified_search
 
-    (B, d), N = queries.shape, len(items)
-    device = _device(queries.device)
-    rescored = torch.full((B,), N, dtype=torch.int64, device=queries.device)
-    filters = (exclude_offsets, exclude_ids, allow)
-    if B == 0 or d == 0 or max(device.small, 32 * k) >= N:
-        return *mips_topk(queries, items, None, ids, k, *filters), rescored
-    if exclude_offsets is not None and exclude_ids is not None:
-        exclude_offsets, exclude_ids = exclude_offsets.contiguous(), exclude_ids.contiguous()
-        if exclude_offsets.is_cpu:
-            check_exclude(exclude_offsets, exclude_ids, None if ids is not None else N)
-    values = torch.empty(B, k, dtype=torch.float32, device=queries.device)
-    positions = torch.empty(B, k, dtype=torch.int64, device=queries.device)
-    filters = (exclude_offsets, exclude_ids, allow)
-    numbers, query_scale, radius = certify_queries(queries, coarse.basis)
+    (B, d), N = problem.queries.shape, len(problem.items)
+    device = _device(problem.queries.device)
+    rescored = torch.full((B,), N, dtype=torch.int64, device=problem.queries.device)
+    if B == 0 or d == 0 or max(device.small, 32 * problem.k) >= N:
+        return *mips_topk(problem), rescored
+    problem = _with_filters(problem)
+    values, positions = _results(problem)
+    numbers, query_scale, radius = certify_queries(problem.queries, coarse.basis)
+    copy = problem._replace(queries=numbers, items=coarse.rows, row_scale=coarse.scale, k=listed_rows(problem.k))
     certified_search(
-        Problem(queries, items, None, ids, k, *filters, _compute_dtype(queries, items)),
-        Problem(numbers, coarse.rows, coarse.scale, ids, listed_rows(k), *filters, torch.int8, query_scale, radius),
+        Problem(*problem, _compute_dtype(problem)), Problem(*copy, torch.int8, query_scale, radius),
         coarse.error, device, values, positions, rescored,
     )  # fmt: skip
     return values, positions, rescored
 
 
-def _compute_dtype(queries: torch.Tensor, items: torch.Tensor) -> torch.dtype:
+def _with_filters(problem: MipsTopkProblem) -> MipsTopkProblem:
+    """The problem with its excluded ids contiguous and, where they can be looked at, checked."""
+    if problem.exclude_offsets is None or problem.exclude_ids is None:
+        return problem
+    offsets, excluded = problem.exclude_offsets.contiguous(), problem.exclude_ids.contiguous()
+    if offsets.is_cpu:
+        check_exclude(offsets, excluded, None if problem.ids is not None else len(problem.items))
+    return problem._replace(exclude_offsets=offsets, exclude_ids=excluded)
+
+
+def _results(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for `values` and `positions`."""
+    shape, device = (len(problem.queries), problem.k), problem.queries.device
+    values = torch.empty(shape, dtype=torch.float32, device=device)
+    return values, torch.empty(shape, dtype=torch.int64, device=device)
+
+
+def _compute_dtype(problem: MipsTopkProblem) -> torch.dtype:
     """The precision products are computed in, exactly: the tensors' own, or float32 where they differ."""
-    if items.dtype == torch.int8:
+    queries, items = problem.queries.dtype, problem.items.dtype
+    if items == torch.int8:
         return torch.int8
-    if queries.dtype != items.dtype or (items.dtype == torch.bfloat16 and not _MULTIPLIES_BFLOAT16):
+    if queries != items or (items == torch.bfloat16 and not _MULTIPLIES_BFLOAT16):
         return torch.float32
-    return items.dtype
+    return items

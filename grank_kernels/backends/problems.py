@@ -1,0 +1,111 @@
+"""What a backend is told of a call: one type an op, its fields in the order of the op's schema.
+
+Shapes, dtypes and devices are checked, strides are not. On the CPU candidate ids, offsets and lengths are checked too;
+on a GPU, where looking would cost a synchronisation, they may hold anything.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class MipsTopkProblem(NamedTuple):
+    """What `mips_topk` searches.
+
+    Attributes:
+        queries: (B, d) float32, float16 or bfloat16.
+        items: (N, d), the rows: those dtypes too, or int8 with
+        row_scale: (N,) float32, else None.
+        ids: (N,) int64, which order equal scores and which `exclude_ids` name; None: the positions.
+        k: 1 or more.
+        exclude_offsets: (B + 1,) int64, or None: query b must not be given
+            `exclude_ids[exclude_offsets[b] : exclude_offsets[b + 1]]`. What these two hold, the backend checks.
+        exclude_ids: (E,) int64, -1 for none; or None.
+        allow: (N,) or (B, N) bool, the eligible rows; None: all.
+    """
+
+    queries: torch.Tensor
+    items: torch.Tensor
+    row_scale: torch.Tensor | None
+    ids: torch.Tensor | None
+    k: int
+    exclude_offsets: torch.Tensor | None = None
+    exclude_ids: torch.Tensor | None = None
+    allow: torch.Tensor | None = None
+
+
+class ScoreCandidatesProblem(NamedTuple):
+    """What `score_candidates` scores.
+
+    Attributes:
+        candidate_ids: (B, C) int64, positions in `items` (a table's own ids are translated already); negative: -inf,
+            whatever the rest holds, and no row is read. On a GPU also for N or more.
+        items: (N, d) float32, float16, bfloat16, or int8 with
+        row_scale: (N,) float32, else None.
+        keys: (T, d) of one dtype, float32, float16 or bfloat16, with all that follows, whatever that of `items`.
+        values: (T, h).
+        cu_seqlens: (B + 1,) int64, not decreasing: user b has the rows from `cu_seqlens[b]` to `cu_seqlens[b + 1]`; on
+            a GPU clamped to [0, T]. Rows outside belong to no user. Without any, the attended part of the hidden layer
+            is 0.
+        user_hidden: (B, h).
+        item_weight: (d, h).
+        out_weight: (h,).
+        out_bias: added to every score.
+        softmax_scale: of the logits; None: `d ** -0.5`.
+        activation: "relu", "silu" or "gelu".
+    """
+
+    candidate_ids: torch.Tensor
+    items: torch.Tensor
+    row_scale: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    cu_seqlens: torch.Tensor
+    user_hidden: torch.Tensor
+    item_weight: torch.Tensor
+    out_weight: torch.Tensor
+    out_bias: float = 0.0
+    softmax_scale: float | None = None
+    activation: str = "relu"
+
+    @property
+    def scale(self) -> float:
+        """The scale of the logits."""
+        return _scale(self.softmax_scale, self.items)
+
+
+class CandidateCrossAttentionProblem(NamedTuple):
+    """What `candidate_cross_attention` and its gradient are of.
+
+    Attributes:
+        q: (B, C, H, D), where queries that all users share come expanded, `stride(0) == 0`; or with `cu_seqlens_q`
+            (total_q, H, D). float32, float16 or bfloat16, k and v the same.
+        k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D).
+        v: like k.
+        cu_seqlens_q: (B + 1,) int64, not decreasing, or None: user b has the rows `[cu[b], cu[b + 1])`; on a GPU
+            clamped to the rows there are.
+        cu_seqlens_k: the same for k and v.
+        seqused_k: (B,) int64, only without `cu_seqlens_k`: the keys that count, the first ones; None: all.
+        softmax_scale: of the products, for both activations; None: `D ** -0.5`.
+        bias_k: k's shape without D, float32, or None.
+        activation: "softmax" or "silu".
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    softmax_scale: float | None = None
+    bias_k: torch.Tensor | None = None
+    activation: str = "softmax"
+
+    @property
+    def scale(self) -> float:
+        """The scale of the products."""
+        return _scale(self.softmax_scale, self.q)
+
+
+def _scale(softmax_scale: float | None, rows: torch.Tensor) -> float:
+    return float(rows.shape[-1] ** -0.5) if softmax_scale is None else float(softmax_scale)
