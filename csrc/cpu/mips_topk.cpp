@@ -1,9 +1,9 @@
 #include "mips_topk.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "reservoirs.h"
@@ -15,10 +15,12 @@ namespace {
 
 class Search : public RowScan<Search> {
  public:
-  Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, Sample sample)
+  // Queries that are answered already stay as they are.
+  Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, Sample sample, std::vector<char> answered = {})
       : RowScan(problem, nullptr, kernel),
         k_(std::min(problem.k, problem.num_rows)),
         sample_(sample),
+        answered_(std::move(answered)),
         found_(problem.num_queries, std::max(k_, sample_.rank), threads_, problem.ids),
         scratch_(allocate<Key>(threads_ * found_.capacity())) {}
 
@@ -33,7 +35,7 @@ class Search : public RowScan<Search> {
     collect(list, count, k_);
     for (int64_t b = 0; b < p_.num_queries; ++b) missed[b] = missed[b] && found_.count(b) < k_;
     parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
-      if (!missed[b]) finish(b, worker);
+      if (!missed[b] && !is_answered(b)) finish(b, worker);
     });
     for (int64_t b = 0; b < p_.num_queries; ++b) {  // the sampled threshold was above the k-th best
       if (missed[b]) Search(some_queries(p_, b, 1), kernel_, Sample{}).run(list, count);
@@ -49,8 +51,11 @@ class Search : public RowScan<Search> {
     for (int64_t b = 0; b < p_.num_queries; ++b) found_.end(b);
   }
 
-  // Thresholds that other threads raise may come late.
+  bool is_answered(int64_t query) const { return !answered_.empty() && answered_[query]; }
+
+  // Thresholds that other threads raise may come late. NaN, which nothing reaches, of a query that is answered.
   float bound_of(int64_t query, uint32_t first_row, float) const {
+    if (is_answered(query)) return std::numeric_limits<float>::quiet_NaN();
     const Key threshold = found_.threshold(query);
     // Behind the threshold's own row a tie is lost, unless external ids decide it.
     const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
@@ -84,40 +89,40 @@ class Search : public RowScan<Search> {
 
   const int64_t k_;
   const Sample sample_;
+  const std::vector<char> answered_;
   Reservoirs found_;
   const std::unique_ptr<Key[]> scratch_;
 };
 
-void search(const MipsTopkProblem& problem, const Isa& isa) {
-  const Sample sample = sample_of(problem.num_rows, problem.num_queries, std::min(problem.k, problem.num_rows));
-  Search(problem, *isa.mips_topk, sample).run(nullptr, problem.num_rows);
-}
-
 }  // namespace
 
-bool masks_leave_few(const MipsTopkProblem& p) {
-  if (p.allow == nullptr || p.allow_stride == 0) return false;
-  constexpr int64_t kBytesOfThread = 1 << 20;  // that are counted while a thread wakes
-  const int64_t few = p.num_rows / 32,
-                threads = std::min<int64_t>(p.threads, 1 + p.num_queries * p.num_rows / kBytesOfThread);
-  std::atomic<bool> all = true;
-  parallel_for(static_cast<int>(threads), p.num_queries, [&](int64_t b, int) {
+std::vector<char> mips_topk_of_few(const MipsTopkProblem& problem, const Isa& isa) {
+  constexpr int64_t kMost = 1 << 20, kAtOnce = 4096;
+  if (problem.allow == nullptr || problem.allow_stride == 0) return {};
+  std::vector<char> answered(static_cast<size_t>(problem.num_queries), false);
+  const int64_t few = std::min<int64_t>(problem.num_rows / 32, kMost);
+  const auto lists = allocate<uint32_t>(problem.threads * (few + kAtOnce));
+  parallel_for(problem.threads, problem.num_queries, [&](int64_t b, int worker) {
+    MipsTopkProblem one = some_queries(problem, b, 1);
+    uint32_t* list = lists.get() + worker * (few + kAtOnce);
     int64_t count = 0;
-    for (int64_t row = 0; row < p.num_rows && all; row += few + 1) {
-      count += count_allowed(p.allow + b * p.allow_stride, row, std::min(row + few + 1, p.num_rows));
-      if (count > few) all = false;
+    for (int64_t row = 0; row < one.num_rows && count <= few; row += kAtOnce) {
+      count += list_allowed(one.allow, row, std::min(row + kAtOnce, one.num_rows), list + count);
     }
+    if (count > few) return;
+    one.threads = 1;
+    one.allow = nullptr;
+    mips_topk_of_rows(one, isa, list, count);
+    answered[b] = true;
   });
-  return all;
-}
-
-void mips_topk_each(const MipsTopkProblem& problem, const Isa& isa) {
-  for (int64_t b = 0; b < problem.num_queries; ++b) search(some_queries(problem, b, 1), isa);
+  return answered;
 }
 
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa) {
-  if (problem.num_queries == 0) return;
-  masks_leave_few(problem) ? mips_topk_each(problem, isa) : search(problem, isa);
+  const std::vector<char> answered = mips_topk_of_few(problem, isa);
+  if (std::count(answered.begin(), answered.end(), true) == problem.num_queries) return;
+  const Sample sample = sample_of(problem.num_rows, problem.num_queries, std::min(problem.k, problem.num_rows));
+  Search(problem, *isa.mips_topk, sample, answered).run(nullptr, problem.num_rows);
 }
 
 void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -46,12 +47,12 @@ struct MipsTopkProblem {
 // Throws std::bad_alloc, and may have written to the outputs then.
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa);
 
-// Query by query, which reads eligible rows alone. It is what mips_topk does where every query has a mask of its own
-// that leaves at most a 32nd of the rows: gathering these takes less than the query's share of a scan of all.
-void mips_topk_each(const MipsTopkProblem& problem, const Isa& isa);
-bool masks_leave_few(const MipsTopkProblem& problem);
-
 // The same of the rows list[0 .. count) alone, all of them different.
 void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count);
+
+// Answers the queries of which a mask of their own leaves at most a 32nd of the rows, each over these rows alone:
+// gathering them takes less than the query's share of a scan of all, and a scan would meet few eligible rows above its
+// thresholds. Returns which are answered; empty: none.
+std::vector<char> mips_topk_of_few(const MipsTopkProblem& problem, const Isa& isa);
 
 }  // namespace grank

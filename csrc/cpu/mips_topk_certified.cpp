@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "reservoirs.h"
@@ -124,10 +125,13 @@ int64_t most_excluded(const MipsTopkProblem& p) {
 
 class CertifiedSearch : public RowScan<CertifiedSearch> {
  public:
-  CertifiedSearch(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, int64_t* rescored)
+  // Queries that are answered already stay as they are.
+  CertifiedSearch(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, std::vector<char> answered,
+                  int64_t* rescored)
       : RowScan(coarse_problem(problem, coarse), coarse.error, *isa.mips_topk),
         exact_(problem),
         isa_(isa),
+        answered_(std::move(answered)),
         rescored_(rescored),
         sample_(sample_of(problem.num_rows, problem.num_queries, problem.k)),
         radius_(allocate<float>(problem.num_queries)),
@@ -139,7 +143,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
       int8_t* numbers = q8.get() + worker * p_.d;
       const float scale = quantise(turned, p_.d, numbers);
       radius_[b] = radius_of(problem.queries + b * p_.d, turned, p_.d, numbers, scale);
-      if (std::isnan(radius_[b])) candidates_.give_up(b);
+      if (std::isnan(radius_[b]) || is_answered(b)) candidates_.give_up(b);
     });
   }
 
@@ -150,6 +154,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
     }
     collect(nullptr, p_.num_rows, p_.k);
     parallel_for(threads_, p_.num_queries, [&](int64_t b, int worker) {
+      if (is_answered(b)) return;
       rescored_[b] = rescore(b, rows_.get() + worker * candidates_.capacity()) ? candidates_.count(b) : -1;
     });
     for (int64_t b = 0, end; b < p_.num_queries; b = end + 1) {  // runs of queries that are left
@@ -167,6 +172,8 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
     scan(list, count);
     for (int64_t b = 0; b < p_.num_queries; ++b) candidates_.end(b);
   }
+
+  bool is_answered(int64_t query) const { return !answered_.empty() && answered_[query]; }
 
   // -infinity as long as there is no threshold, NaN, which nothing reaches, of a query that is given up.
   float bound_of(int64_t query, uint32_t, float error) const {
@@ -196,6 +203,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
 
   const MipsTopkProblem exact_;
   const Isa& isa_;
+  const std::vector<char> answered_;
   int64_t* const rescored_;
   const Sample sample_;
   const std::unique_ptr<float[]> radius_;
@@ -206,18 +214,11 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
 }  // namespace
 
 void mips_topk_certified(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, int64_t* rescored) {
-  if (problem.num_queries == 0) return;
-  if (problem.k > problem.num_rows / 32) {  // gathering rows takes longer than reading them in order
-    std::fill(rescored, rescored + problem.num_queries, problem.num_rows);
-    return mips_topk(problem, isa);
-  }
-  if (masks_leave_few(problem)) {
-    for (int64_t b = 0; b < problem.num_queries; ++b) {
-      rescored[b] = count_allowed(problem.allow + b * problem.allow_stride, 0, problem.num_rows);
-    }
-    return mips_topk_each(problem, isa);
-  }
-  CertifiedSearch(problem, coarse, isa, rescored).run();
+  std::fill(rescored, rescored + problem.num_queries, problem.num_rows);
+  if (problem.k > problem.num_rows / 32) return mips_topk(problem, isa);  // rows are read faster in order than gathered
+  const std::vector<char> answered = mips_topk_of_few(problem, isa);
+  if (std::count(answered.begin(), answered.end(), true) == problem.num_queries) return;
+  CertifiedSearch(problem, coarse, isa, answered, rescored).run();
 }
 
 }  // namespace grank

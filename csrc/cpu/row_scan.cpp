@@ -38,15 +38,22 @@ float quantise(const float* q, int64_t d, int8_t* q8) {
   return scale;
 }
 
-int64_t count_allowed(const bool* allow, int64_t begin, int64_t end) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(allow);
-  int64_t count = 0;
+int64_t list_allowed(const bool* allow, int64_t begin, int64_t end, uint32_t* list) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(allow);  // a bool tensor may be a view of others than 0 and 1
+  int64_t n = 0;
   for (int64_t i = begin; i < end;) {
-    uint8_t some = 0;  // bytes are added sixteen at once
-    for (const int64_t stop = std::min<int64_t>(i + 128, end); i < stop; ++i) some += bytes[i] != 0;
-    count += some;
+    const int64_t stop = std::min<int64_t>(i + 32, end);
+    uint64_t words[4] = {1};
+    if (stop - i == 32) __builtin_memcpy(words, bytes + i, 32);
+    if ((words[0] | words[1] | words[2] | words[3]) != 0) {
+      for (int64_t row = i; row < stop; ++row) {
+        list[n] = static_cast<uint32_t>(row);
+        n += bytes[row] != 0;
+      }
+    }
+    i = stop;
   }
-  return count;
+  return n;
 }
 
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count) {

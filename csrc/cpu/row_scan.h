@@ -35,8 +35,8 @@ std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count);
 // int8 numbers and their scale: q is about scale * q8.
 float quantise(const float* q, int64_t d, int8_t* q8);
 
-// Eligible rows from `begin` to `end`. Masks are read as bytes: a bool tensor may be a view of others than 0 and 1.
-int64_t count_allowed(const bool* allow, int64_t begin, int64_t end);
+// Writes the positions from `begin` to `end` that a mask allows to `list`, which has room for all; returns how many.
+int64_t list_allowed(const bool* allow, int64_t begin, int64_t end, uint32_t* list);
 
 // Queries from `first` on, `count` of them, as a problem of their own.
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count);
@@ -133,7 +133,19 @@ class RowScan {
 
   // Whether rows are scanned faster as they lie than one by one, as it is in a table of which a few rows are gone.
   bool mostly_allowed(int64_t begin, int64_t end) const {
-    return 2 * count_allowed(p_.allow, begin, end) >= end - begin;
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += is_allowed(0, static_cast<uint32_t>(i));
+    return 2 * count >= end - begin;
+  }
+
+  // Those of list[begin .. end) that all queries may have; returns how many.
+  int64_t keep_allowed(const uint32_t* list, int64_t begin, int64_t end, uint32_t* kept) const {
+    int64_t n = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      kept[n] = list[i];
+      n += is_allowed(0, list[i]);
+    }
+    return n;
   }
 
   static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
@@ -158,23 +170,16 @@ class RowScan {
       return;
     }
     // Rows that no query may have are not even read.
-    uint32_t eligible[kStepRows + 8];
+    uint32_t eligible[2 * kStepRows];
     int64_t n = 0;
-    const uint8_t* allow = allowed(0);
-    for (int64_t i = begin; i < end;) {
-      uint64_t eight = 1;
-      const int64_t stop = std::min(i + 8, end);
-      if (list == nullptr && stop - i == 8) __builtin_memcpy(&eight, allow + i, 8);
-      for (; eight != 0 && i < stop; ++i) {
-        eligible[n] = list != nullptr ? list[i] : static_cast<uint32_t>(i);
-        n += allow[eligible[n]] != 0;
-      }
-      i = stop;
-      if (n >= kStepRows) {
-        scan_rows(eligible, 0, kStepRows, first_query, worker);
-        n -= kStepRows;
-        std::copy(eligible + kStepRows, eligible + kStepRows + n, eligible);
-      }
+    for (int64_t row = begin; row < end; row += kStepRows) {
+      const int64_t stop = std::min(row + kStepRows, end);
+      n += list == nullptr ? list_allowed(p_.allow, row, stop, eligible + n)
+                           : keep_allowed(list, row, stop, eligible + n);
+      if (n < kStepRows) continue;
+      scan_rows(eligible, 0, kStepRows, first_query, worker);
+      n -= kStepRows;
+      std::copy(eligible + kStepRows, eligible + kStepRows + n, eligible);
     }
     if (n > 0) scan_rows(eligible, 0, n, first_query, worker);
   }

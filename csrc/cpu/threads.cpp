@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -41,10 +42,17 @@ struct Job {
   int helpers_wanted;            // guarded by the pool's mutex
   int helpers_inside = 0;        // guarded by the pool's mutex
   std::atomic<int64_t> next{0};  // the next step nobody has taken
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure{};  // the first one
 
   void work(int worker) {
     const DefaultFloatMode mode;
-    for (int64_t step; (step = next.fetch_add(1, std::memory_order_relaxed)) < steps;) body(context, step, worker);
+    try {
+      for (int64_t step; (step = next.fetch_add(1, std::memory_order_relaxed)) < steps;) body(context, step, worker);
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+      next = steps;
+    }
   }
 };
 
@@ -108,11 +116,7 @@ void make_pool() { pool = new Pool; }
 void before_fork() { pool->mutex().lock(); }
 void after_fork_in_parent() { pool->mutex().unlock(); }
 
-}  // namespace
-
-void parallel_for(int threads, int64_t steps, ParallelBody body, void* context) {
-  Job job{body, context, steps, static_cast<int>(std::min<int64_t>(threads, steps)) - 1};
-  if (job.helpers_wanted <= 0) return job.work(0);
+void run_with_helpers(Job& job) {
   static const bool ready = [] {
     make_pool();
     pthread_atfork(before_fork, after_fork_in_parent, make_pool);
@@ -120,6 +124,14 @@ void parallel_for(int threads, int64_t steps, ParallelBody body, void* context) 
   }();
   (void)ready;
   pool->run(job);
+}
+
+}  // namespace
+
+void parallel_for(int threads, int64_t steps, ParallelBody body, void* context) {
+  Job job{body, context, steps, static_cast<int>(std::min<int64_t>(threads, steps)) - 1};
+  job.helpers_wanted > 0 ? run_with_helpers(job) : job.work(0);
+  if (job.failure) std::rethrow_exception(job.failure);
 }
 
 }  // namespace grank

@@ -5,7 +5,10 @@
 //   mips_topk_test --list-isa      prints the instruction sets of this processor, one a line; GRANK_CPU_ISA chooses
 #include "mips_topk_case.h"
 
+#include <new>
 #include <thread>
+
+#include "cpu/threads.h"
 
 namespace {
 
@@ -39,7 +42,8 @@ void sampled() {
     for (const int threads : {1, 4}) {
       run({dtype, Fill::kNumbers, 3, 33000, 6, 200, 0, false, false, 0, 0.5, threads}, 1);
       run({dtype, Fill::kNumbers, 7, 20000, 5, 1000, 2, true, true, 1, 0.3, threads}, 2);
-      run({dtype, Fill::kNumbers, 2, 20000, 5, 50, 0, false, false, 2, 0.02, threads}, 3);
+      run({dtype, Fill::kNumbers, 2, 20000, 5, 50, 0, false, false, 2, 0.02, threads}, 3);  // few rows for every query
+      run({dtype, Fill::kNumbers, 5, 20000, 5, 50, 1, true, true, 3, 0.03, threads}, 9);    // and about as many as that
       run({dtype, Fill::kIntegers, 2, 20000, 2, 500, 0, threads == 4, false, 0, 0.5, threads, 40}, 4);
     }
     run({dtype, Fill::kNumbers, 9, 270000, 2, 300, 0, false, false, 0, 0.5, 3}, 5);
@@ -79,6 +83,24 @@ void concurrent() {
   for (std::thread& caller : callers) caller.join();
 }
 
+// What a step throws, on whichever thread, is the caller's, and the pool goes on.
+void failing_steps() {
+  for (int64_t failing = 0; failing < 64; ++failing) {
+    std::atomic<int> done{0};
+    bool thrown = false;
+    try {
+      grank::parallel_for(4, 64, [&](int64_t step, int) {
+        if (step == failing) throw std::bad_alloc();
+        ++done;
+      });
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    ++cases;
+    failures += !thrown || done < failing;
+  }
+}
+
 int list_isas() {
   for (const grank::Isa& isa : grank::isas()) {
     if (isa.runs_here) std::printf("%s\n", isa.name);
@@ -102,6 +124,7 @@ int main(int argc, char** argv) {
     sample_misleads();
   }
   concurrent();
+  failing_steps();
   std::printf("mips_topk %s: %d cases, %d failed\n", grank::active_isa().name, cases.load(), failures.load());
   return failures.load() > 0 || cases.load() == 0;
 }
