@@ -11,7 +11,7 @@ namespace GRANK_ISA {
 namespace {
 
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 2048;              // from what is transposed to what is fetched meanwhile
+constexpr int64_t kPrefetchBytes = 8192;              // from what is transposed to what is fetched meanwhile
 constexpr int kUnitsPerFour = 4 / kInt8PerUnit;       // packed units of four int8
 constexpr uint32_t kFlipInt8 = kInt8PerUnit == 4 ? 0x80808080u : 0;  // of a packed row: s8 to u8
 
