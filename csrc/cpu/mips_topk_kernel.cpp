@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // times kQueryBlock accumulators fit the registers
 constexpr int64_t kPrefetchBytes = 8192;              // from what is transposed to what is fetched meanwhile
-constexpr int kUnitsPerFour = 4 / kInt8PerUnit;       // packed units of four int8
+constexpr int64_t kPagesBytes = 16384;           // from a tile to the pages whose addresses are looked up meanwhile
+constexpr int kUnitsPerFour = 4 / kInt8PerUnit;  // packed units of four int8
 constexpr uint32_t kFlipInt8 = kInt8PerUnit == 4 ? 0x80808080u : 0;  // of a packed row: s8 to u8
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -512,6 +513,9 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
   const bool few = queries.count <= few_queries(dtype);
   const char* near = tile.rows + kPrefetchBytes;
   const char* next = tile.rows + tile_bytes;
+  for (int64_t page = 0; page < tile_bytes; page += 4096) {  // or every page would be waited for
+    __builtin_prefetch(tile.rows + kPagesBytes + page, 0, 2);
+  }
   const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
   switch (dtype) {
     case DType::kFloat32:
