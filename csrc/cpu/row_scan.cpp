@@ -4,8 +4,11 @@ namespace grank {
 
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
   // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
-  const int64_t rows = num_queries < 8 ? 1024 : 16384;
-  if (rows > num_rows / 16) return {};
+  int64_t rows = num_queries < 8 ? 1024 : 16384;
+  if (rows > num_rows / 16) {  // a short table: k log(num_rows / k) candidates must be more than the sample costs
+    if (k < 64) return {};
+    rows = num_rows / 16;
+  }
   const double expected = static_cast<double>(k) * rows / num_rows;
   const auto rank = static_cast<int64_t>(std::ceil(expected + 4.3 * std::sqrt(expected) + 3));
   if (rank > rows / 4) return {};
