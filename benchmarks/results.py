@@ -198,7 +198,8 @@ def systems_table(report: dict[str, Any]) -> str:
     lines = []
     for row in sorted(report["systems"], key=lambda row: row["batch"]):
         missed = "" if row["reached"] else ", not reached"
-        numbers = [f"{row['p50']:.3g}", f"{row['p99']:.3g}", f"{row['qps']:,.0f}", f"{row['build_s']:.1f}"]
+        times = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (row["p50"], row["p99"]))
+        numbers = [*times, f"{row['qps']:,.0f}", f"{row['build_s']:.1f}"]
         lines.append([row["system"], str(row["batch"]), row["setting"], f"{row['recall']:.3f}{missed}", *numbers])
     return markdown_table(header, lines)
 
