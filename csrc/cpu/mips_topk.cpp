@@ -15,12 +15,10 @@ namespace {
 
 class Search : public RowScan<Search> {
  public:
-  // Queries that are answered already stay as they are.
   Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, Sample sample, std::vector<char> answered = {})
-      : RowScan(problem, nullptr, kernel),
+      : RowScan(problem, nullptr, kernel, std::move(answered)),
         k_(std::min(problem.k, problem.num_rows)),
         sample_(sample),
-        answered_(std::move(answered)),
         found_(problem.num_queries, std::max(k_, sample_.rank), threads_, problem.ids),
         scratch_(allocate<Key>(threads_ * found_.capacity())) {}
 
@@ -51,11 +49,8 @@ class Search : public RowScan<Search> {
     for (int64_t b = 0; b < p_.num_queries; ++b) found_.end(b);
   }
 
-  bool is_answered(int64_t query) const { return !answered_.empty() && answered_[query]; }
-
-  // Thresholds that other threads raise may come late. NaN, which nothing reaches, of a query that is answered.
+  // Thresholds that other threads raise may come late.
   float bound_of(int64_t query, uint32_t first_row, float) const {
-    if (is_answered(query)) return std::numeric_limits<float>::quiet_NaN();
     const Key threshold = found_.threshold(query);
     // Behind the threshold's own row a tie is lost, unless external ids decide it.
     const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
@@ -89,7 +84,6 @@ class Search : public RowScan<Search> {
 
   const int64_t k_;
   const Sample sample_;
-  const std::vector<char> answered_;
   Reservoirs found_;
   const std::unique_ptr<Key[]> scratch_;
 };

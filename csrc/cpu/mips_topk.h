@@ -8,7 +8,8 @@
 //
 // The result does not depend on the thresholds, hence neither on threads nor on their timing.
 // Memory: 8 (k + max(k, 64)) + 4 d bytes a query (a fifth of that for int8), 72 bytes a query and thread, and for every
-// thread 64 packed rows and one reservoir more.
+// thread 64 packed rows and one reservoir more; where queries have masks of their own, num_rows / 8 bytes a thread, 4
+// MB at most.
 #pragma once
 
 #include <cstdint>

@@ -125,13 +125,11 @@ int64_t most_excluded(const MipsTopkProblem& p) {
 
 class CertifiedSearch : public RowScan<CertifiedSearch> {
  public:
-  // Queries that are answered already stay as they are.
   CertifiedSearch(const MipsTopkProblem& problem, const CoarseRows& coarse, const Isa& isa, std::vector<char> answered,
                   int64_t* rescored)
-      : RowScan(coarse_problem(problem, coarse), coarse.error, *isa.mips_topk),
+      : RowScan(coarse_problem(problem, coarse), coarse.error, *isa.mips_topk, std::move(answered)),
         exact_(problem),
         isa_(isa),
-        answered_(std::move(answered)),
         rescored_(rescored),
         sample_(sample_of(problem.num_rows, problem.num_queries, problem.k)),
         radius_(allocate<float>(problem.num_queries)),
@@ -143,7 +141,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
       int8_t* numbers = q8.get() + worker * p_.d;
       const float scale = quantise(turned, p_.d, numbers);
       radius_[b] = radius_of(problem.queries + b * p_.d, turned, p_.d, numbers, scale);
-      if (std::isnan(radius_[b]) || is_answered(b)) candidates_.give_up(b);
+      if (std::isnan(radius_[b])) candidates_.give_up(b);
     });
   }
 
@@ -173,8 +171,6 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
     for (int64_t b = 0; b < p_.num_queries; ++b) candidates_.end(b);
   }
 
-  bool is_answered(int64_t query) const { return !answered_.empty() && answered_[query]; }
-
   // -infinity as long as there is no threshold, NaN, which nothing reaches, of a query that is given up.
   float bound_of(int64_t query, uint32_t, float error) const {
     return (candidates_.threshold(query) - radius_[query] * error) / query_scale_[query];
@@ -203,7 +199,6 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
 
   const MipsTopkProblem exact_;
   const Isa& isa_;
-  const std::vector<char> answered_;
   int64_t* const rescored_;
   const Sample sample_;
   const std::unique_ptr<float[]> radius_;

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "excluded_ids.h"
@@ -44,11 +45,14 @@ MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int6
 template <typename Derived>
 class RowScan {
  protected:
-  // row_error: (num_rows,), not negative, or null.
-  RowScan(const MipsTopkProblem& problem, const float* row_error, const MipsTopkKernel& kernel)
+  // row_error: (num_rows,), not negative, or null. To queries that are answered already, nothing is offered; empty:
+  // none.
+  RowScan(const MipsTopkProblem& problem, const float* row_error, const MipsTopkKernel& kernel,
+          std::vector<char> answered)
       : p_(problem),
         kernel_(kernel),
         row_error_(row_error),
+        answered_(std::move(answered)),
         threads_(useful_threads(problem)),
         panel_bytes_((kernel.panel_bytes(problem.dtype, problem.d) + 63) / 64 * 64),
         panels_(allocate<char>(threads_ * panel_bytes_ + 64)),
@@ -68,6 +72,8 @@ class RowScan {
     });
   }
 
+  bool is_answered(int64_t query) const { return !answered_.empty() && answered_[query]; }
+
   bool is_eligible(int64_t query, uint32_t row) const {
     if (p_.allow != nullptr && !is_allowed(query, row)) return false;
     return excluded_.empty() || !excluded_.contains(query, p_.ids != nullptr ? p_.ids[row] : row);
@@ -76,6 +82,7 @@ class RowScan {
   const MipsTopkProblem p_;
   const MipsTopkKernel& kernel_;
   const float* const row_error_;
+  const std::vector<char> answered_;
   const int threads_;
   std::unique_ptr<float[]> query_scale_;  // int8 only
 
@@ -208,7 +215,11 @@ class RowScan {
     void* panel = reinterpret_cast<void*>((address + 63) / 64 * 64);
     const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
     const float error = largest_error(list, begin, end);
-    for (int64_t q = 0; q < num_queries; ++q) bounds[q] = derived->bound_of(first_query + q, first_row, error);
+    for (int64_t q = 0; q < num_queries; ++q) {
+      const bool wanted = !is_answered(first_query + q);  // NaN is what nothing reaches
+      bounds[q] =
+          wanted ? derived->bound_of(first_query + q, first_row, error) : std::numeric_limits<float>::quiet_NaN();
+    }
     const char* rows = static_cast<const char*>(p_.rows);
     const int64_t row_bytes = std::min<int64_t>(p_.d * element_bytes(p_.dtype), 512);
     const auto fetch = [&](uint32_t row) {  // of rows that lie apart

@@ -9,8 +9,8 @@ namespace grank {
 using ParallelBody = void (*)(void* context, int64_t step, int worker);
 
 // Runs body(context, step, worker) once for every step in [0, steps), on the caller and at most threads - 1 helpers.
-// Steps are handed out in ascending order. Returns when all are done. Where one throws, the steps that
-// are not begun are left out, and its exception is the caller's.
+// Steps are handed out in ascending order. Returns when all are done. Where one throws, those that are not begun are
+// left out, and its exception is the caller's.
 void parallel_for(int threads, int64_t steps, ParallelBody body, void* context);
 
 template <typename F>
