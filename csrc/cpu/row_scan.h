@@ -45,8 +45,7 @@ MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int6
 template <typename Derived>
 class RowScan {
  protected:
-  // row_error: (num_rows,), not negative, or null. To queries that are answered already, nothing is offered; empty:
-  // none.
+  // row_error: (num_rows,), not negative, or null. answered: (num_queries,), those that are offered nothing; or empty.
   RowScan(const MipsTopkProblem& problem, const float* row_error, const MipsTopkKernel& kernel,
           std::vector<char> answered)
       : p_(problem),
@@ -140,8 +139,9 @@ class RowScan {
 
   // Whether rows are scanned faster as they lie than one by one, as it is in a table of which a few rows are gone.
   bool mostly_allowed(int64_t begin, int64_t end) const {
+    const uint8_t* allow = allowed(0);
     int64_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += is_allowed(0, static_cast<uint32_t>(i));
+    for (int64_t i = begin; i < end; ++i) count += allow[i] != 0;
     return 2 * count >= end - begin;
   }
 
