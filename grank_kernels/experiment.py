@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from grank_kernels.config import show_config
-from grank_kernels.data import Interactions, Split, half_and_half, leave_one_out, read
+from grank_kernels.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
 from grank_kernels.evaluation import DEPTH, feedback_auc, metrics, recommend
 from grank_kernels.models import (
     DualTower,
@@ -28,6 +28,7 @@ from grank_kernels.models import (
     UniGRF,
     UniGRFConfig,
 )
+from grank_kernels.settings import Settings, takes
 from grank_kernels.training import TrainingConfig, fit, load_best
 
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -38,14 +39,12 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """The models by name, and their settings."""
 
-PROTOCOLS = ("leave_one_out", "half_and_half")
-
 KS = {"leave_one_out": (10, 50, 200), "half_and_half": (10, 50, 200, 500)}
 """The cuts that each protocol reports."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What is learned from.
 
     Attributes:
@@ -57,12 +56,12 @@ class DataConfig:
         test: users held out for the test, for half_and_half.
     """
 
-    name: str = "ml-100k"
+    name: str = takes("ml-100k", choices=tuple(DATASETS))
     path: str | None = None
-    protocol: str = "leave_one_out"
+    protocol: str = takes("leave_one_out", choices=tuple(KS))
     positive: float = 4.0
-    validation: int = 500
-    test: int = 1000
+    validation: int = takes(500, least=1)
+    test: int = takes(1000, least=1)
 
     def read(self) -> Interactions:
         """The data set."""
@@ -72,9 +71,7 @@ class DataConfig:
         """The split that the protocol makes."""
         if self.protocol == "leave_one_out":
             return leave_one_out(interactions, positive=self.positive)
-        if self.protocol == "half_and_half":
-            return half_and_half(interactions, positive=self.positive, validation=self.validation, test=self.test)
-        raise ValueError(f"data.protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        return half_and_half(interactions, positive=self.positive, validation=self.validation, test=self.test)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,8 @@ class Experiment:
         settings: its settings, an instance of the dataclass that `MODELS` names.
         data: what it learns from.
         training: how it is fitted.
-        k1: how many retrieved items the second stage ranks, one report each; empty for models that only retrieve.
+        k1: how many retrieved items the second stage ranks, one report each; at least the protocol's first cut. Models
+            that only retrieve have none.
     """
 
     model: str
@@ -94,6 +92,11 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     k1: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        least = min(KS[self.data.protocol])
+        if any(not isinstance(k1, int) or k1 < least for k1 in self.k1):
+            raise ValueError(f"k1 must hold ints of {least} or more, the first cut of the report, got {list(self.k1)}")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Experiment":
@@ -108,28 +111,18 @@ class Experiment:
             given: Any = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
             name = given.get("model") if OmegaConf.is_dict(given) else None
             if name not in MODELS:
-                raise ValueError(f"{path}: model must be one of {', '.join(MODELS)}, got {name!r}")
-            schema = OmegaConf.create(
-                {
-                    "model": name,
-                    "settings": _defaults(MODELS[name][1]),
-                    "data": _defaults(DataConfig),
-                    "training": _defaults(TrainingConfig),
-                    "k1": [],
-                }
-            )
+                raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+            sections = {"settings": MODELS[name][1], "data": DataConfig, "training": TrainingConfig}
+            defaults = {section: _defaults(config) for section, config in sections.items()}
+            schema = OmegaConf.create({"model": name, **defaults, "k1": []})
             OmegaConf.set_struct(schema, True)
-            merged = OmegaConf.merge(schema, given)
-            return cls(
-                model=name,
-                settings=_build(MODELS[name][1], merged.settings),
-                data=_build(DataConfig, merged.data),
-                training=_build(TrainingConfig, merged.training),
-                k1=tuple(merged.k1),
-            )
+            merged: Any = OmegaConf.merge(schema, given)
+            built = {section: _build(section, config, merged[section]) for section, config in sections.items()}
+            k1 = merged.k1 if OmegaConf.is_list(merged.k1) else [merged.k1]
+            return cls(model=name, k1=tuple(k1), **built)
         except FileNotFoundError:
             raise
-        except (OmegaConfBaseException, OSError, UnicodeDecodeError, YAMLError) as error:
+        except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
@@ -218,8 +211,11 @@ def _defaults(config: type[Any]) -> Any:
     return schema
 
 
-def _build(config: type[Any], node: Any) -> Any:
-    return config(**{entry.name: node[entry.name] for entry in fields(config)})
+def _build(section: str, config: type[Any], node: Any) -> Any:
+    try:
+        return config(**{entry.name: node[entry.name] for entry in fields(config)})
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from None
 
 
 def _write(path: Path, text: str) -> None:

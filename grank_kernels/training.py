@@ -26,12 +26,15 @@ from grank_kernels.evaluation import metrics, recommend
 from grank_kernels.models.embedding_model import EmbeddingModel
 from grank_kernels.models.recommender import Recommender
 from grank_kernels.models.sharding import shard
+from grank_kernels.settings import Settings, takes
 
 _KS = (10, 50)
+_METRICS = (*(f"{metric}@{k}" for k in _KS for metric in ("hr", "recall", "ndcg")), "mrr")
+_MONITORS = (*_METRICS, *(f"ranked_{name}" for name in _METRICS))
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """How a model is fitted.
 
     Attributes:
@@ -46,7 +49,8 @@ class TrainingConfig:
         matmul: "highest", "high" or "medium": whether float32 products may be made of bfloat16 ones
             (`torch.set_float32_matmul_precision`), which is what processors with AMX are fast at.
         validate_every: epochs between two validations.
-        monitor: the validation metric that chooses the checkpoint and stops early.
+        monitor: the validation metric that chooses the checkpoint and stops early: "hr", "recall" or "ndcg" "@10" or
+            "@50", or "mrr", of the retrieval; with "ranked_" before it, after the second stage.
         patience: validations without a better one before the run stops; None never stops early.
         seed: of weights, batches and dropout.
         devices: processes that train together, each on batches of its own (DDP); with torchrun, those of all hosts. A
@@ -55,21 +59,26 @@ class TrainingConfig:
             (FSDP2). It needs a model of `softmax="batch"` and a folder.
     """
 
-    epochs: int = 20
-    targets: int = 200
-    context: int = 0
-    batch_items: int = 4096
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    clip: float = 10.0
-    precision: str = "32-true"
-    matmul: str = "highest"
-    validate_every: int = 1
-    monitor: str = "ndcg@10"
-    patience: int | None = None
-    seed: int = 0
-    devices: int = 1
+    epochs: int = takes(20, least=1)
+    targets: int = takes(200, least=1)
+    context: int = takes(0, least=0)
+    batch_items: int = takes(4096, least=1)
+    learning_rate: float = takes(2e-3, above=0)
+    weight_decay: float = takes(0.01, least=0)
+    clip: float = takes(10.0, above=0)
+    precision: str = takes("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
+    matmul: str = takes("highest", choices=("highest", "high", "medium"))
+    validate_every: int = takes(1, least=1)
+    monitor: str = takes("ndcg@10", choices=_MONITORS)
+    patience: int | None = takes(None, least=0)
+    seed: int = takes(0, least=0, below=2**20)
+    devices: int = takes(1, least=1)
     shard_items: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validate_every > self.epochs:
+            raise ValueError(f"validate_every must be at most epochs, got {self.validate_every} of {self.epochs}")
 
 
 class _Module(lightning.LightningModule):
@@ -118,6 +127,15 @@ class _Module(lightning.LightningModule):
         )
         return self.model.objective(losses)
 
+    def on_train_epoch_end(self) -> None:
+        """A loss that is lost stays lost: better to stop here, with the last good epoch on disk."""
+        for name, value in self.trainer.callback_metrics.items():
+            if not bool(torch.isfinite(value)):
+                raise RuntimeError(
+                    f"{name} is {float(value)} after epoch {self.current_epoch}, with learning_rate="
+                    f"{self.config.learning_rate}; a smaller one, or a smaller clip, may keep it finite"
+                )
+
     def validation_step(self, rows: Tensor, batch_idx: int) -> None:
         cases = self.split.validation.select(rows)
         ranked = self.config.monitor.startswith("ranked_")
@@ -153,6 +171,13 @@ class _Module(lightning.LightningModule):
         return self._steps
 
 
+class _Stopping(EarlyStopping):
+    """Stops a run early, and one that had stopped before it is taken up again too."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.stopped_epoch > 0
+
+
 def fit(
     model: Recommender,
     split: Split,
@@ -165,10 +190,10 @@ def fit(
 ) -> float:
     """Fit a model to the training part of a split and choose its epoch by the validation part.
 
-    With a folder the run writes `last.ckpt` and `best.ckpt` after every epoch and a CSV log, and one that was stopped
-    at any moment goes on from its last whole epoch when it is called again: everything random in an epoch follows from
-    (seed, epoch), so it ends with the same weights, bit for bit, as one that was never stopped (with one number of
-    threads).
+    With a folder the run writes `last.ckpt` after every epoch, `best.ckpt` after a validation that is better than those
+    before it, and a CSV log. One that was stopped at any moment goes on from its last whole epoch when it is called
+    again: everything random in an epoch follows from (seed, epoch), so it ends with the same weights, bit for bit, as
+    one that was never stopped (with one number of threads).
 
     Several devices are left in a process group, for `ranks.leave`.
 
@@ -185,10 +210,14 @@ def fit(
         Seconds spent in training, over all resumptions.
 
     Raises:
-        ValueError: the table is to be split, but there is no folder, one process alone, or a softmax over the corpus.
+        ValueError: the table is to be split, but there is no folder, one process alone, or a softmax over the corpus;
+            or the monitor is of the second stage, which the model does not have.
+        RuntimeError: the loss is no longer finite after an epoch.
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
         KeyboardInterrupt: it was interrupted; the run can be resumed.
     """
+    if config.monitor.startswith("ranked_") and not model.ranks:
+        raise ValueError(f"monitor must be of the retrieval for a model that does not rank, got {config.monitor!r}")
     if config.shard_items:
         _check_shardable(model, config, folder)
     timer = Timer()  # its time is part of the checkpoints
@@ -196,14 +225,13 @@ def fit(
     if progress:  # without a terminal, one line an epoch
         own.append(TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 10**9))
     if config.patience is not None:
-        own.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
+        own.append(_Stopping(config.monitor, mode="max", patience=config.patience))
     loggers: list[Logger] = []
     last = None
     if folder is not None:
         folder = Path(folder)
-        own.append(
-            ModelCheckpoint(folder, "best", config.monitor, save_last=True, mode="max", enable_version_counter=False)
-        )
+        own.append(ModelCheckpoint(folder, "best", config.monitor, mode="max", enable_version_counter=False))
+        own.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
         loggers.append(CSVLogger(folder, name="log"))
         if tensorboard:
             loggers.append(TensorBoardLogger(folder, name="tensorboard"))

@@ -87,11 +87,6 @@ def test_a_batch_of_every_item_learns_as_the_corpus_does() -> None:
     torch.testing.assert_close(sample.items.grad, whole.items.grad)
 
 
-def test_a_softmax_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match="softmax must be one of corpus, batch, got 'sampled'"):
-        model("sampled")
-
-
 def test_a_sample_needs_the_shares() -> None:
     with pytest.raises(RuntimeError, match="must observe the histories"):
         model("batch").corpus(torch.tensor([1]))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,29 +68,57 @@ def test_learns_the_circle() -> None:
 
 
 @pytest.mark.parametrize("make", [sequential, unigrf])
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_a_run_that_was_cut_off_ends_as_one_that_was_not(make: object, epoch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("epoch", "validate_every"), [(0, 1), (2, 1), (2, 3), (3, 3)])
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
+    make: object, epoch: int, validate_every: int, tmp_path: Path
+) -> None:
     assert callable(make)
-    split = circle()
-    whole = fitted(make(), split, CONFIG, tmp_path / "whole")
+    split, config = circle(), replace(CONFIG, validate_every=validate_every)
+    whole = fitted(make(), split, config, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="interrupted"):
-        fit(make(), split, CONFIG, folder=tmp_path / "cut", progress=False, callbacks=[Interrupt(epoch)])
+        fit(make(), split, config, folder=tmp_path / "cut", progress=False, callbacks=[Interrupt(epoch)])
     assert (tmp_path / "cut" / "last.ckpt").exists() == (epoch > 0)
+    if epoch > 0:
+        assert torch.load(tmp_path / "cut" / "last.ckpt", weights_only=False)["epoch"] == epoch - 1
     torch.manual_seed(99)  # nothing of this process's state may matter
-    resumed = fitted(make(), split, CONFIG, tmp_path / "cut")
+    resumed = fitted(make(), split, config, tmp_path / "cut")
     for (name, expected), got in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(got, expected), name
-    again = fitted(make(), split, CONFIG, tmp_path / "whole")  # done: nothing is trained
+    again = fitted(make(), split, config, tmp_path / "whole")  # done: nothing is trained
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_the_best_epoch_is_kept_and_the_run_stops_early(tmp_path: Path) -> None:
-    config = TrainingConfig(epochs=50, targets=16, batch_items=128, learning_rate=0.01, patience=2, monitor="hr@10")
-    fit(sequential(), circle(), config, folder=tmp_path, progress=False, tensorboard=True)
-    last, best = (torch.load(tmp_path / name, weights_only=False) for name in ("last.ckpt", "best.ckpt"))
-    assert best["epoch"] <= last["epoch"] < 49
+@pytest.mark.parametrize("validate_every", [1, 2])
+def test_the_best_epoch_is_kept_and_the_run_stops_early_for_good(validate_every: int, tmp_path: Path) -> None:
+    config = TrainingConfig(
+        epochs=50,
+        targets=16,
+        batch_items=128,
+        learning_rate=0.01,
+        patience=1,
+        monitor="hr@10",
+        validate_every=validate_every,
+    )
+    epochs = []
+    for _ in range(2):  # the second time everything is done
+        fit(sequential(), circle(), config, folder=tmp_path, progress=False, tensorboard=True)
+        epochs.append([torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["epoch"] for name in ("best", "last")])
+    best, last = epochs[0]
+    assert best <= last < 49
+    assert epochs[1] == epochs[0]
     assert list((tmp_path / "log").rglob("metrics.csv"))
     assert list((tmp_path / "tensorboard").rglob("events*"))
+
+
+def test_a_run_whose_loss_is_lost_stops_and_says_so(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=5, targets=16, batch_items=128, learning_rate=1e38)
+    with pytest.raises(RuntimeError, match=r"retrieval is nan after epoch 0, with learning_rate=1e\+38"):
+        fit(sequential(), circle(), config, folder=tmp_path, progress=False)
+
+
+def test_a_monitor_of_a_stage_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"monitor must be of the retrieval .* does not rank, got 'ranked_mrr'"):
+        fit(sequential(), circle(), replace(CONFIG, monitor="ranked_mrr"), progress=False)
 
 
 def test_training_leaves_the_precision_of_products_alone() -> None:

@@ -221,8 +221,6 @@ class Backbone(nn.Module):
 
     def __init__(self, kind: str, *, dim: int, blocks: int, heads: int, dropout: float, length: int) -> None:
         super().__init__()
-        if kind not in BLOCKS:
-            raise ValueError(f"backbone must be one of {', '.join(BLOCKS)}, got {kind!r}")
         self.length = length
         self.position = None if kind == "llama" else nn.Parameter(0.02 * torch.randn(length + 1, dim))
         self.blocks = nn.ModuleList(BLOCKS[kind](dim, heads, dropout, length) for _ in range(blocks))

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.embedding_model import SOFTMAXES, EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.targets import later_targets
+from grank_kernels.settings import Settings, takes
 
 
 @dataclass(frozen=True)
-class DualTowerConfig:
+class DualTowerConfig(Settings):
     """Settings of a `DualTower`.
 
     Attributes:
@@ -26,13 +27,13 @@ class DualTowerConfig:
         horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item.
     """
 
-    dim: int = 64
-    hidden: int = 256
-    history: int = 256
-    dropout: float = 0.2
-    temperature: float = 0.05
-    softmax: str = "corpus"
-    horizon: int = 1
+    dim: int = takes(64, least=1)
+    hidden: int = takes(256, least=1)
+    history: int = takes(256, least=1)
+    dropout: float = takes(0.2, least=0, below=1)
+    temperature: float = takes(0.05, above=0)
+    softmax: str = takes("corpus", choices=SOFTMAXES)
+    horizon: int = takes(1, least=1)
 
 
 class DualTower(EmbeddingModel):

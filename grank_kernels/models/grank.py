@@ -7,17 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.blocks import Backbone, Memory
-from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.blocks import BLOCKS, Backbone, Memory
+from grank_kernels.models.embedding_model import SOFTMAXES, EmbeddingModel
 from grank_kernels.models.layers import mlp, prefix_means
 from grank_kernels.models.ranker import Ranker
 from grank_kernels.models.targets import draw_candidates, draw_moments, later_targets, until
 from grank_kernels.score_candidates import score_candidates
+from grank_kernels.settings import Settings, takes
 from grank_kernels.table import ItemTable
 
 
 @dataclass(frozen=True)
-class GRankConfig:
+class GRankConfig(Settings):
     """Settings of a `GRank`. What the paper gives is named; everything else is ours, settled on validation users.
 
     Attributes:
@@ -42,24 +43,24 @@ class GRankConfig:
             fits an evaluation that asks for all that comes later.
     """
 
-    dim: int = 64
-    backbone: str = "transformer"
-    blocks: int = 2
-    heads: int = 2
-    short_history: int = 64
-    long_history: int = 128
-    hidden: int = 128
-    dropout: float = 0.2
-    ranker_dropout: float = 0.2
-    temperature: float = 0.05
-    softmax: str = "corpus"
+    dim: int = takes(64, least=1)
+    backbone: str = takes("transformer", choices=tuple(BLOCKS))
+    blocks: int = takes(2, least=1)
+    heads: int = takes(2, least=1)
+    short_history: int = takes(64, least=1)
+    long_history: int = takes(128, least=1)
+    hidden: int = takes(128, least=1)
+    dropout: float = takes(0.2, least=0, below=1)
+    ranker_dropout: float = takes(0.2, least=0, below=1)
+    temperature: float = takes(0.05, above=0)
+    softmax: str = takes("corpus", choices=SOFTMAXES)
     auxiliary: bool = True
     ranker: bool = True
-    auxiliary_weight: float = 0.25
-    ranking_weight: float = 0.25
-    moments: int = 4
-    negatives: int = 32
-    horizon: int = 1
+    auxiliary_weight: float = takes(0.25, least=0)
+    ranking_weight: float = takes(0.25, least=0)
+    moments: int = takes(4, least=1)
+    negatives: int = takes(32, least=1)
+    horizon: int = takes(1, least=1)
 
 
 class Auxiliary(nn.Module):

@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.blocks import Backbone
-from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.blocks import BLOCKS, Backbone
+from grank_kernels.models.embedding_model import SOFTMAXES, EmbeddingModel
 from grank_kernels.models.recommender import at_newest
+from grank_kernels.settings import Settings, takes
 
 
 @dataclass(frozen=True)
-class SequentialConfig:
+class SequentialConfig(Settings):
     """Settings of a `Sequential` model.
 
     Attributes:
@@ -26,14 +27,14 @@ class SequentialConfig:
         softmax: over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
     """
 
-    backbone: str = "transformer"
-    dim: int = 64
-    blocks: int = 2
-    heads: int = 1
-    history: int = 200
-    dropout: float = 0.2
-    temperature: float = 0.05
-    softmax: str = "corpus"
+    backbone: str = takes("transformer", choices=tuple(BLOCKS))
+    dim: int = takes(64, least=1)
+    blocks: int = takes(2, least=1)
+    heads: int = takes(1, least=1)
+    history: int = takes(200, least=1)
+    dropout: float = takes(0.2, least=0, below=1)
+    temperature: float = takes(0.05, above=0)
+    softmax: str = takes("corpus", choices=SOFTMAXES)
 
 
 class Sequential(EmbeddingModel):

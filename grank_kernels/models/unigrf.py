@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grank_kernels.data.histories import Batch
-from grank_kernels.models.blocks import Backbone, Memory
+from grank_kernels.models.blocks import BLOCKS, Backbone, Memory
 from grank_kernels.models.corpus import Corpus, average
-from grank_kernels.models.embedding_model import EmbeddingModel
+from grank_kernels.models.embedding_model import SOFTMAXES, EmbeddingModel
 from grank_kernels.models.recommender import at_newest
 from grank_kernels.models.targets import until
+from grank_kernels.settings import Settings, takes
 
 
 @dataclass(frozen=True)
-class UniGRFConfig:
+class UniGRFConfig(Settings):
     """Settings of UniGRF. The paper publishes none of its values; these are ours.
 
     Attributes:
@@ -44,28 +45,28 @@ class UniGRFConfig:
         weighter_temperature: 1 follows the ratio of the losses closely, a large one weighs the tasks alike.
     """
 
-    backbone: str = "hstu"
-    dim: int = 64
-    blocks: int = 2
-    heads: int = 1
-    history: int = 200
-    dropout: float = 0.2
-    temperature: float = 0.05
-    softmax: str = "corpus"
+    backbone: str = takes("hstu", choices=tuple(BLOCKS))
+    dim: int = takes(64, least=1)
+    blocks: int = takes(2, least=1)
+    heads: int = takes(1, least=1)
+    history: int = takes(200, least=1)
+    dropout: float = takes(0.2, least=0, below=1)
+    temperature: float = takes(0.05, above=0)
+    softmax: str = takes("corpus", choices=SOFTMAXES)
     retrieval: bool = True
     ranking: bool = True
     enhancer: bool = True
     weighter: bool = True
-    enhancer_after: int = 1000
-    enhancer_moments: int = 4
-    enhancer_pool: int = 32
-    hard_negatives: int = 8
-    hard_weight: float = 4.0
-    favourite: float = 0.9
-    favourite_weight: float = 0.1
-    enhancer_weight: float = 0.2
-    weighter_interval: int = 100
-    weighter_temperature: float = 1.0
+    enhancer_after: int = takes(1000, least=0)
+    enhancer_moments: int = takes(4, least=1)
+    enhancer_pool: int = takes(32, least=1)
+    hard_negatives: int = takes(8, least=0)
+    hard_weight: float = takes(4.0, above=0)
+    favourite: float = takes(0.9, least=0, most=1)
+    favourite_weight: float = takes(0.1, least=0, below=1)
+    enhancer_weight: float = takes(0.2, least=0)
+    weighter_interval: int = takes(100, least=1)
+    weighter_temperature: float = takes(1.0, above=0)
 
 
 class UniGRF(EmbeddingModel):
