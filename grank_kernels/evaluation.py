@@ -43,12 +43,12 @@ def metrics(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[
     if B and int(counts.min()) < 1:
         raise ValueError("targets must have at least one item for every user, got none for some")
     parts = [
-        _metrics_of_users(recommended[rows], targets.select(rows), ks) for rows in torch.split(torch.arange(B), 4096)
+        metrics_of_users(recommended[rows], targets.select(rows), ks) for rows in torch.split(torch.arange(B), 4096)
     ]
     return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
 
 
-def _metrics_of_users(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[str, Tensor]:
+def metrics_of_users(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[str, Tensor]:
     """`metrics` of each of B users, (B,) float64 each: its temporaries are several times the size of the lists."""
     B, K = recommended.shape
     counts = targets.lengths

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.results import TABLES, collect, known, leave_one_out_table, save, systems_table, write
+from benchmarks.second_stage import table as gains_table
 
 ROWS = {row.name: row for row in TABLES["ml-1m leave-one-out"]}
 
@@ -69,3 +72,16 @@ def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
     page.write_text((docs / "results.md").read_text())
     write(page, known(docs / "results.json", tmp_path / "no runs"))
     assert page.read_text() == (docs / "results.md").read_text()
+
+
+def test_the_gain_of_a_second_stage_is_that_of_the_same_users() -> None:
+    lengths = torch.tensor([10, 32, 33, 64, 200, 300, 400])
+    before = torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.4, 0.6])
+    gain = torch.tensor([0.0, 0.0, 0.01, 0.03, -0.1, 0.0, 0.1])
+    lines = gains_table(lengths, before, before + gain, 50).splitlines()[2:]
+    assert lines == [
+        "| 1 to 32 | 2 | .2000 | .2000 | +.0000 ± .0000 |",
+        "| 33 to 64 | 2 | .5000 | .5200 | +.0200 ± .0100 |",
+        "| more than 128 | 3 | .4000 | .4000 | +.0000 ± .0577 |",
+        "| all | 7 | .3714 | .3771 | +.0057 ± .0222 |",
+    ]

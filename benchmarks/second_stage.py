@@ -1,0 +1,61 @@
+"""What a second stage adds to the order of its candidates, user by user: is it more than chance, and for whom?
+
+python -m benchmarks.second_stage RUN [RUN ...] [--k1 200] [--k 50]
+
+Runs are seeds of one experiment. A user's gain is the mean over them of Recall@k after the second stage less Recall@k
+before it; errors are standard errors over the users, for the seeds at hand. Both orders are of the same users, so they
+are told apart far better than by the errors of their recalls.
+"""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import markdown_table
+from grank_kernels.data import Split
+from grank_kernels.evaluation import metrics_of_users, recommend
+from grank_kernels.experiment import Experiment, load
+
+BOUNDS = (0, 32, 64, 128)  # items in the history; GRank's Generator reads the last 64
+
+
+def recalls(folder: Path, split: Split, k1: int, k: int) -> tuple[Tensor, Tensor]:
+    """Recall@k of each test user by the model of a run, before and after the second stage over k1 candidates."""
+    found = recommend(load(folder, split), split.test, k1)
+    if found.ranked is None:
+        raise SystemExit(f"{folder} has no second stage")
+    before, after = (metrics_of_users(lists, split.test.targets, (k,)) for lists in (found.retrieved, found.ranked))
+    return before[f"recall@{k}"], after[f"recall@{k}"]
+
+
+def table(lengths: Tensor, before: Tensor, after: Tensor, k: int) -> str:
+    """Means over the users of each range of history lengths, (U,) each, and over all."""
+    groups = [(f"{low + 1} to {high}", lengths.gt(low) & lengths.le(high)) for low, high in pairwise(BOUNDS)]
+    groups += [(f"more than {BOUNDS[-1]}", lengths > BOUNDS[-1]), ("all", torch.ones_like(lengths, dtype=torch.bool))]
+    rows = []
+    for name, group in groups:
+        gain = (after - before)[group]
+        if len(gain) > 1:
+            error = gain.std() / len(gain) ** 0.5
+            figures = (f"{before[group].mean():.4f}", f"{after[group].mean():.4f}", f"{gain.mean():+.4f} ± {error:.4f}")
+            rows.append([name, str(len(gain)), *(figure.replace("0.", ".") for figure in figures)])
+    return markdown_table(["items in the history", "users", f"Recall@{k} before", "after", "gain"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--k1", type=int, default=200)
+    parser.add_argument("--k", type=int, default=50)
+    options = parser.parse_args()
+    data = Experiment.load(options.runs[0] / "experiment.yaml").data
+    split = data.split(data.read())
+    both = torch.stack([torch.stack(recalls(run, split, options.k1, options.k)) for run in options.runs]).mean(0)
+    print(table(split.test.histories.lengths, both[0], both[1], options.k))
+
+
+if __name__ == "__main__":
+    main()
