@@ -142,6 +142,18 @@ def test_query_dtypes(query_dtype: str, kind: str) -> None:
     check(torch.randn(3, 40).to(getattr(torch, query_dtype)), torch.randn(300, 40), 70, kind)
 
 
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("which", SEARCHES)
+def test_of_more_infinite_scores_than_k_those_of_the_smallest_ids(which: str, kind: str) -> None:
+    """They come last, when infinity is the score to reach."""
+    (B, N, d, k), _ = SEARCHES[which]
+    queries, rows = torch.randn(B, d), torch.randn(N, d)
+    queries[:, 0] = math.inf
+    got = check(queries, rows, k, kind, ids=torch.arange(N).flip(0))
+    infinite = got.values == math.inf
+    assert bool(infinite.all()) or which == "whole table emitted"
+
+
 @settings(max_examples=12)
 @given(problem=problems())
 def test_every_bit(problem: Problem) -> None:

@@ -108,16 +108,19 @@ def _scores(products, row_scale, row_error, query_scale, radius, COMPUTE: tl.con
 def _bars(score, query_scale, COMPUTE: tl.constexpr):
     """What a product, times the row's scale, must reach for the score to reach the threshold `score` of its query.
 
+    At most the largest number, which what reaches infinity reaches too: infinity minus infinity is no number.
+
     For int8 a lower bound of it, so that a score costs one multiplication less here. With the scales q and x, the score
     is fl(product fl(q x)): its roundings are below 2^-21 of the threshold, and what underflows is below 2^-118, since
     |product| <= 2^31; the division by q rounds once more. 2^-20 and 2^-116, and 2^-140 for the product with x, do.
     """
+    LARGEST: tl.constexpr = 3.4028234663852886e38
     if COMPUTE.is_int8():
         lower = score - tl.abs(score) * 9.5367431640625e-07 - 1.2037062152420224e-35
         bar = tl.div_rn(lower, query_scale) - 7.174648137343064e-43
-        return tl.where(score == float("inf"), 3.4028234663852886e38, tl.minimum(bar, 3.4028234663852886e38))
+        return tl.where(score == float("inf"), LARGEST, tl.minimum(bar, LARGEST))
     else:
-        return score
+        return tl.minimum(score, LARGEST)
 
 
 @triton.jit
