@@ -187,7 +187,7 @@ def _table(reports: Reports, rows: list[Row], header: list[str], names: list[str
         seconds = found.get("seconds", [])
         count = max((len(found[name]) for name in names if name in found), default=0)
         if count:
-            minutes = f"{mean(seconds) / 60:.0f}" if seconds else ""
+            minutes = f"{min(seconds) / 60:.0f}" if seconds else ""  # of the seed that waited least for other work
             lines.append([row.name, str(count), *(cell(found.get(name)) for name in names), minutes])
     return markdown_table(header, lines)
 
