@@ -33,6 +33,7 @@ class UniGRFConfig(Settings):
         ranking: train the feedback.
         enhancer: train retrieval on what ranking thinks of its candidates (section 3.3).
         weighter: weigh the two tasks by how fast they converge (section 3.4).
+        ranking_weight: of ranking's loss, where retrieval's has 1; the weighter, which follows ratios, does not see it.
         enhancer_after: steps before the enhancer begins; until then ranking has little to say.
         enhancer_moments: moments of each window that it looks at.
         enhancer_pool: the best candidates of retrieval that ranking judges at each moment.
@@ -57,6 +58,7 @@ class UniGRFConfig(Settings):
     ranking: bool = True
     enhancer: bool = True
     weighter: bool = True
+    ranking_weight: float = takes(1.0, above=0)
     enhancer_after: int = takes(1000, least=0)
     enhancer_moments: int = takes(4, least=1)
     enhancer_pool: int = takes(32, least=1)
@@ -131,7 +133,7 @@ class UniGRF(EmbeddingModel):
         if self.config.ranking:
             at_items = self.score(outputs[:, ::2][batch.valid]).squeeze(-1)
             loss = F.binary_cross_entropy_with_logits(at_items, batch.feedback[batch.valid].float())
-            losses["ranking"] = self.joint_mean(loss, len(at_items))
+            losses["ranking"] = self.joint_mean(self.config.ranking_weight * loss, len(at_items))
         return losses
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
