@@ -117,7 +117,7 @@ class UniGRF(EmbeddingModel):
         return liked.masked_fill(candidates < 0, -torch.inf)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the next item at every feedback, binary cross-entropy of the feedback at every item."""
+        """Cross-entropy of the next item at every feedback; of the feedback at every item, binary and weighted."""
         outputs, memories = self._read(batch)
         losses = {}
         if self.config.retrieval:
