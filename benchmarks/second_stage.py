@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import markdown_table
-from grank_kernels.data import Split
-from grank_kernels.evaluation import metrics_of_users, recommend
-from grank_kernels.experiment import Experiment, load
+from grank_kernels.recommender.data import Split
+from grank_kernels.recommender.training.evaluation import metrics_of_users, recommend
+from grank_kernels.recommender.training.experiment import Experiment, load
 
 BOUNDS = (0, 32, 64, 128)  # items in the history; GRank's Generator reads the last 64
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import grank_kernels as gk
 from benchmarks.sharded_model import ARGUMENTS, WORD, Host, flat, message, received, table
-from grank_kernels.distributed import merge, short_list
+from grank_kernels.distributed.sharded_table import merge, short_list
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 from benchmarks.gpus import CARDS
-from grank_kernels.distributed import short_list
+from grank_kernels.distributed.sharded_table import short_list
 
 WORD = 8
 ARGUMENTS = 7 * WORD

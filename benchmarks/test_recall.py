@@ -14,7 +14,7 @@ import torch
 from benchmarks.contenders import CONTENDERS, THREADS, Search, peer, scann_builder, scann_search
 from benchmarks.measure import TURNS, Latest, measure
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
-from grank_kernels.indexes import FaissIVFPQ
+from benchmarks.indexes import FaissIVFPQ
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
 

@@ -9,7 +9,7 @@ import torch
 
 from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem
-from grank_kernels.checks import (
+from grank_kernels.common.checks import (
     FLOATS,
     INTEGERS,
     check_choice,
@@ -19,7 +19,7 @@ from grank_kernels.checks import (
     check_operand,
     check_tensor,
 )
-from grank_kernels.dispatch import choose, is_plain
+from grank_kernels.ops.dispatch import choose, is_plain
 
 ACTIVATIONS = ("softmax", "silu")
 

@@ -9,15 +9,15 @@ import numpy.typing as npt
 import torch
 from torch.utils import _pytree
 
-from grank_kernels import mapped_search
-from grank_kernels.arrays import Array, SupportsDLPack, as_tensor
+from grank_kernels.ops import mapped_search
+from grank_kernels.common.arrays import Array, SupportsDLPack, as_tensor
 from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import MipsTopkProblem
-from grank_kernels.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of, version_of
-from grank_kernels.dispatch import choose, is_plain, supports
-from grank_kernels.distributed import ShardedItemTable
-from grank_kernels.quantise import Coarse
-from grank_kernels.table import ItemTable
+from grank_kernels.common.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of, version_of
+from grank_kernels.ops.dispatch import choose, is_plain, supports
+from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.table.quantise import Coarse
+from grank_kernels.table.item_table import ItemTable
 
 Exclude = Array | tuple[Array, Array]
 Progress = Callable[[int, int], object]

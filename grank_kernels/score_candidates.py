@@ -6,7 +6,7 @@ import torch
 
 from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import ScoreCandidatesProblem
-from grank_kernels.checks import (
+from grank_kernels.common.checks import (
     FLOATS,
     INTEGERS,
     check_choice,
@@ -17,9 +17,9 @@ from grank_kernels.checks import (
     check_tensor,
     version_of,
 )
-from grank_kernels.dispatch import choose, is_plain
-from grank_kernels.table import ItemTable
-from grank_kernels.table_versions import Version
+from grank_kernels.ops.dispatch import choose, is_plain
+from grank_kernels.table.item_table import ItemTable
+from grank_kernels.table.versions import Version
 
 ACTIVATIONS = ("relu", "silu", "gelu")
 _TENSORS = ("candidate_ids", "items", "keys", "values", "cu_seqlens", "user_hidden", "item_weight", "out_weight")

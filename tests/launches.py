@@ -20,7 +20,7 @@ import torch.distributed as dist
 from oracle import TESTS
 
 import grank_kernels as gk
-from grank_kernels.ranks import leave
+from grank_kernels.distributed.ranks import leave
 
 Case = Callable[[int, int, Path], None]
 TIMEOUT = timedelta(seconds=60)

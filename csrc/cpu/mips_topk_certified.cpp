@@ -15,7 +15,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// As in grank_kernels/quantise.py: WEIGHT, SLACK, LEAST, MOST.
+// As in grank_kernels/table/quantise.py: WEIGHT, SLACK, LEAST, MOST.
 constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p50;
 
 // The radius of a query: NaN if the bound does not apply to it.

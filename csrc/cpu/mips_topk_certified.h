@@ -1,5 +1,5 @@
 // The k best rows of a float table for every query, found with its certified int8 copy: the result of mips_topk, bit
-// for bit. grank_kernels/quantise.py has the inequality and its proof:
+// for bit. grank_kernels/table/quantise.py has the inequality and its proof:
 //
 //   |score[b, i] - coarse[b, i]| <= radius[b] * error[i],     coarse[b, i] the int8 score of the copies
 //

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
-from grank_kernels.quantise import Coarse, in_basis
+from grank_kernels.table.quantise import Coarse, in_basis
 
 try:
     from grank_kernels import _cpu

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
-from grank_kernels.checks import check_offsets
-from grank_kernels.quantise import Coarse, certify_queries, quantise
+from grank_kernels.common.checks import check_offsets
+from grank_kernels.table.quantise import Coarse, certify_queries, quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
 CHUNK_SCORES = 1 << 22  # scores held at a time

@@ -222,7 +222,7 @@ class Case {
     compare(values.get(), positions.get());
   }
 
-  // The certified copy: grank_kernels/quantise.py, without a basis.
+  // The certified copy: grank_kernels/table/quantise.py, without a basis.
   void make_copy() {
     copy_ = buffer<int8_t>(s_.num_rows * s_.d);
     copy_scale_ = buffer<float>(s_.num_rows);

@@ -1,4 +1,4 @@
-// Searches while a table is updated, under ThreadSanitizer: what grank_kernels/table_versions.py relies on. A version
+// Searches while a table is updated, under ThreadSanitizer: what grank_kernels/table/versions.py relies on. A version
 // is a length of the log; the writer writes behind it while searches of it run. So a search must read no row, id or
 // mark at or behind its length, and nothing of a search may be shared with another. A search must also see one version
 // alone: every row holds the number of the update that wrote it.

@@ -1,0 +1,1 @@
+"""Argument checks, arrays, atomic files: what every room needs. Imports nothing of the package."""

@@ -1,0 +1,1 @@
+"""One table over the processes of a torch.distributed group."""

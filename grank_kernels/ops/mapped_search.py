@@ -1,0 +1,74 @@
+"""`mips_topk` over tables that stay on disk: part by part, while the next parts are being read.
+
+A part is short enough for memory and long enough that a search of it is worth its start. Parts are searched by the same
+op as tables in memory, which reads their bytes once, out of the system's page cache; what this process allocates does
+not grow with the table. A score depends on its row alone, so the parts' results are those of the whole, merged.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from grank_kernels.backends.problems import MipsTopkProblem
+from grank_kernels.backends.reference import check_exclude
+from grank_kernels.table.mapping import Mapping, streamed
+
+PART_BYTES = 1 << 24
+_LAST = torch.iinfo(torch.int64).max
+
+Search = Callable[[MipsTopkProblem], tuple[torch.Tensor, torch.Tensor]]
+
+
+def search(
+    op: Search, mapping: Mapping, problem: MipsTopkProblem, progress: Callable[[int, int], object] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `op`, a backend's `mips_topk` or the torch op, returns of all rows; but ids in place of positions.
+
+    Rows, scales and ids are in `mapping`. After every part, `progress` is told how many rows are done, and how many
+    there are.
+    """
+    queries, rows, row_scale, ids, k, offsets, excluded, allow = problem
+    columns = [x for x in (rows, row_scale, ids) if x is not None]
+
+    def read_ahead(part: slice) -> None:
+        for x in columns:
+            mapping.read_ahead(x[part])
+
+    if ids is None and offsets is not None and excluded is not None:
+        check_exclude(offsets, excluded, len(rows))
+    values = torch.empty(len(queries), 0, dtype=torch.float32, device=queries.device)
+    found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for part in streamed(_parts(rows), read_ahead):
+        here = problem._replace(
+            items=rows[part],
+            row_scale=None if row_scale is None else row_scale[part],
+            ids=None if ids is None else ids[part],
+            exclude_ids=excluded if ids is not None or excluded is None else within(excluded, part),
+            allow=None if allow is None else allow[..., part],
+        )
+        best, positions = op(here)
+        own = positions + part.start if here.ids is None else here.ids[positions.clamp(min=0)]
+        values, found = best_of(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
+        if progress is not None:
+            progress(part.stop, len(rows))
+    return values, found
+
+
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    """All rows, `PART_BYTES` at a time."""
+    step = max(1, PART_BYTES // max(1, rows.shape[1] * rows.itemsize))
+    for start in range(0, len(rows), step):
+        yield slice(start, min(start + step, len(rows)))
+
+
+def within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
+    """Positions counted from the start of a part; -1 for those outside."""
+    shifted: torch.Tensor = excluded - part.start
+    return shifted.masked_fill((shifted < 0) | (excluded >= part.stop), -1)
+
+
+def best_of(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k by (score descending, id ascending), with those that are none, -infinity and -1, at the end."""
+    order = ids.where(ids >= 0, _LAST).argsort(dim=1, stable=True)
+    order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return values.gather(1, order), ids.gather(1, order)

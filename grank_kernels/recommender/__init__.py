@@ -1,0 +1,1 @@
+"""Training and serving of models that are built on the ops. Nothing outside this package imports it."""

@@ -1,0 +1,97 @@
+"""What the models of the package share: a table of item embeddings, a softmax over all items or a sample."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from grank_kernels.recommender.data.histories import Histories
+from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.recommender.models.corpus import Corpus, gathered, joint_mean
+from grank_kernels.recommender.models.recommender import Recommender
+from grank_kernels.recommender.models.sharding import rows_of
+from grank_kernels.recommender.models.targets import seen_before
+from grank_kernels.table.item_table import ItemTable
+
+SOFTMAXES = ("corpus", "batch")
+
+
+class EmbeddingModel(Recommender):
+    """A recommender whose item vectors are made of one row of a table each.
+
+    Attributes:
+        items: (N, d) float32, what it learns of every item.
+        softmax: what the retrieval's softmax runs over. "corpus": all items. "batch": the items that the batches of all
+            ranks ask for, as a sample of the corpus (see `corpus`); `observe` must have been called.
+    """
+
+    log_share: Tensor | None
+
+    def __init__(self, num_items: int, dim: int, *, std: float = 0.02, softmax: str = "corpus") -> None:
+        super().__init__()
+        self.items = nn.Parameter(std * torch.randn(num_items, dim))
+        self.softmax = softmax
+        self.register_buffer("log_share", None, persistent=False)
+
+    def observe(self, histories: Histories) -> None:
+        """See `Recommender.observe`: how often training asks for each item."""
+        if self.softmax == "batch":
+            counts = torch.bincount(histories.items, minlength=len(self.items)).clamp(min=1)
+            self.log_share = (counts / counts.sum()).log().to(self.items.device)
+
+    def item_vectors(self) -> Tensor:
+        """(N, d) float32, of norm 1: the table to search. Of a model split among ranks, all of it comes together."""
+        return self._vectors(self.items.full_tensor() if isinstance(self.items, DTensor) else self.items)
+
+    def searchable(self) -> Tensor | ShardedItemTable:
+        """See `Recommender.searchable`: split among ranks, each searches for queries of its own."""
+        if not isinstance(self.items, DTensor):
+            return self.item_vectors()
+        local = ItemTable.from_rows(self._vectors(self.items.to_local()))
+        return ShardedItemTable(local, group=self.group, scatter_queries=True)
+
+    def corpus(self, targets: Tensor) -> Corpus:
+        """What a softmax runs over in which all ranks together ask for these items, (n,) int64 of this rank.
+
+        "batch" takes each item that is asked for once, with logQ correction (arXiv 2510.15299): where n are asked for,
+        one that comes c times and has the share q of all training items stands for `c / (n q)` items, so that the sum
+        over the columns has the sum over the corpus for its expectation. A query's own target is no draw and stands for
+        itself alone (arXiv 2507.09331).
+        """
+        if self.softmax == "corpus":
+            return Corpus(self.item_vectors())
+        if self.log_share is None:
+            raise RuntimeError('a model of softmax="batch" must observe the histories that it is trained on first')
+        targets = gathered(targets, self.group)
+        ids, counts = torch.unique(targets, return_counts=True)
+        return Corpus(self.vectors_of(ids), ids, (counts / len(targets)).log() - self.log_share[ids])
+
+    def retrieval_loss(self, queries: Tensor, targets: Tensor, windows: Tensor, asked: Tensor) -> tuple[Tensor, Corpus]:
+        """Mean cross-entropy of the targets, each against the items not seen before it, and what the softmax ran over.
+
+        Args:
+            queries: (n, d) float32, one for each entry of `asked`.
+            targets: (n,) int64 item numbers.
+            windows: (B, W) int64 item numbers, padded with -1.
+            asked: (B, W - 1) bool: whether a target is asked for behind the item there; n times True.
+        """
+        corpus = self.corpus(targets)
+        seen = seen_before(corpus.columns(windows), asked, len(corpus.vectors))
+        loss = corpus.loss(queries, corpus.columns(targets), seen)
+        return self.joint_mean(loss, len(targets)), corpus
+
+    def vectors_of(self, ids: Tensor) -> Tensor:
+        """Rows (..., d) of `item_vectors()` for ids (...) in [0, N)."""
+        return self._vectors(self.rows_of(ids))
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Rows (..., d) of `items` for ids (...) in [0, N)."""
+        return rows_of(self.items, ids)
+
+    def joint_mean(self, mean: Tensor, count: int) -> Tensor:
+        """A mean over `count` entries, so weighed that its average over the ranks is the mean over theirs."""
+        return joint_mean(mean, count, self.group)
+
+    def _vectors(self, rows: Tensor) -> Tensor:
+        """What is searched, from rows (..., d) of `items`."""
+        return F.normalize(rows, dim=-1)

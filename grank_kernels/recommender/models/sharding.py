@@ -1,0 +1,55 @@
+"""Item tables beyond one device's memory: every rank trains a part of the rows.
+
+The rows are a `DTensor`, split among the ranks, so that AdamW, gradient clipping and checkpoints are PyTorch's own; the
+other weights are split by FSDP2. What PyTorch lacks is the look-up: its row-wise embedding (`RowwiseParallel`) makes a
+gradient of the whole table on every rank, and gathering the table, as FSDP2 would, makes the table itself. TorchRec has
+both, but is built for one version of PyTorch at a time and for NVIDIA's GPUs. So a look-up here asks the rows of the
+ranks that have them, by two all-to-alls, and its gradient goes back the same way.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from grank_kernels.recommender.models.embedding_model import EmbeddingModel
+
+
+def shard(model: "EmbeddingModel", mesh: DeviceMesh) -> None:
+    """Splits a model's weights among the ranks of a one-dimensional mesh, all of which call this.
+
+    From then on its methods are collective: every rank calls them, with a batch of its own, in the same order. The
+    gradients are means over the ranks, as those of data-parallel training.
+    """
+    ranks = mesh.size()
+    model.items = nn.Parameter(distribute_tensor(model.items.detach(), mesh, [Shard(0)]))
+    model.items.register_hook(lambda gradient: gradient / ranks)  # type: ignore[no-untyped-call]
+    model.group = mesh.get_group()
+    fully_shard(model, mesh=mesh, ignored_params={model.items})
+    for method in ("losses", "user_vectors", "searchable", "rank"):
+        register_fsdp_forward_method(model, method)
+
+
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows (..., d) of a table (N, d), which may be split among ranks, for ids (...) in [0, N); differentiable."""
+    if not isinstance(table, DTensor):
+        return F.embedding(ids, table)
+    group, rank = table.device_mesh.get_group(), table.device_mesh.get_local_rank()
+    ranks = dist.get_world_size(group)
+    step = -(-table.shape[0] // ranks)  # rows of a rank; the last ranks have fewer
+    wanted, places = torch.unique(ids, return_inverse=True)
+    asked = torch.bincount(wanted // step, minlength=ranks)
+    answered = torch.empty_like(asked)
+    dist.all_to_all_single(answered, asked, group=group)
+    to_ask, to_answer = asked.tolist(), answered.tolist()
+    numbers = wanted.new_empty(sum(to_answer))
+    dist.all_to_all_single(numbers, wanted, to_answer, to_ask, group=group)
+    own = F.embedding(numbers - rank * step, table.to_local())
+    return F.embedding(places, all_to_all_single_autograd(own, to_ask, to_answer, group))

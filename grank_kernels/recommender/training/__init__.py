@@ -1,0 +1,1 @@
+"""Settings, fitting, evaluation, experiments."""

@@ -1,0 +1,1 @@
+"""`ItemTable`: rows, ids, updates, files."""
