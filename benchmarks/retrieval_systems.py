@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.indexes import FaissHNSW, FaissIVFPQ, Index, Tree
 from grank_kernels import TopK
 from grank_kernels import doctor as config
 from grank_kernels.recommender.data import Batch, Histories
-from grank_kernels.recommender.training.experiment import Experiment
-from benchmarks.indexes import FaissHNSW, FaissIVFPQ, Index, Tree
 from grank_kernels.recommender.serving.latency import Latency, synthetic
 from grank_kernels.recommender.serving.retriever import Retriever, Serving
+from grank_kernels.recommender.training.experiment import Experiment
 from grank_kernels.table.item_table import ItemTable
 
 

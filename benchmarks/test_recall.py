@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.contenders import CONTENDERS, THREADS, Search, peer, scann_builder, scann_search
+from benchmarks.indexes import FaissIVFPQ
 from benchmarks.measure import TURNS, Latest, measure
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
-from benchmarks.indexes import FaissIVFPQ
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
 

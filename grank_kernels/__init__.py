@@ -2,8 +2,8 @@
 
 from grank_kernels._version import __version__
 from grank_kernels.candidate_cross_attention import candidate_cross_attention
-from grank_kernels.doctor import show_config
 from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.doctor import show_config
 from grank_kernels.mips_topk import TopK, TopKArrays, count_rescored, mips_topk
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table.item_table import ItemTable

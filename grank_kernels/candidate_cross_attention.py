@@ -1,13 +1,7 @@
-"""`candidate_cross_attention`: the public function, its checks, the choice of a backend, and the torch ops.
-
-`grank::candidate_cross_attention` and `grank::candidate_cross_attention_backward`, which is its gradient.
-"""
-
-from typing import Any
+"""`candidate_cross_attention`: the public function validates its arguments and chooses the backend."""
 
 import torch
 
-from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 from grank_kernels.common.checks import (
     FLOATS,
@@ -15,11 +9,11 @@ from grank_kernels.common.checks import (
     check_choice,
     check_device,
     check_number,
-    check_offsets,
     check_operand,
     check_tensor,
 )
-from grank_kernels.ops.dispatch import choose, is_plain
+from grank_kernels.ops.candidate_cross_attention import attend
+from grank_kernels.ops.dispatch import choose
 
 ACTIVATIONS = ("softmax", "silu")
 
@@ -123,93 +117,5 @@ def candidate_cross_attention(
     problem = CandidateCrossAttentionProblem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation
     )
-    plain = is_plain(*(x for x in problem if isinstance(x, torch.Tensor)))
-    out, lse = (_run if plain else torch.ops.grank.candidate_cross_attention.default)(*problem, chosen)
+    out, lse = attend(problem, chosen)
     return (out, lse) if return_lse else out
-
-
-# ---- the torch ops ----
-
-_OPERANDS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, float? softmax_scale, Tensor? bias_k, "
-    "str activation, str backend"
-)
-torch.library.define(
-    "grank::candidate_cross_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_OPERANDS}) -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "grank::candidate_cross_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPERANDS}) -> "
-    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias_k)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *fields, backend = operands
-    problem = CandidateCrossAttentionProblem(*fields)
-    if problem.cu_seqlens_q is not None:
-        check_offsets("cu_seqlens_q", problem.cu_seqlens_q, len(problem.q))
-    if problem.cu_seqlens_k is not None:
-        check_offsets("cu_seqlens_k", problem.cu_seqlens_k, len(problem.k))
-    if problem.seqused_k is not None and problem.seqused_k.is_cpu:
-        used, L = problem.seqused_k, problem.k.shape[1]
-        wrong = used[(used < 0) | (used > L)]
-        if len(wrong):
-            raise ValueError(f"seqused_k: {int(wrong[0])} is out of range; it takes 0 to L = {L}")
-    out, lse = BACKENDS[backend].candidate_cross_attention(problem)
-    return out, lse
-
-
-def _run_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *operands: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    lse, *fields, backend = operands
-    problem = CandidateCrossAttentionProblem(q, k, v, *fields)
-    grad_q, grad_k, grad_v, grad_bias = BACKENDS[backend].candidate_cross_attention_backward(
-        grad_out, problem, out, lse
-    )
-    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
-
-
-def _fake(q: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    activation = operands[-2]
-    lse_shape = q.shape[:-1] if activation == "softmax" else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
-
-
-def _fake_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operands: Any
-) -> tuple[torch.Tensor, ...]:
-    bias_k = operands[-3]
-    grad_bias = q.new_empty(0) if bias_k is None else bias_k.new_empty(bias_k.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, bias_k)
-
-
-def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    *saved, bias_k = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_bias = torch.ops.grank.candidate_cross_attention_backward.default(
-        grad_out, *saved, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend
-    )
-    return grad_q, grad_k, grad_v, None, None, None, None, None if bias_k is None else grad_bias, None, None
-
-
-def _backward_of_backward(ctx: Any, *grads: torch.Tensor) -> None:
-    raise NotImplementedError("candidate_cross_attention has no second derivative")
-
-
-torch.library.impl("grank::candidate_cross_attention", "default", _run)
-torch.library.impl("grank::candidate_cross_attention_backward", "default", _run_backward)
-torch.library.register_fake("grank::candidate_cross_attention", _fake)
-torch.library.register_fake("grank::candidate_cross_attention_backward", _fake_backward)
-torch.library.register_autograd("grank::candidate_cross_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("grank::candidate_cross_attention_backward", _backward_of_backward)

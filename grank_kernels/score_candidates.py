@@ -1,10 +1,7 @@
-"""`score_candidates`: the public function, its checks, the choice of a backend, and the torch op."""
-
-from typing import Any
+"""`score_candidates`: the public function validates its arguments and chooses the backend."""
 
 import torch
 
-from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import ScoreCandidatesProblem
 from grank_kernels.common.checks import (
     FLOATS,
@@ -12,12 +9,12 @@ from grank_kernels.common.checks import (
     check_choice,
     check_device,
     check_number,
-    check_offsets,
     check_operand,
     check_tensor,
-    version_of,
 )
 from grank_kernels.ops.dispatch import choose, is_plain
+from grank_kernels.ops.operands import version_of
+from grank_kernels.ops.score_candidates import score
 from grank_kernels.table.item_table import ItemTable
 from grank_kernels.table.versions import Version
 
@@ -109,8 +106,7 @@ def score_candidates(
         positions.long(), rows, row_scale, keys, values, cu_seqlens.long(), user_hidden, item_weight, out_weight,
         out_bias, softmax_scale, activation,
     )  # fmt: skip
-    scores: torch.Tensor = (_run if is_plain(*tensors) else torch.ops.grank.score_candidates.default)(*problem, name)
-    return scores
+    return score(problem, name)
 
 
 def _positions(candidate_ids: torch.Tensor, version: Version) -> torch.Tensor:
@@ -121,35 +117,3 @@ def _positions(candidate_ids: torch.Tensor, version: Version) -> torch.Tensor:
         if bool(unknown.any()):
             raise ValueError(f"candidate_ids: {int(candidate_ids[unknown][0])} is not in the table")
     return positions.where(candidate_ids >= 0, -1)
-
-
-# ---- the torch op ----
-
-torch.library.define(
-    "grank::score_candidates",
-    "(Tensor candidate_ids, Tensor items, Tensor? row_scale, Tensor keys, Tensor values, Tensor cu_seqlens, "
-    "Tensor user_hidden, Tensor item_weight, Tensor out_weight, float out_bias, float? softmax_scale, str activation, "
-    "str backend) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _run(*operands: Any) -> torch.Tensor:
-    *fields, backend = operands
-    problem = ScoreCandidatesProblem(*fields)
-    ids, N = problem.candidate_ids, len(problem.items)
-    check_offsets("cu_seqlens", problem.cu_seqlens, len(problem.keys))
-    if ids.is_cpu and ids.numel() > 0:  # on a GPU looking would cost a synchronisation
-        most = int(ids.max())
-        if most >= N:
-            raise ValueError(f"candidate_ids: {most} is out of range; they take ids below {N}, negative for none")
-    scores: torch.Tensor = BACKENDS[backend].score_candidates(problem)
-    return scores
-
-
-def _fake(candidate_ids: torch.Tensor, *_: Any) -> torch.Tensor:
-    return candidate_ids.new_empty(candidate_ids.shape, dtype=torch.float32)
-
-
-torch.library.impl("grank::score_candidates", "default", _run)
-torch.library.register_fake("grank::score_candidates", _fake)

@@ -214,7 +214,7 @@ def run_contract(isa: str, file: str, tests: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", tests]
     done = subprocess.run(
-        [*command, str(TESTS / file), "--rootdir", str(TESTS.parent)],
+        [*command, str(TESTS / "ops" / file), "--rootdir", str(TESTS.parent)],
         env={**env, "GRANK_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},
         cwd=Path(gk.__file__).resolve().parent.parent,
         text=True,

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
-from grank_kernels.common.checks import check_offsets
+from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.quantise import Coarse, certify_queries, quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
@@ -168,16 +168,6 @@ def _excluded_positions(
     place = (torch.searchsorted(by_id, excluded, right=True) - 1).clamp(min=0)  # of rows replaced, and not, the newest
     known &= by_id[place] == excluded if N else torch.zeros_like(known)
     return query[known], position[place[known]]
-
-
-def check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
-    """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
-    check_offsets("exclude", offsets, len(excluded))
-    used = excluded[int(offsets[0]) : int(offsets[-1])]
-    wrong = used[(used < -1) | (used >= limit)] if limit is not None else used[used < -1]
-    if len(wrong):
-        top = "2^63" if limit is None else limit
-        raise ValueError(f"exclude: id {int(wrong[0])} is out of range; it takes ids in [-1, {top}), -1 for none")
 
 
 # ---- the Ranker: one user after the other, float32 ----

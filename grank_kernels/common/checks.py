@@ -7,8 +7,6 @@ import numpy as np
 import torch
 
 from grank_kernels.common.arrays import as_tensor
-from grank_kernels.table.item_table import ItemTable
-from grank_kernels.table.versions import Columns, Version
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
@@ -117,14 +115,11 @@ def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:
         raise ValueError(f"{name}: offsets must not decrease")
 
 
-def version_of(items: Any) -> Version:
-    """Of items, a tensor or a table: the rows as they are now, whatever updates come while they are searched."""
-    if isinstance(items, ItemTable):
-        return items.current
-    items = as_tensor("items", items)
-    if not isinstance(items, torch.Tensor):
-        raise TypeError(f"items must be a torch.Tensor or an ItemTable, got {type(items).__name__}")
-    if items.dtype == torch.int8:
-        raise ValueError("items are torch.int8 without scales; use ItemTable.from_rows(rows, dtype=torch.int8)")
-    check_tensor("items", items, FLOATS, (2,))
-    return Version(Columns(items), items.shape[0])
+def check_exclude(offsets: torch.Tensor, excluded: torch.Tensor, limit: int | None) -> None:
+    """What only the data can tell: offsets that lead outside the ids, and ids outside [-1, limit)."""
+    check_offsets("exclude", offsets, len(excluded))
+    used = excluded[int(offsets[0]) : int(offsets[-1])]
+    wrong = used[(used < -1) | (used >= limit)] if limit is not None else used[used < -1]
+    if len(wrong):
+        top = "2^63" if limit is None else limit
+        raise ValueError(f"exclude: id {int(wrong[0])} is out of range; it takes ids in [-1, {top}), -1 for none")

@@ -25,10 +25,9 @@ import torch.nn.functional as F
 import xxhash
 from torch.distributed.device_mesh import DeviceMesh
 
-from grank_kernels.backends.reference import check_exclude
-from grank_kernels.common.checks import FLOATS, check_k, check_tensor, exclusions, shape_of
-from grank_kernels.ops.mapped_search import best_of, within
+from grank_kernels.common.checks import FLOATS, check_exclude, check_k, check_tensor, exclusions, shape_of
 from grank_kernels.distributed.ranks import Ranks, ShardError, attempt
+from grank_kernels.ops.mapped_search import best_of, within
 from grank_kernels.table.item_table import ItemTable
 
 __all__ = ["ShardError", "ShardedItemTable"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from grank_kernels.backends.problems import MipsTopkProblem
-from grank_kernels.backends.reference import check_exclude
+from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.mapping import Mapping, streamed
 
 PART_BYTES = 1 << 24

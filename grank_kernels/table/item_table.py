@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from grank_kernels.table import file as table_file
 from grank_kernels.common.arrays import Array, as_tensor
+from grank_kernels.table import file as table_file
 from grank_kernels.table.quantise import Coarse, basis_for, certify, quantise
 from grank_kernels.table.versions import Columns, Log, Version, empty, updated
 

@@ -77,7 +77,7 @@ def test_report_without_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 # A module that was built from the sources here must hold their kernels.
 CUDA_MODULE = find_spec("grank_kernels._cuda")
 needs_cuda_module = pytest.mark.skipif(
-    CUDA_MODULE is None or not (Path(__file__).parents[1] / "csrc/cuda/score_candidates.cu").exists(),
+    CUDA_MODULE is None or not (Path(__file__).parents[2] / "csrc/cuda/score_candidates.cu").exists(),
     reason="the CUDA module is not built, there was no nvcc",
 )
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grank_kernels import mips_topk
 from benchmarks import indexes
 from benchmarks.indexes import FaissHNSW, FaissIVFPQ, Index, Tree
+from grank_kernels import mips_topk
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning"

@@ -67,7 +67,7 @@ def test_a_comparison_of_systems_says_where_the_recall_was_not_reached() -> None
 
 
 def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
-    docs = Path(__file__).parent.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     page = tmp_path / "results.md"
     page.write_text((docs / "results.md").read_text())
     write(page, known(docs / "results.json", tmp_path / "no runs"))

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from oracle import assert_same
 
 import grank_kernels as gk
-from grank_kernels.distributed.sharded_table import ShardError
 from grank_kernels.distributed.ranks import leave
+from grank_kernels.distributed.sharded_table import ShardError
 
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -29,7 +29,7 @@ SCALING = TESTS.parent / "docs" / "scaling.md"
 
 @pytest.fixture(scope="module")
 def with_2_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return all_cases("sharded_cases.py", CASES, 2, tmp_path_factory.mktemp("ranks"))
+    return all_cases("distributed/sharded_cases.py", CASES, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,7 +40,7 @@ def test_with_2_ranks(name: str, with_2_ranks: dict[str, list[str]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [3, 4])
 def test_with_other_numbers_of_ranks(world: int, tmp_path: Path) -> None:
-    failures = all_cases("sharded_cases.py", CASES, world, tmp_path)
+    failures = all_cases("distributed/sharded_cases.py", CASES, world, tmp_path)
     assert failures == dict.fromkeys(CASES, [""] * world)
 
 
@@ -146,7 +146,7 @@ def test_a_lost_rank_is_an_error_on_the_others(fault: str, timeout: int, table: 
         port = str(free.getsockname()[1])
     ranks = [
         started(
-            sys.executable, TESTS / "sharded_server.py", table, timeout, fault,
+            sys.executable, TESTS / "distributed" / "sharded_server.py", table, timeout, fault,
             RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for rank in range(2)
@@ -168,7 +168,7 @@ def launched(
 ) -> subprocess.Popen[str]:
     """Under torchrun."""
     torchrun = (*prefix, sys.executable, "-m", "torch.distributed.run", *options)
-    return started(*torchrun, TESTS / "sharded_server.py", table, 60, fault, **variables)
+    return started(*torchrun, TESTS / "distributed" / "sharded_server.py", table, 60, fault, **variables)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulation.cuda import EmulationError, Emulator, Output, Settings
 
-SOURCES = Path(__file__).parent / "emulation" / "cuda"
+SOURCES = Path(__file__).parent / "cuda"
 IN_ORDER = Settings()
 SEEDS = [IN_ORDER] + [Settings(seed=seed, preempt=0.02) for seed in range(1, 5)]
 

@@ -13,7 +13,7 @@ ELEMENTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @pytest.fixture(scope="module")
 def probe() -> Emulator:
-    source = Path(__file__).parent / "emulation" / "cuda" / "primitives_probe.cu"
+    source = Path(__file__).parent / "cuda" / "primitives_probe.cu"
     return Emulator("primitives_probe", source, checked=True)
 
 

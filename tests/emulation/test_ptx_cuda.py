@@ -29,7 +29,7 @@ def _one_thread(one_thread: None) -> None:
 
 # ---- the planted bugs of the CUDA emulator's tests, in what nvcc makes of them ----
 
-PLANTED = Path(__file__).parent / "emulation" / "cuda" / "planted_bugs.cu"
+PLANTED = Path(__file__).parent / "cuda" / "planted_bugs.cu"
 BUGS = re.findall(r"\bk(\w+)(?: = 0)?,", re.search(r"enum class Bug[^}]*\{([^}]*)\}", PLANTED.read_text())[1])  # type: ignore[index]
 FLOATS = np.arange(4096, dtype=np.float32) % 251
 INTEGERS = np.arange(2048, dtype=np.int32) * 37 % 1009

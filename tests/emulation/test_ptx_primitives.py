@@ -10,7 +10,7 @@ from emulation.ptx import GlobalMemory, launch, nvcc, parse
 
 pytestmark = pytest.mark.skipif(nvcc.MISSING is not None, reason=str(nvcc.MISSING))
 
-PROBE = Path(__file__).parent / "emulation" / "cuda" / "primitives_probe.cu"
+PROBE = Path(__file__).parent / "cuda" / "primitives_probe.cu"
 ELEMENTS = ("float16", "bfloat16")
 
 

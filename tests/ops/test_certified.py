@@ -12,8 +12,8 @@ from oracle import assert_same, expected, run_contract, searching_isas
 from test_mips_topk_properties import Problem, fill, problems
 
 import grank_kernels as gk
-from grank_kernels.table import quantise
 from grank_kernels.backends import BACKENDS, reference
+from grank_kernels.table import quantise
 
 CERTIFYING = [name for name in ("cpu", "reference") if hasattr(BACKENDS[name], "mips_topk_certified")]
 FLOATS = ("float32", "float16", "bfloat16")

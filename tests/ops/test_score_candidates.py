@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ranker_oracle import FLOATS, HEAD, Scoring, allowed, backends_of, largest, offsets_of, on, scoring
 
 import grank_kernels as gk
-from grank_kernels.common import checks
 from grank_kernels.backends import BACKENDS as BY_NAME
+from grank_kernels.common import checks
 
 INF = math.inf
 BACKENDS = backends_of("score_candidates")

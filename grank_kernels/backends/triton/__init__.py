@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 
 from grank_kernels.backends.problems import MipsTopkProblem
-from grank_kernels.backends.reference import check_exclude
 from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device, listed_rows
+from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.quantise import Coarse, certify_queries
 
 _INSTALLED = find_spec("triton") is not None

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from grank_kernels.recommender.data import Interactions
-    from grank_kernels.recommender.training.experiment import Experiment
     from grank_kernels.recommender.serving.retriever import Retriever
+    from grank_kernels.recommender.training.experiment import Experiment
 
     Served = tuple[Experiment, Retriever, Interactions | None]
 
@@ -40,8 +40,8 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a model and report on its test split."""
-    from grank_kernels.recommender.training.experiment import Experiment, run
     from grank_kernels.distributed.ranks import leave
+    from grank_kernels.recommender.training.experiment import Experiment, run
 
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
@@ -221,8 +221,8 @@ def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> N
 
 def _served(folder: Path, dtype: str | None, *, mmap: bool = False) -> "Served":
     """The retriever of a folder, whichever of the two kinds it is."""
-    from grank_kernels.recommender.training.experiment import Experiment
     from grank_kernels.recommender.serving.retriever import Retriever
+    from grank_kernels.recommender.training.experiment import Experiment
 
     experiment = Experiment.load(folder / "experiment.yaml")
     if not (folder / "best.ckpt").exists():

@@ -1,4 +1,4 @@
-"""A first look, on real data: `python -m grank_kernels.recommender.cli.demo` trains GRank, serves it, and times the search."""
+"""A first look, on real data: trains GRank, serves it, and times the search (`make demo`)."""
 
 import argparse
 import sys
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grank_kernels import ItemTable, mips_topk
+from grank_kernels.mips_topk import mips_topk
 from grank_kernels.recommender.data import Interactions, Split
-from grank_kernels.recommender.training.evaluation import metrics
-from grank_kernels.recommender.training.experiment import DataConfig, Experiment, run
 from grank_kernels.recommender.models import GRankConfig
 from grank_kernels.recommender.models.neighbours import Popularity
 from grank_kernels.recommender.serving.retriever import Retriever
-from grank_kernels.recommender.training.fit import TrainingConfig
+from grank_kernels.recommender.training.evaluation import metrics
+from grank_kernels.recommender.training.experiment import DataConfig, Experiment, run
+from grank_kernels.recommender.training.settings import TrainingConfig
+from grank_kernels.table.item_table import ItemTable
 
 _KS = (10, 50)  # of HR@k and NDCG@k
 _TIMED_K = 100

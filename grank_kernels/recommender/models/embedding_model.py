@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from grank_kernels.recommender.data.histories import Histories
 from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.recommender.data.histories import Histories
 from grank_kernels.recommender.models.corpus import Corpus, gathered, joint_mean
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.sharding import rows_of

@@ -12,8 +12,8 @@ from grank_kernels.recommender.models.embedding_model import SOFTMAXES, Embeddin
 from grank_kernels.recommender.models.layers import mlp, prefix_means
 from grank_kernels.recommender.models.ranker import Ranker
 from grank_kernels.recommender.models.targets import draw_candidates, draw_moments, later_targets, until
-from grank_kernels.score_candidates import score_candidates
 from grank_kernels.recommender.settings import Settings, takes
+from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table.item_table import ItemTable
 
 

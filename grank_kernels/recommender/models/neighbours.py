@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grank_kernels.recommender.data.histories import Histories
 from grank_kernels.mips_topk import TopK, mips_topk
+from grank_kernels.recommender.data.histories import Histories
 
 _ENTRIES = 1 << 24  # of a sparse product at a time, if it were full: 200 MB
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from grank_kernels.recommender.data.histories import Batch, Histories
 from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.recommender.data.histories import Batch, Histories
 from grank_kernels.table.item_table import ItemTable
 
 

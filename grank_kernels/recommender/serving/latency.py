@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.doctor import show_config
 from grank_kernels.recommender.data import Histories
 from grank_kernels.recommender.models import GRank, GRankConfig
+from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.retriever import Retriever
 
 STAGES = ("encode", "search", "rank", "retrieve")

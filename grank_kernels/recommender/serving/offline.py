@@ -35,11 +35,11 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from grank_kernels.recommender.serving.catalogue import Catalogue
-from grank_kernels.recommender.data import Histories, Interactions, all_histories
+from grank_kernels.distributed.ranks import Ranks, leave
 from grank_kernels.distributed.sharded_table import ShardedItemTable
 from grank_kernels.mips_topk import TopK
-from grank_kernels.distributed.ranks import Ranks, leave
+from grank_kernels.recommender.data import Histories, Interactions, all_histories
+from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.retriever import Retriever, Serving, check_at_least_1, check_histories, to_disk
 from grank_kernels.table.item_table import ItemTable
 from grank_kernels.table.versions import Version

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.common.checks import check_offsets, check_operand, check_tensor
-from grank_kernels.recommender.data import Batch, Histories, Interactions
 from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.mips_topk import TopK, mips_topk
+from grank_kernels.recommender.data import Batch, Histories, Interactions
+from grank_kernels.recommender.models import Recommender
+from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.training.experiment import Experiment
 from grank_kernels.recommender.training.experiment import load as load_run
-from grank_kernels.mips_topk import TopK, mips_topk
-from grank_kernels.recommender.models import Recommender
 from grank_kernels.table.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)

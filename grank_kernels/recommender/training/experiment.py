@@ -16,7 +16,6 @@ from yaml import YAMLError
 
 from grank_kernels.doctor import show_config
 from grank_kernels.recommender.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
-from grank_kernels.recommender.training.evaluation import DEPTH, feedback_auc, metrics, recommend
 from grank_kernels.recommender.models import (
     DualTower,
     DualTowerConfig,
@@ -29,7 +28,9 @@ from grank_kernels.recommender.models import (
     UniGRFConfig,
 )
 from grank_kernels.recommender.settings import Settings, takes
-from grank_kernels.recommender.training.fit import TrainingConfig, fit, load_best
+from grank_kernels.recommender.training.evaluation import DEPTH, feedback_auc, metrics, recommend
+from grank_kernels.recommender.training.fit import fit, load_best
+from grank_kernels.recommender.training.settings import TrainingConfig
 
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "dual_tower": (DualTower, DualTowerConfig),

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from grank_kernels.recommender.cli import main as cli
 from grank_kernels.recommender.cli.commands import app
-from grank_kernels.recommender.training.experiment import Experiment, run
 from grank_kernels.recommender.serving.latency import Latency, measure, synthetic
+from grank_kernels.recommender.training.experiment import Experiment, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

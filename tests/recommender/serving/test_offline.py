@@ -17,12 +17,12 @@ from test_experiment import write_circle
 from test_retriever import IDS, MODELS_SERVED, N, build, experiment_of, retriever_of
 from typer.testing import CliRunner
 
-from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.cli.commands import app
 from grank_kernels.recommender.data import Histories, Interactions
-from grank_kernels.recommender.training.experiment import DataConfig
+from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.offline import MANIFEST, Request, Users, retrieve_all
 from grank_kernels.recommender.serving.retriever import Retriever
+from grank_kernels.recommender.training.experiment import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ from torchmetrics.functional.retrieval import (
 )
 
 from grank_kernels.recommender.data import Batch, Cases, Histories
-from grank_kernels.recommender.training.evaluation import feedback_auc, metrics, recommend
 from grank_kernels.recommender.models import Recommender
+from grank_kernels.recommender.training.evaluation import feedback_auc, metrics, recommend
 
 
 class Fixed(Recommender):

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grank_kernels.recommender.models import GRankConfig
 from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.training.experiment import Experiment, evaluate, load, run
-from grank_kernels.recommender.models import GRankConfig
-from grank_kernels.recommender.training.fit import TrainingConfig
+from grank_kernels.recommender.training.settings import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from launches import all_cases
 
 @pytest.fixture(scope="module")
 def with_2_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return all_cases("joint_cases.py", CASES, 2, tmp_path_factory.mktemp("ranks"))
+    return all_cases("recommender/training/joint_cases.py", CASES, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -19,4 +19,4 @@ def test_with_2_ranks(name: str, with_2_ranks: dict[str, list[str]]) -> None:
 
 @pytest.mark.slow
 def test_with_3_ranks(tmp_path: Path) -> None:
-    assert all_cases("joint_cases.py", CASES, 3, tmp_path) == dict.fromkeys(CASES, [""] * 3)
+    assert all_cases("recommender/training/joint_cases.py", CASES, 3, tmp_path) == dict.fromkeys(CASES, [""] * 3)

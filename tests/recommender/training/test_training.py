@@ -14,9 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from grank_kernels.recommender.data import Interactions, Split, TrainingWindows, leave_one_out
-from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
-from grank_kernels.recommender.training.fit import TrainingConfig, fit
+from grank_kernels.recommender.training.evaluation import metrics, recommend
+from grank_kernels.recommender.training.fit import fit
+from grank_kernels.recommender.training.settings import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
