@@ -4,8 +4,6 @@ The safetensors library reads such files, but is not used here: it writes only w
 maps privately, which Linux refuses for files larger than memory.
 """
 
-import contextlib
-import fcntl
 import json
 import math
 import os
@@ -15,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 import xxhash
 
+from grank_kernels.common.atomic_files import replace_file
 from grank_kernels.table.mapping import Mapping, streamed
 from grank_kernels.table.versions import PART_BYTES, Columns, empty
 
@@ -52,7 +51,7 @@ def write(
     """Writes a table to `path`, which is the old file or the whole new one at any time, also if the system fails.
 
     Args:
-        path: of the file; it is written under the name `path` + ".partial" and renamed.
+        path: the file to create or replace, atomically; see `grank_kernels.common.atomic_files`.
         like: the shapes and dtypes of the columns; their device does not matter.
         parts: the rows, piece by piece.
         basis: of the int8 copy.
@@ -60,7 +59,8 @@ def write(
     tensors = like.present() | ({} if basis is None else {_BASIS: basis})
     layout = _layout(tensors)
     checksums = {name: entry.checksum(name) for name, entry in layout.items()}
-    with _replacement(os.fspath(path)) as file:
+    with replace_file(path) as stream:
+        file = stream.fileno()
         start = len(_header(layout, checksums))
         written = dict.fromkeys(layout, 0)
 
@@ -111,51 +111,6 @@ def _header(layout: dict[str, _Entry], checksums: dict[str, "xxhash.xxh3_64"]) -
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextlib.contextmanager
-def _replacement(path: str) -> Iterator[int]:
-    """The descriptor of an empty file that takes the place of `path` when the block ends; if it raises, nothing does.
-
-    There is one temporary name, so that processes that are killed leave one file at most; its lock makes others wait.
-    """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"path is a folder: {path}")
-    temporary = path + ".partial"
-    file = _locked(temporary)
-    try:
-        os.truncate(file, 0)
-        yield file
-        os.fsync(file)
-        os.rename(temporary, path)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = path
-        os.unlink(temporary)
-        raise
-    finally:
-        os.close(file)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _locked(path: str) -> int:
-    """The descriptor of the file at `path`, made if there is none, of which nobody else has the lock."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass  # while this one waited, another has renamed or removed what it had opened
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
 
 
 # ---- reading ----

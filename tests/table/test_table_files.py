@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -252,7 +253,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         gk.ItemTable.load(tmp_path / "nothing here")
     with pytest.raises(IsADirectoryError):
         gk.ItemTable.load(tmp_path)
-    with pytest.raises(IsADirectoryError, match="path is a folder"):
+    with pytest.raises(IsADirectoryError, match="path must be a file, got a folder"):
         table_of(2, 2, "float32").save(tmp_path)
     with pytest.raises(FileNotFoundError):
         table_of(2, 2, "float32").save(tmp_path / "no folder" / "table")
@@ -346,7 +347,7 @@ def test_killed_at_any_call(tmp_path: Path) -> None:
         for calls in range(100):
             if (child := os.fork()) == 0:
                 left = calls
-                for name in ("open", "pwrite", "truncate", "fsync", "rename", "close"):
+                for name in ("open", "pwrite", "fsync", "rename", "close"):
                     setattr(os, name, counted(getattr(os, name)))
                 gk.ItemTable.from_rows(torch.full((500, 4), 2.0), ids=ids).save(path)
                 os._exit(0)
@@ -361,7 +362,10 @@ def test_killed_at_any_call(tmp_path: Path) -> None:
     assert last == "0,2.0,table"
     renamed = killed.index("9,2.0,table")
     assert killed[0] == "9,1.0,table"
-    assert set(killed[1:renamed]) == {"9,1.0,table,table.partial"}
+    assert {re.sub("[0-9a-f]{8}", "X", line) for line in killed[1:renamed]} == {
+        "9,1.0,.table.X.partial,table",
+        "9,1.0,table",  # the temporary of the process before is deleted, and there is no new one yet
+    }
     assert set(killed[renamed:]) == {"9,2.0,table"}
 
 
@@ -387,7 +391,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         assert len(gk.ItemTable.load(path).rows(torch.arange(0, 200_000, 97)).unique()) == 1
-        assert set(os.listdir(tmp_path)) <= {"table", "table.partial"}
+        assert "table" in (left := os.listdir(tmp_path))
+        assert len(left) <= 2
 
 
 def test_saves_at_the_same_time(tmp_path: Path) -> None:
@@ -443,7 +448,7 @@ def test_a_disk_that_fails(call: str, tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_file.os, call, fails)
+        patch.setattr(os, call, fails)
         with pytest.raises(OSError, match=r"Input/output error: .*table"):
             table_of(50, 3, "float32").save(tmp_path / "table")
     assert_equal_tables(gk.ItemTable.load(tmp_path / "table"), old)
