@@ -58,7 +58,7 @@ def test_an_empty_folder_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:
 
 def test_a_folder_with_content_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", "old")
-    with pytest.raises(FileExistsError, match="path must be new or an empty folder: .*x"):
+    with pytest.raises(FileExistsError, match=r"path must be new or an empty folder: .*x"):
         write_folder(tmp_path / "x", "new")
     assert content(tmp_path / "x") == "old"
 
@@ -128,7 +128,7 @@ def test_files_of_similar_names_are_kept(name: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="path must be a regular file, got a device, pipe or socket: .*pipe"):
+    with pytest.raises(OSError, match=r"path must be a regular file, got a device, pipe or socket: .*pipe"):
         write_text(tmp_path / "pipe", "new")
     with pytest.raises(IsADirectoryError, match="path must be a file, got a folder"):
         write_text(tmp_path, "new")
@@ -292,7 +292,7 @@ def test_a_folder_that_fails_after_the_rename(write: Write, tmp_path: Path, monk
         failing(errno.EIO, lambda it: os.path.samestat(os.fstat(it), tmp_path.stat()))(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="the new content is in place, but its folder cannot be brought to disk .*x"):
+    with pytest.raises(OSError, match=r"the new content is in place, but its folder cannot be brought to disk .*x"):
         write(tmp_path / "x", "new")
     assert content(tmp_path / "x") == "new"
 
