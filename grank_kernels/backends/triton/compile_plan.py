@@ -1,6 +1,6 @@
 """What can be launched, compiled ahead of time for GPUs that are not there: for reports and tests of the compiled code.
 
-Imports Triton, and cannot be imported where kernels run in its interpreter (TRITON_INTERPRET).
+Imports Triton. Nothing is compiled where kernels run in its interpreter (TRITON_INTERPRET).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,6 @@ from grank_kernels.backends.triton import INTERPRETED
 from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, certified_launches, launches, options
 from grank_kernels.backends.triton.mips_topk_plan import Device, listed_rows, make_certified_plans, make_plan
 from grank_kernels.backends.triton.streaming import Chunk
-
-if INTERPRETED:
-    raise ImportError("kernels are not compiled under TRITON_INTERPRET=1; unset it")
 
 DEVICES = {
     "sm_80": Device("sm_80", 108, 166912),
@@ -138,6 +135,8 @@ def _launches(
 
 def row_of(target: str, label: str, launch: Launch) -> Row:
     """What a launch compiles for a target; the label says of which search it is."""
+    if INTERPRETED:
+        raise RuntimeError("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
