@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from grank_kernels import mips_topk
 from grank_kernels.recommender.data import Cases, Histories
@@ -121,6 +120,8 @@ def feedback_auc(model: Recommender, cases: Cases, *, batch_size: int = 256) -> 
     feedback = cases.targets.feedback
     if len(feedback) == 0 or bool(feedback.all()) or not bool(feedback.any()):
         raise ValueError("cases must hold targets of positive and of negative feedback for an AUC, got one kind only")
+    from torchmetrics.functional.classification import binary_auroc  # ties as the field counts them
+
     scores = []
     for rows in torch.split(torch.arange(len(cases)), batch_size):
         part = cases.select(rows)

@@ -16,29 +16,12 @@ from yaml import YAMLError
 
 from grank_kernels.doctor import show_config
 from grank_kernels.recommender.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
-from grank_kernels.recommender.models import (
-    DualTower,
-    DualTowerConfig,
-    GRank,
-    GRankConfig,
-    Recommender,
-    Sequential,
-    SequentialConfig,
-    UniGRF,
-    UniGRFConfig,
-)
+from grank_kernels.recommender.models import Recommender
+from grank_kernels.recommender.models.registry import MODELS, build_model
 from grank_kernels.recommender.settings import Settings, takes
 from grank_kernels.recommender.training.evaluation import DEPTH, feedback_auc, metrics, recommend
 from grank_kernels.recommender.training.fit import fit, load_best
 from grank_kernels.recommender.training.settings import TrainingConfig
-
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {
-    "dual_tower": (DualTower, DualTowerConfig),
-    "grank": (GRank, GRankConfig),
-    "sequential": (Sequential, SequentialConfig),
-    "unigrf": (UniGRF, UniGRFConfig),
-}
-"""The models by name, and their settings."""
 
 KS = {"leave_one_out": (10, 50, 200), "half_and_half": (10, 50, 200, 500)}
 """The cuts that each protocol reports."""
@@ -113,7 +96,7 @@ class Experiment:
             name = given.get("model") if OmegaConf.is_dict(given) else None
             if name not in MODELS:
                 raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-            sections = {"settings": MODELS[name][1], "data": DataConfig, "training": TrainingConfig}
+            sections = {"settings": MODELS[name].settings, "data": DataConfig, "training": TrainingConfig}
             defaults = {section: _defaults(config) for section, config in sections.items()}
             schema = OmegaConf.create({"model": name, **defaults, "k1": []})
             OmegaConf.set_struct(schema, True)
@@ -140,8 +123,7 @@ class Experiment:
     def build(self, num_items: int) -> Recommender:
         """A fresh model, its weights drawn from the seed of the training."""
         torch.manual_seed(self.training.seed)
-        model: Recommender = MODELS[self.model][0](num_items, self.settings)
-        return model
+        return build_model(self.model, num_items, self.settings)
 
 
 def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from grank_kernels.recommender.data import Batch, Histories
 from grank_kernels.recommender.models import DualTowerConfig, GRankConfig, Recommender, SequentialConfig, UniGRFConfig
+from grank_kernels.recommender.models.registry import MODELS
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.retriever import DTYPES, Retriever
-from grank_kernels.recommender.training.experiment import MODELS, Experiment
+from grank_kernels.recommender.training.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
