@@ -1,5 +1,7 @@
 """What the models of the package share: a table of item embeddings, a softmax over all items or a sample."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -32,9 +34,11 @@ class EmbeddingModel(Recommender):
         self.items = nn.Parameter(std * torch.randn(num_items, dim))
         self.softmax = softmax
         self.register_buffer("log_share", None, persistent=False)
+        self.popularity = torch.zeros(num_items, dtype=torch.int32)
 
     def observe(self, histories: Histories) -> None:
         """See `Recommender.observe`: how often training asks for each item."""
+        super().observe(histories)
         if self.softmax == "batch":
             counts = torch.bincount(histories.items, minlength=len(self.items)).clamp(min=1)
             self.log_share = (counts / counts.sum()).log().to(self.items.device)
@@ -91,6 +95,11 @@ class EmbeddingModel(Recommender):
     def joint_mean(self, mean: Tensor, count: int) -> Tensor:
         """A mean over `count` entries, so weighed that its average over the ranks is the mean over theirs."""
         return joint_mean(mean, count, self.group)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Weights that were saved without `popularity`, as in earlier versions, leave it as it is."""
+        state_dict.setdefault(f"{prefix}popularity", self.popularity)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _vectors(self, rows: Tensor) -> Tensor:
         """What is searched, from rows (..., d) of `items`."""

@@ -7,26 +7,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.mips_topk import TopK, mips_topk
 from grank_kernels.recommender.data.histories import Batch, Histories
 from grank_kernels.table.item_table import ItemTable
 
 
 class Recommender(nn.Module, ABC):
-    """A model that retrieves by inner product; some of them rank what was retrieved.
+    """A model that retrieves by inner product; some models also rank the retrieved items.
 
     Attributes:
-        history: items of a history that the model reads.
-        ranks: whether `rank` has anything to add to the retrieval's order.
-        group: of the processes that train the model together, each with batches of its own; None for one alone. In a
-            group `losses` is collective, and its averages over the ranks are the losses of their joint batch.
+        history: number of newest history items that the model reads.
+        ranks: whether the model has a second stage, i.e. `rank` changes the order of the retrieval.
+        needs_history: whether `user_vectors` of an empty history is 0, so that all items score alike; see
+            `with_fallback`.
+        longest_window: number of items that a window for `losses` may have; None for a model that reads the newest
+            items of a longer window.
+        popularity: (N,) int32, number of training rows of each item, part of a checkpoint; 0 before `observe`, None for
+            a model that does not count.
+        group: process group of data-parallel training, in which every rank has its own batches; None without one. In a
+            group `losses` is collective, and the mean of the ranks' losses is the loss of their joint batch.
     """
 
     history: int
     ranks: bool = False
+    needs_history: bool = False
+    longest_window: int | None = None
+    popularity: Tensor | None
     group: dist.ProcessGroup | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("popularity", None)
+
     def observe(self, histories: Histories) -> None:
-        """Take what the model needs to know of the histories that it is to be trained on. Here: nothing."""
+        """Store the statistics of the training histories that the model uses. Here: `popularity`, if there is one."""
+        if self.popularity is not None:
+            counts = torch.bincount(histories.items, minlength=len(self.popularity))
+            self.popularity = counts.to(self.popularity)
 
     @abstractmethod
     def item_vectors(self) -> Tensor:
@@ -61,6 +78,28 @@ class Recommender(nn.Module, ABC):
             (B, C) float32. Here: the logits, the order of the retrieval.
         """
         return logits
+
+    def with_fallback(self, found: TopK, lengths: Tensor) -> tuple[TopK, Tensor]:
+        """Retrieved items with the lists of users without a history replaced by the most popular items.
+
+        Only for a model that `needs_history`; the lists of other models stay.
+
+        Args:
+            found: (B, k) values and indices that `mips_topk` returned.
+            lengths: (B,) int64, the length of each user's whole history.
+
+        Returns:
+            The lists, and (B,) bool: which users got the most popular items. Their values are numbers of training
+            rows, equal ones ordered by item number; `-inf` and -1 where the corpus has fewer than k items.
+        """
+        empty = lengths == 0 if self.needs_history else torch.zeros_like(lengths, dtype=torch.bool)
+        if self.popularity is None or not bool(empty.any()):
+            return found, torch.zeros_like(empty)
+        values, indices = found
+        counts = self.popularity.to(values.device, torch.float32).unsqueeze(1)
+        popular = mips_topk(counts.new_ones(1, 1), counts, values.shape[1])
+        replaced = empty.to(values.device).unsqueeze(1)
+        return TopK(popular.values.where(replaced, values), popular.indices.where(replaced, indices)), empty
 
     def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """`rank` as it is served: items are the rows of the table that was searched, where the model can take them.

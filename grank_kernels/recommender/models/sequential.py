@@ -44,10 +44,13 @@ class Sequential(EmbeddingModel):
     items that the user has seen by then, which are never asked for.
     """
 
+    needs_history = True
+
     def __init__(self, num_items: int, config: SequentialConfig) -> None:
         super().__init__(num_items, config.dim, softmax=config.softmax)
         self.config = config
         self.history = config.history
+        self.longest_window = config.history + 1
         self.backbone = Backbone(
             config.backbone,
             dim=config.dim,

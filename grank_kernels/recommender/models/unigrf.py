@@ -82,6 +82,8 @@ class UniGRF(EmbeddingModel):
     an attention step; the paper's is not described further.
     """
 
+    needs_history = True
+
     def __init__(self, num_items: int, config: UniGRFConfig) -> None:
         super().__init__(num_items, config.dim, softmax=config.softmax)
         if not (config.retrieval or config.ranking):
@@ -90,6 +92,7 @@ class UniGRF(EmbeddingModel):
             raise ValueError("enhancer needs both retrieval and ranking, got one of them switched off")
         self.config = config
         self.history = config.history
+        self.longest_window = config.history + 1
         self.ranks = config.ranking
         self.feedback = nn.Parameter(0.02 * torch.randn(2, config.dim))
         self.backbone = Backbone(
