@@ -24,7 +24,8 @@ from benchmarks.runs import few_digits
 from grank_kernels.recommender.data import read
 from grank_kernels.recommender.models.neighbours import ItemKNN, Popularity
 from grank_kernels.recommender.training.evaluation import DEPTH, metrics
-from grank_kernels.recommender.training.experiment import KS, Experiment, run
+from grank_kernels.recommender.training.experiment import KS, Experiment
+from grank_kernels.recommender.training.run import run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

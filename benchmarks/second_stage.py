@@ -17,14 +17,15 @@ from torch import Tensor
 from benchmarks.report import markdown_table
 from grank_kernels.recommender.data import Split
 from grank_kernels.recommender.training.evaluation import metrics_of_users, recommend
-from grank_kernels.recommender.training.experiment import Experiment, load
+from grank_kernels.recommender.training.experiment import Experiment
+from grank_kernels.recommender.training.run_folder import load_model
 
 BOUNDS = (0, 32, 64, 128)  # items in the history; GRank's Generator reads the last 64
 
 
 def recalls(folder: Path, split: Split, k1: int, k: int) -> tuple[Tensor, Tensor]:
     """Recall@k of each test user by the model of a run, before and after the second stage over k1 candidates."""
-    found = recommend(load(folder, split), split.test, k1)
+    found = recommend(load_model(folder, split.num_items), split.test, k1)
     if found.ranked is None:
         raise SystemExit(f"{folder} has no second stage")
     before, after = (metrics_of_users(lists, split.test.targets, (k,)) for lists in (found.retrieved, found.ranked))

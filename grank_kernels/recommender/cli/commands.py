@@ -41,7 +41,8 @@ def train(
 ) -> None:
     """Train a model and report on its test split."""
     from grank_kernels.distributed.ranks import leave
-    from grank_kernels.recommender.training.experiment import Experiment, run
+    from grank_kernels.recommender.training.experiment import Experiment
+    from grank_kernels.recommender.training.run import run
 
     _set_threads(threads)
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
@@ -54,13 +55,14 @@ def train(
 @app.command()
 def evaluate(folder: Run, threads: Threads = None) -> None:
     """Report on the test split of a run, by the weights of its best epoch."""
-    from grank_kernels.recommender.training.experiment import Experiment, load
-    from grank_kernels.recommender.training.experiment import evaluate as report
+    from grank_kernels.recommender.training.experiment import Experiment
+    from grank_kernels.recommender.training.run import evaluate as report
+    from grank_kernels.recommender.training.run_folder import load_model
 
     _set_threads(threads)
     experiment = Experiment.load(folder / "experiment.yaml")
     split = experiment.data.split(experiment.data.read())
-    _print_json(report(experiment, load(folder, split), split))
+    _print_json(report(experiment, load_model(folder, split.num_items), split))
 
 
 @app.command()

@@ -18,7 +18,8 @@ from grank_kernels.recommender.models import GRankConfig
 from grank_kernels.recommender.models.neighbours import Popularity
 from grank_kernels.recommender.serving.retriever import Retriever
 from grank_kernels.recommender.training.evaluation import metrics
-from grank_kernels.recommender.training.experiment import DataConfig, Experiment, run
+from grank_kernels.recommender.training.experiment import DataConfig, Experiment
+from grank_kernels.recommender.training.run import run
 from grank_kernels.recommender.training.settings import TrainingConfig
 from grank_kernels.table.item_table import ItemTable
 

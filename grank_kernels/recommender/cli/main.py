@@ -3,7 +3,7 @@
 import os
 import sys
 
-_EXTRA = ("lightning", "omegaconf", "pyarrow", "safetensors", "scipy", "tensorboardX", "torchmetrics", "tqdm", "typer")
+_EXTRA = ("lightning", "pyarrow", "safetensors", "scipy", "tensorboardX", "torchmetrics", "tqdm", "typer")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from grank_kernels.recommender.data import Batch, Histories, Interactions
 from grank_kernels.recommender.models import Recommender
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.experiment import load as load_run
+from grank_kernels.recommender.training.run_folder import load_model
 from grank_kernels.table.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -298,7 +298,7 @@ class Retriever:
         """
         experiment = Experiment.load(Path(folder) / _EXPERIMENT)
         interactions = interactions or experiment.data.read()
-        model = load_run(folder, experiment.data.split(interactions))
+        model = load_model(folder, interactions.num_items)
         catalogue = Catalogue(interactions.item_ids, interactions.titles)
         return cls(model, catalogue, dtype=dtype, device=device, experiment=experiment)
 

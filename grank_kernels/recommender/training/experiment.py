@@ -1,43 +1,39 @@
-"""An experiment: which data, which model, how it is trained; written as YAML, recorded with what came of it."""
+"""`Experiment`: the settings of a run and their YAML file. Needs no trainer."""
 
-import json
-import os
-import uuid
+import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
-from omegaconf import OmegaConf  # typed dataclasses, YAML and `key=value` in one: the field's library for settings
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
-from grank_kernels.doctor import show_config
+from grank_kernels.common.atomic_files import write_text
 from grank_kernels.recommender.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
-from grank_kernels.recommender.models import Recommender
-from grank_kernels.recommender.models.registry import MODELS, build_model
-from grank_kernels.recommender.settings import Settings, takes
-from grank_kernels.recommender.training.evaluation import DEPTH, feedback_auc, metrics, recommend
-from grank_kernels.recommender.training.fit import fit, load_best
+from grank_kernels.recommender.models.recommender import Recommender
+from grank_kernels.recommender.models.registry import build_model, model_class
+from grank_kernels.recommender.settings import Settings, takes, unknown_key
 from grank_kernels.recommender.training.settings import TrainingConfig
 
 KS = {"leave_one_out": (10, 50, 200), "half_and_half": (10, 50, 200, 500)}
-"""The cuts that each protocol reports."""
+"""The cuts k that each protocol reports."""
+
+_SECTIONS = ("settings", "data", "training")
 
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """What is learned from.
+    """Data set and evaluation protocol.
 
     Attributes:
         name: one of `grank_kernels.recommender.data.DATASETS`.
-        path: its file or folder; None where the data set does without.
+        path: file or folder of the data set; None for a data set that is installed as a package.
         protocol: "leave_one_out" or "half_and_half".
-        positive: the least rating that is positive feedback.
-        validation: users held out for validation, for half_and_half.
-        test: users held out for the test, for half_and_half.
+        positive: lowest rating that counts as positive feedback.
+        validation: number of validation users (half_and_half).
+        test: number of test users (half_and_half).
     """
 
     name: str = takes("ml-100k", choices=tuple(DATASETS))
@@ -48,11 +44,11 @@ class DataConfig(Settings):
     test: int = takes(1000, least=1)
 
     def read(self) -> Interactions:
-        """The data set."""
+        """Read the data set."""
         return read(self.name, self.path)
 
     def split(self, interactions: Interactions) -> Split:
-        """The split that the protocol makes."""
+        """Split interactions by the protocol."""
         if self.protocol == "leave_one_out":
             return leave_one_out(interactions, positive=self.positive)
         return half_and_half(interactions, positive=self.positive, validation=self.validation, test=self.test)
@@ -60,15 +56,15 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Data, model and training.
+    """Settings of model, data and training.
 
     Attributes:
-        model: name of the model, one of `MODELS`.
-        settings: its settings, an instance of the dataclass that `MODELS` names.
-        data: what it learns from.
-        training: how it is fitted.
-        k1: how many retrieved items the second stage ranks, one report each; at least the protocol's first cut. Models
-            that only retrieve have none.
+        model: name of the model, a key of `MODELS`.
+        settings: settings of the model, an instance of the dataclass in `MODELS`.
+        data: settings of the data.
+        training: settings of the training.
+        k1: numbers of candidates for the second stage; the report has one section for each. Each is at least the
+            protocol's first cut. Ignored for a model without a second stage.
     """
 
     model: str
@@ -84,129 +80,136 @@ class Experiment:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Experiment":
-        """Read a YAML file, with `section.key=value` overrides.
+        """Read a YAML file and apply overrides.
+
+        The type of a setting decides how its text is read: `path: 007` is the path "007". Nothing is interpolated.
+
+        Args:
+            path: YAML file.
+            overrides: `section.key=value`, `model=value` or `k1=value`; they replace values of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no YAML, or has a key or a value that the settings do not take; the message names it.
+            FileNotFoundError: the file does not exist.
+            ValueError: invalid YAML, an unknown key or an invalid value; the message names it.
         """
         path = Path(path)
         try:
-            given: Any = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-            name = given.get("model") if OmegaConf.is_dict(given) else None
-            if name not in MODELS:
-                raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-            sections = {"settings": MODELS[name].settings, "data": DataConfig, "training": TrainingConfig}
-            defaults = {section: _defaults(config) for section, config in sections.items()}
-            schema = OmegaConf.create({"model": name, **defaults, "k1": []})
-            OmegaConf.set_struct(schema, True)
-            merged: Any = OmegaConf.merge(schema, given)
-            built = {section: _build(section, config, merged[section]) for section, config in sections.items()}
-            k1 = merged.k1 if OmegaConf.is_list(merged.k1) else [merged.k1]
-            return cls(model=name, k1=tuple(k1), **built)
-        except FileNotFoundError:
-            raise
-        except (OmegaConfBaseException, OSError, ValueError, YAMLError) as error:
+            given = _mapping(_parsed(path.read_text(encoding="utf-8")), "the file")
+            sections = {name: dict(_mapping(given.get(name) or {}, name)) for name in _SECTIONS}
+            for override in overrides:
+                _apply(override, given, sections)
+            return cls._from_text(given, sections)
+        except IsADirectoryError:
+            raise ValueError(f"{path}: expected a YAML file, got a folder") from None
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
+    @classmethod
+    def _from_text(cls, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> "Experiment":
+        """The experiment of a parsed file: all values are text, None, lists or mappings."""
+        model = model_class(given.get("model"))
+        configs: dict[str, type[Settings]] = {
+            "settings": model.settings,
+            "data": DataConfig,
+            "training": TrainingConfig,
+        }
+        for key in given:
+            if key not in (*_SECTIONS, "model", "k1"):
+                raise ValueError(_unknown(key, configs))
+        built = {name: config.from_dict(_typed(config, sections[name], name), name) for name, config in configs.items()}
+        k1 = given.get("k1") or []
+        k1 = tuple(_value(int, entry, "k1") for entry in (k1 if isinstance(k1, list) else [k1]))
+        return cls(model=given["model"], k1=k1, **built)  # type: ignore[arg-type]  # each of its own class
+
     def save(self, path: str | Path) -> None:
-        """Write it as YAML, every setting in full."""
+        """Write all settings as YAML, as `load` reads it."""
         settings = {
             "model": self.model,
-            "settings": _plain(self.settings),
-            "data": _plain(self.data),
-            "training": _plain(self.training),
+            "settings": self.settings.to_dict(),
+            "data": self.data.to_dict(),
+            "training": self.training.to_dict(),
             "k1": list(self.k1),
         }
-        _write(Path(path), OmegaConf.to_yaml(OmegaConf.create(settings)))
+        write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     def build(self, num_items: int) -> Recommender:
-        """A fresh model, its weights drawn from the seed of the training."""
+        """A new model; its weights are drawn from the seed of the training."""
         torch.manual_seed(self.training.seed)
         return build_model(self.model, num_items, self.settings)
 
 
-def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:
-    """Train a model, or go on with a run that was stopped, and report on the test part of the split.
+class _TextLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML whose scalars stay text, except null; a key that occurs twice is refused.
 
-    Writes `experiment.yaml`, the checkpoints, a CSV log and `report.json` into the folder.
-
-    Args:
-        experiment: what to do.
-        folder: of the run.
-        progress: draw a progress bar.
-
-    Returns:
-        What `report.json` holds: the metrics, and how they were obtained. Of several processes that train together, the
-        first reports; what the others return is empty.
-
-    Raises:
-        ValueError: the folder holds a run of another experiment.
+    YAML 1.1 would read 007 as 7, 1:30 as 90, 20241129_0101 as 202411290101, and 1e-3 as text.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "experiment.yaml"
-    if not record.exists():
-        experiment.save(record)
-    elif Experiment.load(record) != experiment:
-        raise ValueError(f"{folder} holds another experiment; take another folder or remove it")
-    split = experiment.data.split(experiment.data.read())
-    model = experiment.build(split.num_items)
-    seconds = fit(model, split, experiment.training, folder=folder, progress=progress)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return {}
-    report = evaluate(experiment, model, split) | {
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "machine": show_config(),
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML declares it
+        first: [entry for entry in entries if entry[0] == "tag:yaml.org,2002:null"]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    return report
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+            if count > 1:
+                raise ValueError(f"{key} must be given once, got it {count} times")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
-def load(folder: str | Path, split: Split) -> Recommender:
-    """The model of a run with the weights of its best epoch, in evaluation mode."""
-    folder = Path(folder)
-    model = Experiment.load(folder / "experiment.yaml").build(split.num_items)
-    load_best(model, folder)
-    return model.eval()
-
-
-def evaluate(experiment: Experiment, model: Recommender, split: Split) -> dict[str, Any]:
-    """The protocol's metrics on the test part: of the retrieval, after the second stage for each k1, and the AUC."""
-    cases, ks = split.test, [k for k in KS[experiment.data.protocol] if k <= split.num_items]
-    found = recommend(model, cases, min(DEPTH, split.num_items), rank=False)
-    report: dict[str, Any] = {"users": len(cases), "retrieved": metrics(found.retrieved, cases.targets, ks)}
-    for k1 in experiment.k1 if model.ranks else ():
-        second = recommend(model, cases, k1).ranked
-        if second is None:
-            raise RuntimeError("a model that ranks returned no ranking")
-        report[f"ranked_{k1}"] = metrics(second, cases.targets, [k for k in ks if k <= k1])
-    liked = cases.targets.feedback
-    if model.ranks and bool(liked.any()) and not bool(liked.all()):
-        report["auc"] = feedback_auc(model, cases)
-    return report
-
-
-def _defaults(config: type[Any]) -> Any:
-    schema = OmegaConf.structured(config)
-    OmegaConf.set_readonly(schema, False)  # the dataclass is frozen, what is merged into its defaults is not
-    return schema
-
-
-def _build(section: str, config: type[Any], node: Any) -> Any:
+def _parsed(text: str) -> Any:
     try:
-        return config(**{entry.name: node[entry.name] for entry in fields(config)})
-    except ValueError as error:
-        raise ValueError(f"{section}.{error}") from None
+        return yaml.load(text, _TextLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML, got {error}") from None
+    except RecursionError:
+        raise ValueError("expected YAML, got too deep a nesting") from None
 
 
-def _write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    part.write_text(text)
-    os.replace(part, path)
+def _mapping(given: Any, name: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a mapping of keys to values, got a {type(given).__name__}")
+    return given
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return {entry.name: getattr(config, entry.name) for entry in fields(config)}
+def _apply(override: str, given: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
+    """Set the value of `section.key=value`, `model=value` or `k1=value`."""
+    name, equals, value = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals:
+        raise ValueError(f"an override must be section.key=value, got {override!r}")
+    if dot and section in sections:
+        sections[section][key] = value
+    else:
+        given[name] = _parsed(value) if name == "k1" else value
+
+
+def _typed(config: type[Settings], given: dict[str, Any], section: str) -> dict[str, Any]:
+    kinds = {entry.name: entry.type for entry in fields(config)}
+    return {key: _value(kinds.get(key, str), value, f"{section}.{key}") for key, value in given.items()}
+
+
+def _value(kind: Any, given: Any, name: str) -> Any:
+    """The value of a setting of type `kind` from its text; text of another type is left to the checks of `Settings`."""
+    if isinstance(given, (list, dict)):
+        raise ValueError(f"{name} must be a single value, got a {type(given).__name__}")
+    kinds = get_args(kind) or (kind,)
+    if given is None or str in kinds:
+        return given
+    if given in ("", "~", "null"):  # of an override; in a file null is None already
+        return None
+    if bool in kinds:
+        return {"true": True, "false": False}.get(given.lower(), given)
+    try:
+        return kinds[0](given)
+    except ValueError:
+        return given
+
+
+def _unknown(key: Any, configs: dict[str, type[Settings]]) -> str:
+    """The message for an unknown key outside of the sections; it may be the name of a setting in one of them."""
+    places = {entry.name: f"{section}.{entry.name}" for section, config in configs.items() for entry in fields(config)}
+    near = difflib.get_close_matches(str(key), places, n=1)
+    if near:
+        return f"{key} is unknown; did you mean {places[near[0]]}?"
+    return unknown_key(key, (*_SECTIONS, "model", "k1"))

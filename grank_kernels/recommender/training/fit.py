@@ -25,6 +25,7 @@ from grank_kernels.recommender.models.embedding_model import EmbeddingModel
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.sharding import shard
 from grank_kernels.recommender.training.evaluation import metrics, recommend
+from grank_kernels.recommender.training.run_folder import load_weights
 from grank_kernels.recommender.training.settings import KS, TrainingConfig
 
 
@@ -224,7 +225,7 @@ def fit(
             torch.set_float32_matmul_precision(before)
             model.group = None
     if folder is not None:
-        load_best(model, folder)
+        load_weights(model, folder)
     model.cpu().eval()
     return timer.time_elapsed("train")
 
@@ -245,9 +246,3 @@ def _check_shardable(model: Recommender, config: TrainingConfig, folder: str | P
         raise ValueError(
             'shard_items takes a model of softmax="batch", got one that needs the whole table at every step'
         )
-
-
-def load_best(model: Recommender, folder: str | Path) -> None:
-    """Give a model the weights of the best epoch of the run in a folder."""
-    state = torch.load(Path(folder) / "best.ckpt", weights_only=True, map_location="cpu")["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})

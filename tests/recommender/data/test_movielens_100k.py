@@ -9,7 +9,8 @@ from grank_kernels.recommender.data import read
 from grank_kernels.recommender.models import SequentialConfig, UniGRFConfig
 from grank_kernels.recommender.models.neighbours import Popularity
 from grank_kernels.recommender.training.evaluation import metrics
-from grank_kernels.recommender.training.experiment import DataConfig, Experiment, run
+from grank_kernels.recommender.training.experiment import DataConfig, Experiment
+from grank_kernels.recommender.training.run import run
 from grank_kernels.recommender.training.settings import TrainingConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

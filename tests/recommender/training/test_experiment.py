@@ -8,7 +8,9 @@ import pytest
 
 from grank_kernels.recommender.models import GRankConfig
 from grank_kernels.recommender.training.evaluation import metrics, recommend
-from grank_kernels.recommender.training.experiment import Experiment, evaluate, load, run
+from grank_kernels.recommender.training.experiment import Experiment
+from grank_kernels.recommender.training.run import evaluate, run
+from grank_kernels.recommender.training.run_folder import load_model
 from grank_kernels.recommender.training.settings import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,11 +59,22 @@ def test_what_is_saved_is_what_was(config: Path, tmp_path: Path) -> None:
     [
         ("model: grnk", "model must be one of dual_tower, grank, sequential, unigrf, got 'grnk'"),
         ("settings: {dim: 16}", "model must be one of .*, got None"),
-        ("model: grank\nsettings: {dims: 16}", "Key 'dims' not in 'GRankConfig'"),
-        ("model: grank\nsettings: {dim: wide}", "Value 'wide' of type 'str' could not be converted to Integer"),
-        ("model: grank\nsetting: {dim: 16}", "Key 'setting' is not in struct"),
-        ("model: grank\ntraining: {epochs: 1.5}", "Value '1.5' of type 'float' could not be converted to Integer"),
-        ("model: [grank", "did not find expected"),
+        (
+            "model: grank\nsettings: {dims: 16}",
+            r"settings\.dims is unknown.* did you mean settings\.dim\?.* hidden",
+        ),
+        ("model: grank\nsettings: {dim: wide}", r"settings\.dim must be int, got 'wide'"),
+        ("model: grank\nsetting: {dim: 16}", r"setting is unknown.* did you mean settings\?"),
+        ("model: grank\nepochs: 3", r"epochs is unknown; did you mean training\.epochs\?"),
+        ("model: grank\ntraining: {epochs: 1.5}", r"training\.epochs must be int, got '1\.5'"),
+        ("model: grank\ntraining: {epochs: [3]}", r"training\.epochs must be a single value, got a list"),
+        ("model: grank\ntraining: 3", "training must be a mapping of keys to values, got a str"),
+        ("model: grank\nmodel: unigrf", "model must be given once, got it 2 times"),
+        ("- grank", "the file must be a mapping of keys to values, got a list"),
+        ("", "the file must be a mapping of keys to values, got a NoneType"),
+        ("model: !!python/object/apply:os.system [true]", "could not determine a constructor for the tag"),
+        ("[" * 2_000, "expected YAML, got too deep a nesting"),
+        ("model: [grank", r"expected YAML, got .*line 1, column 14"),
     ],
 )
 def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -75,7 +88,8 @@ def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Pa
     ("override", "message"),
     [
         ("data.protocol=all", r"data\.protocol must be one of leave_one_out, half_and_half, got 'all'"),
-        ("data.positive=.nan", r"data\.positive must be finite, got nan"),
+        ("data.positive=nan", r"data\.positive must be finite, got nan"),
+        ("training.epochs", r"an override must be section\.key=value, got 'training\.epochs'"),
         ("settings.dim=0", r"settings\.dim must be 1 or more, got 0"),
         ("settings.dropout=1", r"settings\.dropout must be 0 or more and below 1, got 1\.0"),
         ("settings.temperature=0", r"settings\.temperature must be above 0, got 0\.0"),
@@ -126,7 +140,7 @@ def test_a_whole_run(config: Path, tmp_path: Path) -> None:
     assert set(report) >= {"users", "retrieved", "ranked_20", "auc", "seconds", "threads", "machine"}
     assert Experiment.load(folder / "experiment.yaml") == experiment
     split = experiment.data.split(experiment.data.read())
-    model = load(folder, split)
+    model = load_model(folder, split.num_items)
     found = recommend(model, split.test, 20)
     assert found.ranked is not None
     assert metrics(found.ranked, split.test.targets, (10,))["hr@10"] == report["ranked_20"]["hr@10"]
