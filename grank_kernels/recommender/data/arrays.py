@@ -1,4 +1,4 @@
-"""Interactions from arrays in an .npz file: what other data is easily brought into."""
+"""Interactions from arrays in an .npz file, as `numpy.savez` writes them."""
 
 import zipfile
 import zlib
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grank_kernels.recommender.data.interactions import Columns, Interactions
+from grank_kernels.recommender.data.columns import Columns, checked_ids, checked_ratings, checked_timestamps
+from grank_kernels.recommender.data.interactions import Interactions
 
 _NAMES = {
     "user": ("user", "session"),
@@ -16,21 +17,19 @@ _NAMES = {
     "timestamp": ("timestamp", "t_rel_days"),
     "rating": ("rating",),
 }
-_IDS = ("iuU", "integers or strings")
-_KINDS = {"user": _IDS, "item": _IDS, "timestamp": ("iu", "integers"), "rating": ("iuf", "numbers")}
 
 
 def read_arrays(path: str | Path) -> Interactions:
-    """Columns that `numpy.savez` wrote; other arrays in the file are ignored.
+    """The columns of an .npz file; other arrays in the file are ignored, and pickled ones refused.
 
     Args:
-        path: an .npz file, or the folder that holds one, with (n,) arrays `user` or `session` and `item` (integers or
-            strings), perhaps `timestamp` or `t_rel_days` (integers) and `rating` (finite numbers). Without times the
-            order of the rows is the order of time.
+        path: an .npz file, or a folder with one. Arrays, all (n,): `user` or `session` (integers or strings), `item`
+            (integers of 0 or more, or strings), and optionally `timestamp` or `t_rel_days` (integers) and `rating`
+            (finite numbers). Without timestamps the rows are in the order of time.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column that is missing or does not fit; the message names file and column.
+        ValueError: an array is missing or does not fit; the message names file, array and row.
     """
     path = Path(path)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
@@ -41,31 +40,39 @@ def read_arrays(path: str | Path) -> Interactions:
     file = files[0]
     try:
         with np.lib.npyio.NpzFile(file) as archive:  # type: ignore[arg-type]  # it opens paths, too
-            columns = {column: _column(file, archive, column) for column in _NAMES}
-    except (zipfile.BadZipFile, zlib.error) as error:
+            columns = _columns(file, archive)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ValueError(f"{file}: expected a whole .npz file, got a damaged or foreign one: {error}") from None
-    given: Columns = {name: values for name, values in columns.items() if values is not None}
-    shapes = {name: np.shape(values) for name, values in given.items()}
-    if len(set(shapes.values())) != 1:
-        raise ValueError(f"{file}: expected columns of one length, got {shapes}")
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not lengths["user"]:
+        raise ValueError(f"{file}: arrays must have one length of 1 or more, got {lengths}")
+    given: Columns = {**columns}
     return Interactions.take(given)
 
 
-def _column(file: Path, archive: Any, column: str) -> npt.NDArray[Any] | None:
-    name = next((name for name in _NAMES[column] if name in archive), None)
-    if name is None:
-        if column in ("user", "item"):
-            wanted = " or ".join(_NAMES[column])
-            raise ValueError(f"{file}: expected an array {wanted}, got {', '.join(archive) or 'none'}")
-        return None
-    kinds, takes = _KINDS[column]
+def _columns(file: Path, archive: Any) -> dict[str, npt.NDArray[Any]]:
+    columns = {}
+    for column, names in _NAMES.items():
+        name = next((name for name in names if name in archive), None)
+        if name is not None:
+            array = f"{file}: array {name}"
+            columns[column] = _checked(column, array, _plain(array, archive, name))
+        elif column in ("user", "item"):
+            raise ValueError(f"{file}: expected an array {' or '.join(names)}, got {', '.join(archive) or 'none'}")
+    return columns
+
+
+def _plain(array: str, archive: Any, name: str) -> npt.NDArray[Any]:
     try:
         values: npt.NDArray[Any] = archive[name]
-    except ValueError as error:
-        raise ValueError(f"{file}, array {name}: expected {takes}, got {error}") from None
-    if values.ndim != 1 or values.dtype.kind not in kinds or not len(values):
-        got = f"{values.dtype} of shape {values.shape}"
-        raise ValueError(f"{file}, array {name}: expected (n,) {takes}, n at least 1, got {got}")
-    if column == "rating" and not np.isfinite(values).all():
-        raise ValueError(f"{file}, array {name}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
+    except ValueError as error:  # NumPy's, of a damaged header or of pickled objects, which are never loaded
+        raise ValueError(f"{array} must be integers, numbers or strings, got {error}") from None
     return values
+
+
+def _checked(column: str, array: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if column == "timestamp":
+        return checked_timestamps(array, values)
+    if column == "rating":
+        return checked_ratings(array, values)
+    return checked_ids(array, values, negative=column == "user")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from grank_kernels.recommender.data.interactions import Columns, Numbered
+from grank_kernels.recommender.data.columns import Columns, Numbered
 
 _BLOCK = 1 << 24  # bytes of text parsed at a time
 
@@ -198,6 +198,8 @@ def _parse(block: bytes, layout: Layout) -> dict[str, Any]:
             columns[name] = column.cast(pa.int8()).to_numpy()
         else:
             columns[name] = column.to_numpy()
+            if name == "item" and len(column) and columns[name].min() < 0:
+                raise ValueError(f"{name} is negative")
             if kind == "float32" and not np.isfinite(columns[name]).all():
                 raise ValueError(f"{name} is not finite")
     return columns

@@ -3,48 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grank_kernels.common.arrays import as_tensor
+from grank_kernels.recommender.data.columns import (
+    Columns,
+    Numbered,
+    checked_ids,
+    checked_ratings,
+    checked_timestamps,
+)
+
 BEHAVIOURS = ("pv", "buy", "cart", "fav")
 """What `Interactions.behaviours` counts through: page view, purchase, put into the cart, marked as a favourite."""
 
 _ROWS = 1 << 22  # sorted at a time: working memory of 100 MB, whatever the size of the file
-
-
-class Numbered(NamedTuple):
-    """A column of ids as positions in the sorted list of them.
-
-    Attributes:
-        ids: (m,) ascending, each one found in the column.
-        numbers: (n,) int32: row r holds `ids[numbers[r]]`.
-    """
-
-    ids: npt.NDArray[Any]
-    numbers: Tensor
-
-    @classmethod
-    def of(cls, column: npt.NDArray[Any]) -> "Numbered":
-        """Number a column of any sortable type."""
-        if column.dtype.kind in "iu" and len(column):
-            if column.dtype.itemsize < 4:
-                column = column.astype(np.int32)
-            low, high = int(column.min()), int(column.max())
-            most = min(4 * len(column) + (1 << 16), 1 << 31)
-            if high - low < most and high < 1 << 62:  # as nearly all ids are: no sort, no column of int64
-                above = torch.from_numpy(column - low if low else column).to(torch.int32)
-                seen = torch.bincount(above) > 0
-                ids = seen.nonzero().squeeze(1).numpy() + low
-                return cls(ids, seen.cumsum(0, dtype=torch.int32).sub_(1).index_select(0, above))
-        ids, numbers = np.unique(column, return_inverse=True)
-        return cls(ids, torch.from_numpy(numbers.astype(np.int32)))
-
-
-Columns: TypeAlias = dict[str, npt.NDArray[Any] | Numbered]
 
 
 @dataclass(frozen=True)
@@ -111,35 +89,45 @@ class Interactions:
         """Sort the columns of a file and give users and items dense numbers.
 
         Args:
-            users: (n,) ids of any sortable type.
-            items: (n,) ids of any sortable type.
+            users: (n,) ids, integers or strings.
+            items: (n,) ids, integers of 0 or more, or strings.
             timestamps: (n,) integers; None if the rows are in the order of time already.
-            ratings: (n,) numbers, or None.
-            titles: original item id -> name.
+            ratings: (n,) finite numbers, or None.
+            titles: original item id -> title.
 
         Raises:
-            ValueError: columns of different lengths or of more than one dimension, or of a type that does not fit.
+            TypeError: `titles` is no mapping to strings.
+            ValueError: columns of different lengths, a value that does not fit (the message names column and row), or
+                titles of which none names an item.
         """
-        given = {"user": users, "item": items, "timestamp": timestamps, "rating": ratings}
-        columns: Columns = {name: np.asarray(column) for name, column in given.items() if column is not None}
-        shapes = [np.shape(column) for column in columns.values()]
-        if len(shapes[0]) != 1 or len(set(shapes)) != 1:
-            raise ValueError(f"{', '.join(f'{name}s' for name in columns)} must be columns of one length, got {shapes}")
-        for name, kinds, takes in (("timestamp", "iu", "integers"), ("rating", "iuf", "numbers")):
-            dtype = np.asarray(columns.get(name, 0)).dtype
-            if dtype.kind not in kinds:
-                raise ValueError(f"{name}s are {dtype}; they take {takes}")
-        return cls.take(columns, titles)
+        if titles is not None:
+            _check_titles(titles)
+        columns: Columns = {"user": checked_ids("users", users, negative=True), "item": checked_ids("items", items)}
+        if timestamps is not None:
+            columns["timestamp"] = checked_timestamps("timestamps", timestamps)
+        if ratings is not None:
+            columns["rating"] = checked_ratings("ratings", ratings)
+        lengths = {f"{name}s": len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"{', '.join(lengths)} must be columns of one length, got {list(lengths.values())}")
+        taken = cls.take(columns, titles)
+        if titles and len(taken) and not any(item in titles for item in taken.item_ids.tolist()):
+            key, item = next(iter(titles)), taken.item_ids.tolist()[0]
+            raise ValueError(f"titles must have item ids as keys, such as {item!r}, got keys such as {key!r}")
+        return taken
 
     @classmethod
     def take(cls, columns: Columns, titles: Mapping[Any, str] | None = None) -> "Interactions":
-        """As `from_columns`, but every column is taken out of `columns`, so that its memory is free after its use.
+        """`from_columns` of validated columns, each removed from `columns` so that its memory is freed after its use.
 
-        Of columns of four bytes, at most 29 bytes a row are held at once.
+        With columns of four bytes, at most 29 bytes a row are held at once.
 
         Args:
-            columns: `user` and `item`, numbered or not, and perhaps `timestamp`, `rating` and `behaviour`, all (n,).
-            titles: original item id -> name.
+            columns: `user` and `item`, numbered or not, and optionally `timestamp`, `rating` and `behaviour`, all (n,).
+            titles: original item id -> title.
+
+        Raises:
+            ValueError: 2^31 rows or more, which int32 row numbers do not reach.
         """
 
         def numbered(name: str) -> Numbered:
@@ -150,12 +138,14 @@ class Interactions:
             column: Any = columns.pop(name, None)
             if column is None:
                 return None
-            if column.dtype.kind == "u":  # which torch can hold, but hardly work with
+            if column.dtype.kind == "u":  # torch has few ops on unsigned integers
                 column = column.astype(np.int64)
-            return torch.from_numpy(column).index_select(0, order).to(dtype)
+            return cast(Tensor, as_tensor(name, column)).index_select(0, order).to(dtype)
 
         user_ids, users = numbered("user")
         item_ids, items = numbered("item")
+        if len(users) >= 1 << 31:
+            raise ValueError(f"columns must have fewer than 2^31 rows, got {len(users)}")
         offsets = torch.cat(
             [torch.zeros(1, dtype=torch.int64), torch.bincount(users, minlength=len(user_ids)).cumsum(0)]
         )
@@ -187,3 +177,14 @@ def _order(users: Tensor, offsets: Tensor, timestamps: Any) -> Tensor:
         keys = (numbers[rows],) if timestamps is None else (timestamps[rows], numbers[rows])
         order[offsets[first] : offsets[stop]] = rows[np.lexsort(keys)]  # stable
     return torch.from_numpy(order)
+
+
+def _check_titles(titles: Any) -> None:
+    if not isinstance(titles, Mapping):
+        raise TypeError(
+            f"titles must be a mapping of item id to title, got {type(titles).__name__}; "
+            "dict(zip(items, titles)) makes one"
+        )
+    for item, title in titles.items():
+        if not isinstance(title, str):
+            raise TypeError(f"titles must be strings, got {title!r} for item {item!r}")
