@@ -1,6 +1,5 @@
-"""`mips_topk`: the public function."""
+"""`mips_topk` and `count_rescored`: the public functions."""
 
-from functools import partial
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -8,10 +7,12 @@ import numpy.typing as npt
 import torch
 from torch.utils import _pytree
 
-from grank_kernels.common.arrays import Array, SupportsDLPack, as_tensor
+from grank_kernels.common.arrays import Array, SupportsDLPack, readable
 from grank_kernels.common.checks import shape_of
+from grank_kernels.distributed.ranks import attempt
 from grank_kernels.distributed.sharded_table import ShardedItemTable
-from grank_kernels.ops.mips_topk import Exclude, Progress, search_table
+from grank_kernels.ops.mips_topk import search
+from grank_kernels.ops.requests import Exclude, Progress, search_request
 from grank_kernels.table.item_table import ItemTable
 
 
@@ -113,12 +114,13 @@ def mips_topk(
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
-    asked, allowed = as_tensor("queries", queries), as_tensor("allow", allow)
-    search = search_table if progress is None else partial(search_table, progress=progress)
     if isinstance(items, ShardedItemTable):
-        values, indices = items.search(search, asked, k, exclude, allowed, backend)
+        # an invalid argument is an error on all ranks, so the table receives the exception
+        values, indices = items.search(
+            attempt(search_request, queries, items.local, k, exclude, allow, backend, progress, items.num_ids)
+        )
     else:
-        values, indices, _ = search(asked, items, k, exclude, allowed, backend)
+        values, indices, _ = search(search_request(queries, items, k, exclude, allow, backend, progress))
     top = TopK(values, indices) if out is None else _write(out, values, indices)
     return TopKArrays(top.values.numpy(force=True), top.indices.numpy()) if isinstance(queries, np.ndarray) else top
 
@@ -152,8 +154,7 @@ def count_rescored(
         TypeError: an argument is of the wrong type.
         ValueError: as `mips_topk`, and for items without an int8 copy or a backend that does not use it.
     """
-    asked, allowed = as_tensor("queries", queries), as_tensor("allow", allow)
-    *_, rescored = search_table(asked, items, k, exclude, allowed, backend)
+    *_, rescored = search(search_request(queries, items, k, exclude, allow, backend))
     if rescored is None:
         raise ValueError(
             "items have no int8 copy that this backend uses; it takes an ItemTable made with coarse=torch.int8"
@@ -163,14 +164,22 @@ def count_rescored(
 
 def _write(out: Any, values: torch.Tensor, indices: torch.Tensor) -> TopK:
     if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(x, torch.Tensor) for x in out):
-        raise TypeError("out must be a pair of tensors (values, indices)")
+        raise TypeError(f"out must be a pair of tensors (values, indices), got {_kinds(out)}")
     if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out does not take part in gradients: call under torch.no_grad(), or without out")
+        raise ValueError("out must be None where a gradient is recorded: call under torch.no_grad(), or without out")
     for name, given, computed in zip(("values", "indices"), out, (values, indices), strict=True):
+        readable(f"out's {name}", given)
+        if given.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"out's {name} must not require a gradient, which it would not get")
         if given.dtype != computed.dtype or given.shape != computed.shape or given.device != computed.device:
             raise ValueError(
-                f"out's {name} are {given.dtype} {shape_of(given)} on {given.device}; "
-                f"they take {computed.dtype} {shape_of(computed)} on {computed.device}"
+                f"out's {name} must be {computed.dtype} {shape_of(computed)} on {computed.device}, "
+                f"got {given.dtype} {shape_of(given)} on {given.device}"
             )
         given.copy_(computed)
     return TopK(out[0], out[1])
+
+
+def _kinds(x: Any) -> str:
+    """The types in a tuple or list, or the type, for a message."""
+    return f"({', '.join(type(each).__name__ for each in x)})" if isinstance(x, (tuple, list)) else type(x).__name__

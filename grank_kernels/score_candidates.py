@@ -13,7 +13,7 @@ from grank_kernels.common.checks import (
     check_tensor,
 )
 from grank_kernels.ops.dispatch import choose, is_plain
-from grank_kernels.ops.operands import version_of
+from grank_kernels.ops.requests import version_of
 from grank_kernels.ops.score_candidates import score
 from grank_kernels.table.item_table import ItemTable
 from grank_kernels.table.versions import Version

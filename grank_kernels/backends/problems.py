@@ -1,7 +1,7 @@
-"""What a backend is told of a call: one type an op, its fields in the order of the op's schema.
+"""The arguments of a backend's function: one type an op, its fields in the order of the op's schema.
 
-Shapes, dtypes and devices are checked, strides are not. On the CPU candidate ids, offsets and lengths are checked too;
-on a GPU, where looking would cost a synchronisation, they may hold anything.
+Shapes, dtypes and devices are validated; strides are arbitrary. On the CPU ids, offsets and lengths are validated too;
+on a GPU, where reading them would synchronise, they may hold anything.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class MipsTopkProblem(NamedTuple):
         ids: (N,) int64, which order equal scores and which `exclude_ids` name; None: the positions.
         k: 1 or more.
         exclude_offsets: (B + 1,) int64, or None: query b must not be given
-            `exclude_ids[exclude_offsets[b] : exclude_offsets[b + 1]]`. What these two hold, the backend checks.
+            `exclude_ids[exclude_offsets[b] : exclude_offsets[b + 1]]`.
         exclude_ids: (E,) int64, -1 for none; or None.
         allow: (N,) or (B, N) bool, the eligible rows; None: all.
     """

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
-from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.quantise import Coarse, certify_queries, quantise
 
 SEGMENT = 128  # dimensions summed before the partial sum is added to the total
@@ -156,8 +155,6 @@ def _excluded_positions(
     if offsets is None or excluded is None:
         return None
     offsets, excluded = offsets.contiguous(), excluded.contiguous()  # searchsorted warns otherwise
-    if offsets.device.type == "cpu":
-        check_exclude(offsets, excluded, None if ids is not None else N)
     entry = torch.arange(len(excluded), device=excluded.device)
     query = torch.searchsorted(offsets, entry, right=True) - 1
     known = (query >= 0) & (query < B) & (excluded >= 0)

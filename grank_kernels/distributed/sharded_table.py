@@ -15,7 +15,7 @@ all-to-all brings every rank the lists of its own.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,16 +25,17 @@ import torch.nn.functional as F
 import xxhash
 from torch.distributed.device_mesh import DeviceMesh
 
-from grank_kernels.common.checks import FLOATS, check_exclude, check_k, check_tensor, exclusions, shape_of
+from grank_kernels.common.checks import FLOATS, shape_of
 from grank_kernels.distributed.ranks import Ranks, ShardError, attempt
 from grank_kernels.ops.mapped_search import best_of, within
+from grank_kernels.ops.mips_topk import search
+from grank_kernels.ops.requests import SearchRequest
 from grank_kernels.table.item_table import ItemTable
 
 __all__ = ["ShardError", "ShardedItemTable"]
 
 _DTYPES = (*FLOATS, torch.int8)
 _MOST = (1 << 63) - 1  # what an int64 holds
-Search = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 Lists = tuple[torch.Tensor, torch.Tensor]  # values and ids
 
 
@@ -130,62 +131,48 @@ class ShardedItemTable:
         ranks = self._ranks
         return f"ShardedItemTable({len(self):_} rows, of which rank {ranks.rank} of {ranks.size} has {self._table!r})"
 
-    def search(
-        self, op: Search, queries: torch.Tensor, k: int, exclude: Any, allow: torch.Tensor | None, backend: str | None
-    ) -> Lists:
-        """What `mips_topk` returns.
+    @property
+    def num_ids(self) -> int | None:
+        """Number of rows of all shards if their ids are positions; None if the shards have ids of their own."""
+        return None if self._first is None else self._length
+
+    def search(self, request: SearchRequest | Exception) -> Lists:
+        """The result of `mips_topk`, without a gradient.
 
         Args:
-            op: searches one table; it takes (queries, table, k, exclude, allow, backend).
-            queries: as `mips_topk` takes them. The result has no gradient, for which rows of other ranks were needed.
-            k: the same on every rank.
-            exclude: ids of any shard; those that a shard does not hold are ignored.
-            allow: bool (n,) for the n rows of this rank's shard; also (B, n), unless each rank brings its queries.
-            backend: for this rank's search.
+            request: the validated arguments of this rank, `allow` one entry a row of this rank's shard; or the
+                exception that one of them caused, which is then raised on this rank.
 
         Raises:
-            TypeError: as `mips_topk`, on the rank that has the argument.
-            ValueError: as `mips_topk`, on the rank that has the argument; on every rank, if k or the queries differ.
+            ValueError: on every rank, if k or the queries differ; on this rank, what a sharded search cannot take.
             ShardError: another rank raised or is lost.
         """
-        step, call = "comparing the arguments", attempt(self._checked, queries, k, exclude, allow)
+        step, call = "comparing the arguments", attempt(self._call, request)
         agreed = self._ranks.start_agreeing(step, call.facts if isinstance(call, _Call) else call)
         if isinstance(call, _Call) and self._scatters:
             call = self._joint(call, self._compared(agreed()))
-        found = attempt(self._local, op, call, allow, backend) if isinstance(call, _Call) else call
+        found = attempt(self._local, call.request) if isinstance(call, _Call) else call
         calls = self._compared(agreed())
         values, ids = self._merged(found, calls)
-        return (values[0], ids[0]) if queries.dim() == 1 else (values, ids)
+        return (values[0], ids[0]) if isinstance(request, SearchRequest) and request.one else (values, ids)
 
     # ---- before the search ----
 
-    def _checked(self, queries: Any, k: Any, exclude: Any, allow: Any) -> "_Call":
-        """What can be checked before other ranks are asked; the rest is checked by `op`."""
-        check_tensor("queries", queries, FLOATS, (1, 2))
+    def _call(self, request: SearchRequest | Exception) -> "_Call":
+        """The request as a shard takes it."""
+        if isinstance(request, Exception):
+            raise request
+        queries, version = request.queries, request.version
         if queries.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "queries require a gradient, which a search of a ShardedItemTable does not have: detach them, "
-                "or search under torch.no_grad()"
+                "queries must not require a gradient, which a search of a ShardedItemTable does not have: "
+                "queries.detach(), or torch.no_grad()"
             )
-        k = check_k(k)
-        if k > _MOST:
-            raise ValueError(f"k is {k}; with a ShardedItemTable it takes at most {_MOST}")
-        if queries.shape[-1] != self._table.dim:
-            raise ValueError(
-                f"queries are {shape_of(queries)}; for these items the last dimension is {self._table.dim}"
-            )
-        if self._scatters and isinstance(allow, torch.Tensor) and allow.dim() != 1:
-            raise ValueError(f"allow has shape {shape_of(allow)}; where each rank brings its queries it takes (n,)")
-        table = self._table.snapshot()
-        if self._first is not None and len(table) and table.operands()[2] is not None:
-            raise ValueError("items: a shard without ids of its own was updated; make it with ids for that")
-        one = queries.dim() == 1
-        joined = queries[None] if one else queries
-        if exclude is not None:
-            exclude = offsets, excluded = exclusions(exclude, len(joined), one, queries.device)
-            if queries.is_cpu:
-                check_exclude(offsets, excluded, None if self._first is None else self._length)
-        return _Call(table, joined, k, exclude)
+        if self._scatters and request.allow is not None and request.allow.dim() != 1:
+            raise ValueError(f"allow must be (n,) where each rank brings its queries, got {shape_of(request.allow)}")
+        if self._first is not None and version.live and version.columns.ids is not None:
+            raise ValueError("items must have ids of their own to be updated, got a shard without, updated")
+        return _Call(request._replace(one=False))
 
     def _compared(self, facts: list[list[int]]) -> list["_Facts"]:
         """What all ranks were called with, which must agree; all see the same, so all raise or none."""
@@ -199,10 +186,11 @@ class ShardedItemTable:
         return calls
 
     def _joint(self, call: "_Call", calls: Sequence["_Facts"]) -> "_Call":
-        """The queries of all ranks, in their order, and what each is not to get."""
-        queries = call.queries
+        """The queries of all ranks, in their order, and what each excludes."""
+        queries, offsets, excluded = call.request.queries, call.request.exclude_offsets, call.request.exclude_ids
         B, d = queries.shape
-        offsets, excluded = call.exclude or (torch.zeros(B + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        if offsets is None or excluded is None:
+            offsets, excluded = torch.zeros(B + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         parts = [offsets, excluded, _words(queries)]
         longest = max(of.num_queries + 1 + of.num_excluded + _num_words(of.num_queries, queries) for of in calls)
         message = torch.cat([x.to(self._ranks.device) for x in parts])
@@ -217,17 +205,19 @@ class ShardedItemTable:
             joint_excluded.append(excluded)
             before += of.num_excluded
         ends = torch.cat([*joint_offsets, offsets.new_tensor([before])])
-        exclude = (ends, torch.cat(joint_excluded)) if before else None
-        return _Call(call.table, torch.cat(joint_queries), call.k, exclude)
+        joint = call.request._replace(queries=torch.cat(joint_queries), exclude_offsets=None, exclude_ids=None)
+        if before:
+            joint = joint._replace(exclude_offsets=ends, exclude_ids=torch.cat(joint_excluded))
+        return _Call(joint)
 
     # ---- the search and after it ----
 
-    def _local(self, op: Search, call: "_Call", allow: torch.Tensor | None, backend: str | None) -> Lists:
+    def _local(self, request: SearchRequest) -> Lists:
         """The best of this shard, as many as it may have."""
-        n, first, exclude = len(call.table), self._first, call.exclude
-        if exclude is not None and first is not None:
-            exclude = exclude[0], within(exclude[1], slice(first, first + n))
-        values, ids, _ = op(call.queries, call.table, min(call.k, max(n, 1)), exclude, allow, backend)
+        n, first, excluded = request.version.live, self._first, request.exclude_ids
+        if excluded is not None and first is not None:
+            excluded = within(excluded, slice(first, first + n))
+        values, ids, _ = search(request._replace(k=min(request.k, max(n, 1)), exclude_ids=excluded))
         return values, ids if first is None else torch.where(ids >= 0, ids + first, -1)
 
     def _merged(self, found: Lists | Exception, calls: Sequence["_Facts"]) -> Lists:
@@ -301,19 +291,16 @@ class _Facts(NamedTuple):
 
 @dataclass
 class _Call:
-    """The checked arguments of a search, of one rank or of all of them."""
+    """A request, of one rank or of all of them, and the facts that the other ranks receive."""
 
-    table: ItemTable
-    queries: torch.Tensor  # (B, d)
-    k: int
-    exclude: tuple[torch.Tensor, torch.Tensor] | None = None  # offsets and ids
+    request: SearchRequest
 
     def __post_init__(self) -> None:
-        """What the other ranks are told."""
-        queries, num_excluded = self.queries, 0 if self.exclude is None else len(self.exclude[1])
+        """Computes the facts."""
+        queries, excluded = self.request.queries, self.request.exclude_ids
         checksum = xxhash.xxh3_64_intdigest(_bytes(queries).numpy().data) & _MOST if queries.is_cpu else 0
-        code = _DTYPES.index(queries.dtype)
-        self.facts = _Facts(len(self.table), len(queries), self.k, code, checksum, num_excluded)
+        code, num_excluded = _DTYPES.index(queries.dtype), 0 if excluded is None else len(excluded)
+        self.facts = _Facts(self.request.version.live, len(queries), self.request.k, code, checksum, num_excluded)
 
 
 def short_list(k: int, num_shards: int) -> int:

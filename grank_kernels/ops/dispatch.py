@@ -1,14 +1,14 @@
-"""What every op does alike: choose a backend, and skip torch's dispatcher where nobody could tell."""
+"""Backend selection, and a fast path that bypasses torch's dispatcher where no mode, transform or gradient needs it."""
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grank_kernels.backends import BACKENDS
+from grank_kernels.common.checks import one_of
+from grank_kernels.ops.transforms import in_transform
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _tracing_state = torch._C._get_tracing_state
-_functorch_level = torch._C._functorch.maybe_current_level
 
 
 def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
@@ -22,7 +22,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
             if supports(op, name, *tensors):
                 return name
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it takes None or one of {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend must be {one_of([None, *map(repr, BACKENDS)])}, got {backend!r}")
     reason = _unsupported(op, backend, tensors)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
@@ -44,18 +44,17 @@ def _unsupported(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> st
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """True where a call through torch's dispatcher would do nothing but call the backend.
+    """Whether torch's dispatcher would only call the backend: its overhead exceeds a search of a thousand items.
 
-    That is: no compiling or tracing, no dispatch mode, no functional transform, no tensor subclass, no tensor without
-    data or with a sign yet to be applied (`is_neg`), no gradient to be recorded. The dispatcher costs more than a
-    search of a thousand items.
+    True without compilation, tracing, dispatch mode, `torch.func` transform, forward-mode differentiation, tensor
+    subclass, meta tensor, negative view (`is_neg`) and gradient to record.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _tracing_state() is not None:
         return False
-    if forward_ad._current_level >= 0 or _functorch_level() is not None:
+    if in_transform():
         return False
     grad = torch.is_grad_enabled()
-    for x in tensors:  # noqa: SIM110  any() takes twice as long, of a call that takes 15 microseconds
+    for x in tensors:  # noqa: SIM110  any() takes twice as long, in a call of 15 microseconds
         if type(x) not in _PLAIN or x.is_meta or x.is_neg() or (grad and x.requires_grad):
             return False
     return True

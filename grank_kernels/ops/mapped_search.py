@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from grank_kernels.backends.problems import MipsTopkProblem
-from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.mapping import Mapping, streamed
 
 PART_BYTES = 1 << 24
@@ -27,15 +26,13 @@ def search(
     Rows, scales and ids are in `mapping`. After every part, `progress` is told how many rows are done, and how many
     there are.
     """
-    queries, rows, row_scale, ids, k, offsets, excluded, allow = problem
+    queries, rows, row_scale, ids, k, _, excluded, allow = problem
     columns = [x for x in (rows, row_scale, ids) if x is not None]
 
     def read_ahead(part: slice) -> None:
         for x in columns:
             mapping.read_ahead(x[part])
 
-    if ids is None and offsets is not None and excluded is not None:
-        check_exclude(offsets, excluded, len(rows))
     values = torch.empty(len(queries), 0, dtype=torch.float32, device=queries.device)
     found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part in streamed(_parts(rows), read_ahead):

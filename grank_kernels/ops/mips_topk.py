@@ -1,106 +1,59 @@
 """The search of one table, and the torch ops `grank::mips_topk` and `grank::mips_topk_certified`."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import MipsTopkProblem
-from grank_kernels.common.arrays import Array
-from grank_kernels.common.checks import FLOATS, check_device, check_k, check_tensor, exclusions, shape_of
+from grank_kernels.common.checks import check_exclude
 from grank_kernels.ops import mapped_search
-from grank_kernels.ops.dispatch import choose, is_plain, supports
-from grank_kernels.ops.operands import version_of
-from grank_kernels.table.item_table import ItemTable
+from grank_kernels.ops.dispatch import is_plain, supports
+from grank_kernels.ops.requests import SearchRequest
+from grank_kernels.ops.transforms import TransformableOp, dispatch
 from grank_kernels.table.quantise import Coarse
 
-Exclude = Array | tuple[Array, Array]
-Progress = Callable[[int, int], object]
 
+def search(request: SearchRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Values and ids (B, k), and the number of rows that a certified search rescored (B,), else None.
 
-def search_table(
-    queries: torch.Tensor,
-    items: "Array | ItemTable",
-    k: int,
-    exclude: Exclude | None,
-    allow: torch.Tensor | None,
-    backend: str | None,
-    progress: Progress | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Checks the arguments and searches: values, indices and, of a certified search, the rows it rescored."""
-    check_tensor("queries", queries, FLOATS, (1, 2))
-    one = queries.dim() == 1
-    queries_2d = queries[None] if one else queries
-    version = version_of(items)
+    Of one query the results have no dimension B.
+    """
+    queries, version, k, offsets, excluded, allow, backend, progress, one = request
     rows, row_scale, ids, coarse = version.operands()
-    (B, d), width = queries_2d.shape, rows.shape[1]
-    if d != width:
-        raise ValueError(
-            f"queries and items differ in width: queries are {shape_of(queries)}, items {shape_of(rows)}; "
-            f"both take d = {width} as the last dimension"
-        )
-    if rows.device != queries.device and not _streams(queries, rows):
-        raise ValueError(
-            f"queries are on {queries.device} and items on {rows.device}; both must be on one device, as after "
-            f"queries.to({str(rows.device)!r}), or the queries on a GPU and the items in pinned host memory"
-        )
-    k = check_k(k)
-    offsets, excluded = None, None
-    if exclude is not None:
-        offsets, excluded = exclusions(exclude, B, one, queries.device)
-    if allow is not None:
-        _check_allow(allow, B, version.live, queries.device)
     if version.alive is not None:
         allow = version.alive if allow is None else _by_position(allow, version.alive)
-    if ids is not None and ids.device != queries.device:
+    if ids is not None and ids.device != queries.device:  # rows in pinned host memory
         ids = ids.to(queries.device, non_blocking=True)
-    name = choose("mips_topk", backend, queries_2d, rows)
-    problem = MipsTopkProblem(queries_2d, rows, row_scale, ids, k, offsets, excluded, allow)
-    plain = is_plain(queries_2d, rows)
-    results: tuple[torch.Tensor, ...]
-    if coarse is not None and supports("mips_topk_certified", name, queries_2d, rows):
-        if plain:
-            results = BACKENDS[name].mips_topk_certified(problem, coarse)
-        else:
-            results = torch.ops.grank.mips_topk_certified.default(queries_2d, rows, *coarse, *problem[3:], name)
+    problem = MipsTopkProblem(queries, rows, row_scale, ids, k, offsets, excluded, allow)
+    plain = is_plain(*(x for x in (queries, rows, offsets, excluded, allow) if x is not None))
+    rescored = None
+    if coarse is not None and supports("mips_topk_certified", backend, queries, rows):
+        certified = BACKENDS[backend].mips_topk_certified if plain else partial(_dispatched_certified, backend=backend)
+        values, positions, rescored = certified(problem, coarse)
     else:
-        op = BACKENDS[name].mips_topk if plain else lambda p: torch.ops.grank.mips_topk.default(*p, name)
-        if version.mapping is None:
-            results = op(problem)
+        op = BACKENDS[backend].mips_topk if plain else partial(_dispatched, backend=backend)
+        if version.mapping is not None:
+            values, positions = mapped_search.search(op, version.mapping, problem, progress)
+            ids = None  # `positions` holds ids already
         else:
-            results = mapped_search.search(op, version.mapping, problem, progress)
-            ids = None  # the result holds them
-    values, positions, *more = results
-    indices = positions if ids is None else _external(positions, ids)
-    rescored = more[0] if more else None
+            values, positions = op(problem)
+    indices = positions if ids is None else _ids_at(positions, ids)
     if one:
         return values[0], indices[0], None if rescored is None else rescored[0]
     return values, indices, rescored
 
 
-def _streams(queries: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether rows in host memory can be copied to the queries' GPU as they are searched."""
-    return queries.is_cuda and rows.is_cpu and rows.is_pinned()
-
-
-def _check_allow(allow: Any, B: int, N: int, device: torch.device) -> None:
-    check_tensor("allow", allow, (torch.bool,), (1, 2))
-    if tuple(allow.shape) not in ((N,), (B, N)):
-        takes = f"for {B} queries and {N} items it takes ({N},) or ({B}, {N})"
-        raise ValueError(f"allow has shape {shape_of(allow)}; {takes}")
-    check_device("allow", allow, "queries", device)
-
-
 def _by_position(allow: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-    """`allow`, which has an entry a row, with an entry a position."""
+    """`allow` with one entry a position instead of one a row: positions without a row are not eligible."""
     spread = allow.new_zeros((*allow.shape[:-1], len(alive)))
     spread[..., alive] = allow
     return spread
 
 
-def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The ids of the rows at `positions`, -1 where there is none."""
+def _ids_at(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`ids[positions]`, -1 where the position is -1."""
     if ids.shape[0] == 0:
         return positions
     return torch.where(positions >= 0, ids[positions.clamp(min=0)], -1)
@@ -108,88 +61,178 @@ def _external(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 # ---- the torch ops ----
 
+_FILTERS = "Tensor? exclude_offsets, Tensor? exclude_ids, Tensor? allow"
 torch.library.define(
     "grank::mips_topk",
-    "(Tensor queries, Tensor items, Tensor? row_scale, Tensor? ids, SymInt k, Tensor? exclude_offsets, "
-    "Tensor? exclude_ids, Tensor? allow, str backend) -> (Tensor values, Tensor positions)",
+    f"(Tensor queries, Tensor items, Tensor? row_scale, Tensor? ids, SymInt k, {_FILTERS}, str backend) -> "
+    "(Tensor values, Tensor positions)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-
-
-@torch.library.impl("grank::mips_topk", "default")
-def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *fields, backend = operands
-    values, positions = BACKENDS[backend].mips_topk(MipsTopkProblem(*fields))
-    return values, positions
-
-
 torch.library.define(
     "grank::mips_topk_certified",
     "(Tensor queries, Tensor items, Tensor coarse_rows, Tensor coarse_scale, Tensor coarse_error, Tensor? basis, "
-    "Tensor? ids, SymInt k, Tensor? exclude_offsets, Tensor? exclude_ids, Tensor? allow, str backend) -> "
-    "(Tensor values, Tensor positions, Tensor rescored)",
+    f"Tensor? ids, SymInt k, {_FILTERS}, str backend) -> (Tensor values, Tensor positions, Tensor rescored)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@torch.library.impl("grank::mips_topk_certified", "default")
+def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = operands
+    problem = MipsTopkProblem(*fields)
+    _check_excluded(problem)
+    values, positions = BACKENDS[backend].mips_topk(problem)
+    return values, positions
+
+
 def _run_certified(
-    queries: torch.Tensor, items: torch.Tensor, *operands: Any
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    coarse_rows: torch.Tensor,
+    coarse_scale: torch.Tensor,
+    coarse_error: torch.Tensor,
+    basis: torch.Tensor | None,
+    *operands: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, scale, error, basis, *fields, backend = operands
+    *fields, backend = operands
+    problem = MipsTopkProblem(queries, items, None, *fields)
+    _check_excluded(problem)
     values, positions, rescored = BACKENDS[backend].mips_topk_certified(
-        MipsTopkProblem(queries, items, None, *fields), Coarse(rows, scale, error, basis)
+        problem, Coarse(coarse_rows, coarse_scale, coarse_error, basis)
     )
     return values, positions, rescored
 
 
-def _fake(queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any) -> Any:
+def _check_excluded(problem: MipsTopkProblem) -> None:
+    """For callers that no request has checked: compiled graphs, transforms."""
+    if problem.exclude_offsets is not None and problem.exclude_ids is not None:
+        limit = None if problem.ids is not None else len(problem.items)
+        check_exclude(problem.exclude_offsets, problem.exclude_ids, limit)
+
+
+def _fake(
+    queries: torch.Tensor, items: torch.Tensor, row_scale: Any, ids: Any, k: int, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_certified(queries: torch.Tensor, *operands: Any) -> Any:
-    values, positions = _fake(queries, *operands[:2], None, operands[6])
-    return values, positions, queries.new_empty(queries.shape[:1], dtype=torch.int64)
+def _fake_certified(
+    queries: torch.Tensor, items: torch.Tensor, rows: Any, scale: Any, error: Any, basis: Any, ids: Any, k: int, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_fake(queries, items, None, ids, k), queries.new_empty(queries.shape[:1], dtype=torch.int64)
+
+
+# ---- derivatives ----
+
+
+def _save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     queries, items, row_scale = inputs[:3]
     _, positions = output
     ctx.mark_non_differentiable(positions)
-    ctx.save_for_backward(queries, items, row_scale, positions)
+    _save(ctx, queries, items, row_scale, positions)
 
 
 def _setup_context_certified(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    queries, items = inputs[:2]
     _, positions, rescored = output
     ctx.mark_non_differentiable(positions, rescored)
-    ctx.save_for_backward(*inputs[:2], None, positions)
+    _save(ctx, queries, items, None, positions)
+
+
+def _rows_at(
+    rows: torch.Tensor, row_scale: torch.Tensor | None, positions: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """(B, k, d) float32: the rows at `positions`, wherever they are; zeros where the position is -1."""
+    if len(rows) == 0:
+        return torch.zeros((*positions.shape, rows.shape[1]), device=device)
+    at = positions.clamp(min=0).to(rows.device)
+    picked = rows[at].float() if row_scale is None else rows[at] * row_scale[at][..., None]
+    return picked.to(device).masked_fill((positions < 0)[..., None], 0)
 
 
 def _backward(ctx: Any, grad_values: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     """The gradient of values[b, j] = <queries[b], items[positions[b, j]]>; deterministic, no (B, N) matrix."""
     queries, items, row_scale, positions = ctx.saved_tensors
-    (B, k), (N, d) = positions.shape, items.shape
-    found = (positions >= 0)[..., None]
-    rows = positions.clamp(min=0)
-    weights = grad_values[..., None]
+    found, weights = (positions >= 0)[..., None], grad_values[..., None]
     grad_queries = grad_items = None
     if ctx.needs_input_grad[0]:
-        if N == 0:
-            grad_queries = torch.zeros_like(queries)
-        else:
-            there = rows.to(items.device)  # which may be the host
-            picked = items[there].float() if row_scale is None else items[there] * row_scale[there][..., None]
-            picked = picked.to(queries.device)
-            grad_queries = (weights * picked).masked_fill(~found, 0).sum(1).to(queries.dtype)
+        picked = _rows_at(items, row_scale, positions, queries.device)
+        grad_queries = (weights * picked).masked_fill(~found, 0).sum(1).to(queries.dtype)
     if ctx.needs_input_grad[1]:
-        by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).reshape(B * k, d)
-        grad_items = torch.ops.aten.embedding_dense_backward(by_place, rows.reshape(-1), N, -1, False)
+        by_place = (weights * queries.float()[:, None]).masked_fill(~found, 0).flatten(0, 1)
+        grad_items = torch.ops.aten.embedding_dense_backward(
+            by_place, positions.clamp(min=0).flatten(), items.shape[0], -1, False
+        )
         grad_items = grad_items.to(items.device, items.dtype)
     return grad_queries, grad_items, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
+def _tangent(
+    ctx: Any, queries_tangent: torch.Tensor | None, items_tangent: torch.Tensor | None, *_: Any
+) -> torch.Tensor:
+    """The directional derivative of `values`, (B, k) float32; 0 where nothing was found."""
+    queries, items, row_scale, positions = ctx.saved_tensors
+    tangent = torch.zeros(positions.shape, device=queries.device)
+    if queries_tangent is not None:
+        picked = _rows_at(items, row_scale, positions, queries.device)
+        tangent = tangent + torch.einsum("bd,bkd->bk", queries_tangent.float(), picked)
+    if items_tangent is not None:
+        moved = _rows_at(items_tangent, None, positions, queries.device)
+        tangent = tangent + torch.einsum("bd,bkd->bk", queries.float(), moved)
+    return tangent.masked_fill(positions < 0, 0)
+
+
+class _Search(TransformableOp):
+    """`grank::mips_topk` inside `torch.func` transforms and forward-mode differentiation."""
+
+    op = torch.ops.grank.mips_topk.default
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        """Tangents of values and positions."""
+        return _tangent(ctx, *tangents), None
+
+
+class _CertifiedSearch(TransformableOp):
+    """`grank::mips_topk_certified` inside `torch.func` transforms and forward-mode differentiation."""
+
+    op = torch.ops.grank.mips_topk_certified.default
+    setup_context = staticmethod(_setup_context_certified)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
+        """Tangents of values, positions and rescored."""
+        return _tangent(ctx, *tangents), None, None
+
+
+torch.library.impl("grank::mips_topk", "default", _run)
 torch.library.register_fake("grank::mips_topk", _fake)
 torch.library.register_autograd("grank::mips_topk", _backward, setup_context=_setup_context)
+torch.library.impl("grank::mips_topk_certified", "default", _run_certified)
 torch.library.register_fake("grank::mips_topk_certified", _fake_certified)
 torch.library.register_autograd("grank::mips_topk_certified", _backward, setup_context=_setup_context_certified)
+
+
+def _dispatched(problem: MipsTopkProblem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mips_topk` of a problem through torch's dispatcher."""
+    values, positions = dispatch(torch.ops.grank.mips_topk.default, _Search, *problem, backend)
+    return values, positions
+
+
+def _dispatched_certified(
+    problem: MipsTopkProblem, coarse: Coarse, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mips_topk_certified` of a problem through torch's dispatcher."""
+    queries, items, _, *rest = problem
+    values, positions, rescored = dispatch(
+        torch.ops.grank.mips_topk_certified.default, _CertifiedSearch, queries, items, *coarse, *rest, backend
+    )
+    return values, positions, rescored

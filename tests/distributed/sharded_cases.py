@@ -171,17 +171,28 @@ def lists_are_completed_where_rows_are_sorted(rank: int, world: int, folder: Pat
 @case
 def an_argument_is_wrong_on_one_rank(rank: int, world: int, folder: Path) -> None:
     queries = torch.randn(2, 4)
+    outside = torch.tensor([[60], [-1]])
     wrong: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
         (TypeError, "queries must be a torch.Tensor", (None, 3), {}),
-        (ValueError, "queries are (2, 5)", (torch.randn(2, 5), 3), {}),
+        (
+            ValueError,
+            "queries must have the items' width, 4, as last dimension, got",
+            (torch.randn(2, 5), 3),
+            {},
+        ),
         (ValueError, "k must be 1 or more", (queries, 0), {}),
         (TypeError, "k must be an int", (queries, 2.5), {}),
-        (ValueError, "k is 9223372036854775808", (queries, 1 << 63), {}),
-        (ValueError, "queries require a gradient", (queries.clone().requires_grad_(), 3), {}),
-        (ValueError, "exclude: id 60 is out of range", (queries, 3), {"exclude": torch.tensor([[60], [-1]])}),
-        (ValueError, "exclude has shape", (queries, 3), {"exclude": torch.tensor([[1]])}),
-        (ValueError, "allow has shape", (queries, 3), {"allow": torch.ones(2, 1000, dtype=torch.bool)}),
-        (ValueError, "backend is 'gpu'", (queries, 3), {"backend": "gpu"}),
+        (ValueError, "k must be below 2^63, got 9223372036854775808", (queries, 1 << 63), {}),
+        (ValueError, "queries must not require a gradient", (queries.clone().requires_grad_(), 3), {}),
+        (ValueError, "exclude must hold ids in [-1, 60), -1 for none, got 60", (queries, 3), {"exclude": outside}),
+        (
+            ValueError,
+            "exclude must be (2, E) for 2 queries",
+            (queries, 3),
+            {"exclude": torch.tensor([[1]])},
+        ),
+        (ValueError, "allow must be (", (queries, 3), {"allow": torch.ones(2, 1000, dtype=torch.bool)}),
+        (ValueError, "backend must be None, ", (queries, 3), {"backend": "gpu"}),
     ]
     for scatter_queries in (False, True):
         one, sharded = tables(torch.randn(60, 4), parts(60, world), scatter_queries=scatter_queries)
@@ -248,7 +259,7 @@ def shards_are_updated(rank: int, world: int, folder: Path) -> None:
     _, numbered = tables(rows, [slice(80 * r // world, 80 * (r + 1) // world) for r in range(world)])
     if rank == world - 1:
         numbered.local.upsert(torch.tensor([0]), rows[:1])
-    with raises(ValueError if rank == world - 1 else ShardError, "a shard without ids of its own was updated"):
+    with raises(ValueError if rank == world - 1 else ShardError, "items must have ids of their own to be updated"):
         gk.mips_topk(queries, numbered, 3)
 
 

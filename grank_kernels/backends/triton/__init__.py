@@ -11,7 +11,6 @@ import torch
 
 from grank_kernels.backends.problems import MipsTopkProblem
 from grank_kernels.backends.triton.mips_topk_plan import INTERPRETER, Device, listed_rows
-from grank_kernels.common.checks import check_exclude
 from grank_kernels.table.quantise import Coarse, certify_queries
 
 _INSTALLED = find_spec("triton") is not None
@@ -123,12 +122,10 @@ def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch
 
 
 def _with_filters(problem: MipsTopkProblem) -> MipsTopkProblem:
-    """The problem with its excluded ids contiguous and, where they can be looked at, checked."""
+    """The problem with contiguous excluded ids."""
     if problem.exclude_offsets is None or problem.exclude_ids is None:
         return problem
     offsets, excluded = problem.exclude_offsets.contiguous(), problem.exclude_ids.contiguous()
-    if offsets.is_cpu:
-        check_exclude(offsets, excluded, None if problem.ids is not None else len(problem.items))
     return problem._replace(exclude_offsets=offsets, exclude_ids=excluded)
 
 

@@ -1,0 +1,134 @@
+"""The validated arguments of a search, and of `items` of any op."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from grank_kernels.common.arrays import Array
+from grank_kernels.common.checks import (
+    FLOATS,
+    check_device,
+    check_exclude,
+    check_int,
+    check_tensor,
+    exclusions,
+    shape_of,
+)
+from grank_kernels.ops.dispatch import choose, is_plain
+from grank_kernels.table.item_table import ItemTable
+from grank_kernels.table.versions import Columns, Version
+
+_MOST_K = (1 << 63) - 1
+_PLACE_BYTES = 12  # a float32 score and an int64 id
+_LARGE = 1 << 31  # bytes of a result up to which the size of the memory is not looked up
+Exclude = Array | tuple[Array, Array] | list[Any]
+Progress = Callable[[int, int], object]
+
+
+class SearchRequest(NamedTuple):
+    """What `mips_topk` was asked, validated: the search of one table and of a shard take it as it is.
+
+    Attributes:
+        queries: (B, d) float32, float16 or bfloat16.
+        version: the snapshot of the table that is searched.
+        k: 1 or more.
+        exclude_offsets: (B + 1,) int64, or None: query b excludes `exclude_ids[exclude_offsets[b] :
+            exclude_offsets[b + 1]]`.
+        exclude_ids: (E,) int64, -1 for none; or None.
+        allow: (N,) or (B, N) bool, one entry a row of the snapshot; None: all rows are eligible.
+        backend: name of the chosen backend, a key of `BACKENDS`.
+        progress: called with (rows done, rows in all) while a mapped table is streamed; or None.
+        one: whether the caller passed one query (d,), so that the result has no batch dimension.
+    """
+
+    queries: torch.Tensor
+    version: Version
+    k: int
+    exclude_offsets: torch.Tensor | None
+    exclude_ids: torch.Tensor | None
+    allow: torch.Tensor | None
+    backend: str
+    progress: Progress | None = None
+    one: bool = False
+
+
+def search_request(
+    queries: Any,
+    items: Any,
+    k: Any,
+    exclude: Any,
+    allow: Any,
+    backend: str | None,
+    progress: Progress | None = None,
+    num_ids: int | None = None,
+) -> SearchRequest:
+    """Validates the arguments of `mips_topk`; `num_ids` is the number of rows of all shards, if ids are counted there.
+
+    Raises:
+        TypeError, ValueError: as documented for `mips_topk`.
+    """
+    queries = check_tensor("queries", queries, FLOATS, (1, 2))
+    one = queries.dim() == 1
+    queries = queries[None] if one else queries
+    version = version_of(items)
+    rows, B = version.columns.rows, queries.shape[0]
+    if queries.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"queries must have the items' width, {rows.shape[1]}, as last dimension, "
+            f"got {shape_of(queries[0] if one else queries)}"
+        )
+    if rows.device != queries.device and not (queries.is_cuda and rows.is_cpu and rows.is_pinned()):
+        raise ValueError(
+            f"queries must be on {rows.device}, the device of items, got {queries.device}: "
+            f"queries.to({str(rows.device)!r}) copies them (queries on a GPU also search items in pinned host memory)"
+        )
+    k = check_int("k", k, 1)
+    _check_room(B, k, queries.device)
+    offsets, excluded = None, None
+    if exclude is not None:
+        offsets, excluded = exclusions(exclude, B, one, queries.device)
+        if is_plain(offsets, excluded):  # otherwise the op checks when it runs
+            check_exclude(offsets, excluded, None if version.columns.ids is not None else num_ids or version.size)
+    if allow is not None:
+        allow = _checked_allow(allow, B, version.live, queries.device)
+    name = choose("mips_topk", backend, queries, rows)
+    return SearchRequest(queries, version, k, offsets, excluded, allow, name, progress, one)
+
+
+def version_of(items: Any) -> Version:
+    """The current snapshot of an `ItemTable`, or a tensor as a table."""
+    if isinstance(items, ItemTable):
+        return items.current
+    if str(getattr(items, "dtype", "")).removeprefix("torch.") == "int8":
+        raise ValueError(
+            "items must be torch.float32, torch.float16 or torch.bfloat16, got torch.int8: items.float() converts; "
+            "ItemTable.from_rows(items.float(), dtype=torch.int8) searches in int8"
+        )
+    items = check_tensor("items", items, FLOATS, (2,), "a torch.Tensor, an array or an ItemTable")
+    return Version(Columns(items), items.shape[0])
+
+
+def _checked_allow(allow: Any, B: int, N: int, device: torch.device) -> torch.Tensor:
+    mask = check_tensor("allow", allow, (torch.bool,), (1, 2))
+    if tuple(mask.shape) not in ((N,), (B, N)):
+        raise ValueError(f"allow must be ({N},) or ({B}, {N}) for {B} queries and {N} items, got {shape_of(mask)}")
+    check_device("allow", mask, "queries", device)
+    return mask
+
+
+def _check_room(B: int, k: Any, device: torch.device) -> None:
+    """That the result fits into memory: on a CPU torch's allocator would not name the argument."""
+    if torch.compiler.is_compiling():
+        return  # sizes may be symbolic
+    if k > _MOST_K:
+        raise ValueError(f"k must be below 2^63, got {k}")
+    nbytes = B * k * _PLACE_BYTES
+    if nbytes > _LARGE and device.type == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if nbytes > memory:
+            raise MemoryError(
+                f"k must leave room for {B} results of k places, got {k}: they take {nbytes / 1e9:.3g} GB, "
+                f"and this machine has {memory / 1e9:.3g} GB"
+            )
