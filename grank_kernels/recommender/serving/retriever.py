@@ -215,7 +215,7 @@ class Retriever:
             numbers = self.catalogue.find(ids)
             if bool((numbers < 0).any()) or len(np.unique(numbers)) != len(numbers):
                 raise ValueError("ids must be in the catalogue, each given once")
-            check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), self._table.dim))
+            vectors = check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), self._table.dim))
             if not bool(vectors.isfinite().all()):
                 raise ValueError("vectors must be finite, got NaN or infinity")
             self._table.upsert(torch.from_numpy(numbers).to(self._device), vectors.to(self._device))
@@ -314,9 +314,8 @@ def check_at_least_1(**sizes: Any) -> None:
 
 def check_histories(histories: Histories, N: int) -> None:
     """That they are histories of items numbered below N."""
-    items, offsets = histories.items, histories.offsets
-    check_tensor("histories.items", items, (torch.int64,), (1,))
-    check_tensor("histories.offsets", offsets, (torch.int64,), (1,))
+    items = check_tensor("histories.items", histories.items, (torch.int64,), (1,))
+    offsets = check_tensor("histories.offsets", histories.offsets, (torch.int64,), (1,))
     check_operand("histories.feedback", histories.feedback, (torch.bool,), "(n,)", (len(items),))
     if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(items):
         raise ValueError(f"histories.offsets must run from 0 to the {len(items)} items, got {_ends(offsets)}")
