@@ -1,59 +1,67 @@
-"""Metrics over the full corpus, retrieved by `mips_topk` less what each user has seen; nothing is sampled."""
+"""Metrics over the full corpus: `mips_topk` searches every item outside the user's history, none is sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grank_kernels import mips_topk
-from grank_kernels.recommender.data import Cases, Histories
+from grank_kernels.distributed.sharded_table import ShardedItemTable
+from grank_kernels.mips_topk import TopK, mips_topk
+from grank_kernels.recommender.data import Batch, Cases, Histories
 from grank_kernels.recommender.models.recommender import Recommender
 
 DEPTH = 2500
-"""Places of a list that count for MRR, as in HSTU's published evaluation."""
+"""Length of the lists that MRR is computed from, as in HSTU's published evaluation."""
+
+
+# ---- metrics of given lists ----
 
 
 def metrics(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[str, float]:
     """HR@k, Recall@k, NDCG@k and MRR, means over the users.
 
-    With G the targets of a user: HR@k is whether any of G is among the first k; Recall@k the share of G that is; NDCG@k
-    the sum of `1 / log2(1 + rank)` over G in the first k, ranks from 1, over the largest such sum, which has `min(|G|,
-    k)` terms; MRR is 1 over the rank of the first of G, 0 if it is not in the list. With one target a user HR and
-    Recall are the same.
+    With G the set of a user's targets: HR@k is whether any of G is among the first k; Recall@k the share of G that is;
+    NDCG@k the sum of `1 / log2(1 + rank)` over G in the first k, ranks from 1, over the largest such sum, which has
+    `min(|G|, k)` terms; MRR is 1 over the rank of the first of G, 0 if it is not in the list. A target that occurs
+    twice counts once. With one target a user HR and Recall are equal.
 
     Args:
-        recommended: (B, K) int64, best first, -1 behind the last.
-        targets: of B users, at least one each.
-        ks: the cuts, each at most K.
+        recommended: (B, K) int64, best item first, no item twice, padded with -1.
+        targets: B lists of items, one item or more each.
+        ks: cuts, each in [1, K].
 
     Returns:
-        `{"hr@10": ..., "recall@10": ..., "ndcg@10": ..., ..., "mrr": ...}`.
+        `{"hr@10": ..., "recall@10": ..., "ndcg@10": ..., ..., "mrr": ...}`; NaN for B = 0.
 
     Raises:
-        ValueError: a k above K, a user without a target, or lists and targets of different numbers of users.
+        ValueError: a k outside [1, K], an item twice in a list, a user without a target, or different numbers of lists
+            and users.
     """
     B, K = recommended.shape
-    if max(ks) > K:
-        raise ValueError(f"ks must be at most the length of the lists, got {max(ks)} of {K}")
+    if not ks or min(ks) < 1 or max(ks) > K:
+        raise ValueError(f"ks must be one or more cuts from 1 to {K}, the length of the lists, got {list(ks)}")
     if len(targets) != B:
         raise ValueError(f"recommended and targets must have as many users, got {B} and {len(targets)}")
-    counts = targets.lengths
-    if B and int(counts.min()) < 1:
+    if B and int(targets.lengths.min()) < 1:
         raise ValueError("targets must have at least one item for every user, got none for some")
-    parts = [
-        metrics_of_users(recommended[rows], targets.select(rows), ks) for rows in torch.split(torch.arange(B), 4096)
-    ]
+    parts = []
+    for rows in torch.split(torch.arange(B), 4096):
+        ordered = recommended[rows].sort(1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError("recommended must not have an item twice in a list")
+        parts.append(metrics_of_users(recommended[rows], targets.select(rows), ks))
     return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
 
 
 def metrics_of_users(recommended: Tensor, targets: Histories, ks: Sequence[int]) -> dict[str, Tensor]:
-    """`metrics` of each of B users, (B,) float64 each: its temporaries are several times the size of the lists."""
+    """`metrics` of each of B users, (B,) float64 each, without the checks. Temporaries take several times the lists."""
     B, K = recommended.shape
-    counts = targets.lengths
-    width = 1 + max(int(recommended.max()) if recommended.numel() else 0, int(targets.items.max()) if B else 0)
+    width = 1 + max((int(x.max()) for x in (recommended, targets.items) if x.numel()), default=0)
+    wanted = torch.unique(targets.users * width + targets.items)
+    counts = torch.bincount(wanted // width, minlength=B)
     rows = torch.arange(B).unsqueeze(1)
-    hits = torch.isin(recommended + rows * width, targets.items + targets.users * width) & (recommended >= 0)
+    hits = torch.isin(recommended + rows * width, wanted) & (recommended >= 0)
     gains = torch.log2(torch.arange(2, K + 2).double()).reciprocal()
     ideal = gains.cumsum(0)
     found = hits.double()
@@ -67,13 +75,48 @@ def metrics_of_users(recommended: Tensor, targets: Histories, ks: Sequence[int])
     return values
 
 
-@dataclass(frozen=True)
-class Recommendations:
-    """Items for B users, best first; -1 where the corpus has no more to offer.
+class MeanMetrics:
+    """Means over users and their standard errors, accumulated batch by batch in constant memory.
 
     Attributes:
-        retrieved: (B, k) int64, in the order of the inner products.
-        ranked: (B, k) int64, the same items as the second stage orders them; None for a model without one.
+        users: number of users so far.
+    """
+
+    def __init__(self) -> None:
+        self.users = 0
+        self._sums: dict[str, float] = {}
+        self._squares: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add a batch of users, (B,) float64 for each metric, as `metrics_of_users` returns them."""
+        self.users += len(next(iter(values.values())))
+        for name, x in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(x.sum())
+            self._squares[name] = self._squares.get(name, 0.0) + float(x.square().sum())
+
+    def means(self) -> dict[str, float]:
+        """The mean of every metric."""
+        return {name: total / self.users for name, total in self._sums.items()}
+
+    def standard_errors(self) -> dict[str, float | None]:
+        """The standard error of every mean, `sample deviation / sqrt(users)`; None for fewer than two users."""
+        n = self.users
+        if n < 2:
+            return dict.fromkeys(self._sums)
+        variances = {name: self._squares[name] / n - mean**2 for name, mean in self.means().items()}
+        return {name: (max(variance, 0.0) / (n - 1)) ** 0.5 for name, variance in variances.items()}
+
+
+# ---- lists of a model ----
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """Items for B users, best first; -1 where the corpus has no more items.
+
+    Attributes:
+        retrieved: (B, k) int64, ordered by inner product.
+        ranked: (B, k) int64, the same items ordered by the second stage; None for a model without one.
     """
 
     retrieved: Tensor
@@ -82,46 +125,105 @@ class Recommendations:
 
 @torch.no_grad()
 def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, batch_size: int = 256) -> Recommendations:
-    """Retrieve the k best items of the full corpus that each user has not seen, and re-rank them if the model can.
+    """Retrieve the k best items of the full corpus outside each user's history, and rank them if the model can.
+
+    Users without a history get the most popular items where the model `needs_history`.
 
     Args:
         model: in evaluation mode.
-        cases: whom to recommend to.
+        cases: cases to recommend for; B = `len(cases)` lists of k items are held in memory.
         k: length of the lists.
         rank: run the second stage.
-        batch_size: users at a time.
+        batch_size: number of users at a time.
     """
-    items = model.searchable()
     retrieved, ranked = [], []
-    for rows in torch.split(torch.arange(len(cases)), batch_size):
-        histories = cases.histories.select(rows)
-        batch = histories.pad(model.history)
-        users = model.user_vectors(batch)
-        logits, found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items))
-        retrieved.append(found)
+    for _, batch, users, found in _retrieved(model, model.searchable(), cases, k, batch_size):
+        retrieved.append(found.indices)
         if rank and model.ranks:
-            scores = model.rank(batch, users, found, logits)
-            ranked.append(found.gather(1, scores.argsort(dim=1, descending=True, stable=True)))
+            ranked.append(_ranked(model, batch, users, found))
     empty = torch.empty(0, k, dtype=torch.int64)
     return Recommendations(torch.cat(retrieved or [empty]), torch.cat(ranked) if ranked else None)
 
 
-@torch.inference_mode()
-def feedback_auc(model: Recommender, cases: Cases, *, batch_size: int = 256) -> float:
-    """AUC of the second stage's scores of the targets themselves, for the feedback they got, over all users.
+@torch.no_grad()
+def evaluate_model(
+    model: Recommender,
+    cases: Cases,
+    ks: Sequence[int],
+    *,
+    k1: Sequence[int] = (),
+    depth: int = DEPTH,
+    batch_size: int = 256,
+) -> dict[str, MeanMetrics]:
+    """Metrics of a model in one pass over the cases; memory does not grow with their number.
 
-    UniGRF's ranking metric (arXiv 2504.16454, section 4.1).
+    Args:
+        model: in evaluation mode.
+        cases: one case or more.
+        ks: cuts; one above the number of items takes the whole list.
+        k1: numbers of retrieved items that the second stage ranks; without effect on a model that does not rank.
+        depth: length of the retrieved lists; at most the number of items and at least the largest k count.
+        batch_size: number of users at a time.
+
+    Returns:
+        `{"retrieved": ..., "ranked_<k1>": ...}`, where a ranked list has only the cuts of at most k1.
 
     Raises:
-        ValueError: the model does not rank, or all targets got the same feedback.
+        ValueError: there are no cases, or no cuts.
     """
+    if not len(cases) or not ks:
+        raise ValueError(f"cases and ks must not be empty, got {len(cases)} cases and {len(ks)} cuts")
+    if not model.ranks:
+        k1 = ()
+    cuts = {f"ranked_{count}": [k for k in ks if k <= count] for count in k1}
+    sums = {name: MeanMetrics() for name in ("retrieved", *cuts)}
+    items = model.searchable()
+    depth = max([min(depth, len(items)), *ks])
+    for rows, batch, users, found in _retrieved(model, items, cases, max([depth, *k1]), batch_size):
+        targets = cases.targets.select(rows)
+        sums["retrieved"].add(metrics_of_users(found.indices[:, :depth], targets, ks))
+        for count in k1:
+            ranked = _ranked(model, batch, users, TopK(found.values[:, :count], found.indices[:, :count]))
+            name = f"ranked_{count}"
+            sums[name].add(metrics_of_users(ranked, targets, cuts[name]))
+    return sums
+
+
+def _retrieved(
+    model: Recommender, items: Tensor | ShardedItemTable, cases: Cases, k: int, batch_size: int
+) -> Iterator[tuple[Tensor, Batch, Tensor, TopK]]:
+    """For every batch of cases: their numbers, the padded histories, the user vectors and the k items retrieved."""
+    for rows in torch.split(torch.arange(len(cases)), batch_size):
+        histories = cases.histories.select(rows)
+        batch = histories.pad(model.history)
+        users = model.user_vectors(batch)
+        found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items))
+        yield rows, batch, users, model.with_fallback(found, histories.lengths)[0]
+
+
+def _ranked(model: Recommender, batch: Batch, users: Tensor, found: TopK) -> Tensor:
+    """The retrieved items (B, C) in the order of the second stage; equal scores keep the retrieval's order."""
+    scores = model.rank(batch, users, found.indices, found.values)
+    return found.indices.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+
+
+@torch.inference_mode()
+def feedback_auc(model: Recommender, cases: Cases, *, batch_size: int = 256) -> float:
+    """AUC of the second stage's scores of the targets, for their feedback, over all users.
+
+    UniGRF's ranking metric (arXiv 2504.16454, section 4.1). Holds one score for each target.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: the model does not rank, or all targets have the same feedback.
+    """
+    from torchmetrics.functional.classification import binary_auroc  # exact, ties included
+
     if not model.ranks:
         raise ValueError("model must rank for an AUC, got one that only retrieves")
     feedback = cases.targets.feedback
     if len(feedback) == 0 or bool(feedback.all()) or not bool(feedback.any()):
         raise ValueError("cases must hold targets of positive and of negative feedback for an AUC, got one kind only")
-    from torchmetrics.functional.classification import binary_auroc  # ties as the field counts them
-
     scores = []
     for rows in torch.split(torch.arange(len(cases)), batch_size):
         part = cases.select(rows)

@@ -12,6 +12,7 @@ import yaml
 
 from grank_kernels.common.atomic_files import write_text
 from grank_kernels.recommender.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
+from grank_kernels.recommender.data.splits import REPEATS
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.registry import build_model, model_class
 from grank_kernels.recommender.settings import Settings, takes, unknown_key
@@ -34,6 +35,7 @@ class DataConfig(Settings):
         positive: lowest rating that counts as positive feedback.
         validation: number of validation users (half_and_half).
         test: number of test users (half_and_half).
+        repeats: "keep", "first" or "last": policy for rows in which a user meets an item again; see `leave_one_out`.
     """
 
     name: str = takes("ml-100k", choices=tuple(DATASETS))
@@ -42,6 +44,7 @@ class DataConfig(Settings):
     positive: float = 4.0
     validation: int = takes(500, least=1)
     test: int = takes(1000, least=1)
+    repeats: str = takes("keep", choices=REPEATS)
 
     def read(self) -> Interactions:
         """Read the data set."""
@@ -50,8 +53,14 @@ class DataConfig(Settings):
     def split(self, interactions: Interactions) -> Split:
         """Split interactions by the protocol."""
         if self.protocol == "leave_one_out":
-            return leave_one_out(interactions, positive=self.positive)
-        return half_and_half(interactions, positive=self.positive, validation=self.validation, test=self.test)
+            return leave_one_out(interactions, positive=self.positive, repeats=self.repeats)
+        return half_and_half(
+            interactions,
+            positive=self.positive,
+            validation=self.validation,
+            test=self.test,
+            repeats=self.repeats,
+        )
 
 
 @dataclass(frozen=True)

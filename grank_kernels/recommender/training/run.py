@@ -11,7 +11,7 @@ from grank_kernels.common.atomic_files import write_text
 from grank_kernels.doctor import show_config
 from grank_kernels.recommender.data import Split
 from grank_kernels.recommender.models.recommender import Recommender
-from grank_kernels.recommender.training.evaluation import DEPTH, feedback_auc, metrics, recommend
+from grank_kernels.recommender.training.evaluation import evaluate_model, feedback_auc
 from grank_kernels.recommender.training.experiment import KS, Experiment
 from grank_kernels.recommender.training.fit import fit
 from grank_kernels.recommender.training.run_folder import EXPERIMENT, REPORT
@@ -56,15 +56,20 @@ def run(experiment: Experiment, folder: str | Path, *, progress: bool = True) ->
 
 
 def evaluate(experiment: Experiment, model: Recommender, split: Split) -> dict[str, Any]:
-    """Metrics on the test part of a split: of the retrieval, of the second stage for each k1, and its AUC."""
-    cases, ks = split.test, [k for k in KS[experiment.data.protocol] if k <= split.num_items]
-    found = recommend(model, cases, min(DEPTH, split.num_items), rank=False)
-    report: dict[str, Any] = {"users": len(cases), "retrieved": metrics(found.retrieved, cases.targets, ks)}
-    for k1 in experiment.k1 if model.ranks else ():
-        second = recommend(model, cases, k1).ranked
-        if second is None:
-            raise RuntimeError("a model that ranks returned no ranking")
-        report[f"ranked_{k1}"] = metrics(second, cases.targets, [k for k in ks if k <= k1])
+    """Metrics on the test part of a split: of the retrieval, of the second stage for each k1, and its AUC.
+
+    Also their standard errors over the users, and what the policy for repeated rows did: rows dropped, and targets that
+    are in their own history, where they are never hit.
+    """
+    cases = split.test
+    found = evaluate_model(model, cases, KS[experiment.data.protocol], k1=experiment.k1)
+    report: dict[str, Any] = {"users": len(cases), **{name: sums.means() for name, sums in found.items()}}
+    report["standard_errors"] = {name: sums.standard_errors() for name, sums in found.items()}
+    report["repeats"] = {
+        "policy": experiment.data.repeats,
+        "dropped_rows": split.dropped_rows,
+        "targets_in_history": int(cases.targets_in_history.sum()),
+    }
     liked = cases.targets.feedback
     if model.ranks and bool(liked.any()) and not bool(liked.all()):
         report["auc"] = feedback_auc(model, cases)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grank_kernels.recommender.data import Cases, Histories, Interactions, TrainingWindows, half_and_half, leave_one_out
+from grank_kernels.recommender.data import Histories, TrainingWindows
 
 LISTS = [[5, 6, 7], [], [8]]
 
@@ -33,77 +33,6 @@ def test_cut_and_select() -> None:
 def test_feedback_must_fit_items() -> None:
     with pytest.raises(ValueError, match="feedback must have one entry for every item"):
         Histories.from_lists(LISTS, [[True], [], [True]])
-
-
-def asked(cases: Cases) -> list[tuple[int, list[int], list[int]]]:
-    return list(zip(cases.users.tolist(), lists(cases.histories), lists(cases.targets), strict=True))
-
-
-def test_leave_one_out() -> None:
-    users = ["b"] * 4 + ["a"] * 2 + ["c"] * 3
-    ratings = [1, 5, 4, 3, 5, 5, 5, 5, 2]
-    data = Interactions.from_columns(users, [5, 6, 7, 8, 5, 6, 9, 8, 7], range(9), ratings)
-    split = leave_one_out(data)  # items 5..9 become 0..4; user a has too few to be asked
-    assert split.num_items == 5
-    assert lists(split.train) == [[0, 1], [0, 1], [4]]
-    assert split.train.feedback.tolist() == [True, True, False, True, True]
-    assert asked(split.validation) == [(1, [0, 1], [2]), (2, [4], [3])]
-    assert asked(split.test) == [(1, [0, 1, 2], [3]), (2, [4, 3], [2])]
-    assert split.test.targets.feedback.tolist() == [False, False]
-
-
-def test_leave_one_out_is_stable_where_timestamps_are_equal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    items = torch.stack([torch.randperm(60, generator=generator) for _ in range(30)])
-    users = torch.arange(30).repeat_interleave(60)
-    whose = torch.randperm(1800, generator=generator)
-    rows = sorted(range(1800), key=lambda row: int(whose[row]))  # users interleaved, each in an order of its own
-    data = Interactions.from_columns(users[rows], items.flatten()[rows], [7] * 1800, [3] * 1800)
-    split = leave_one_out(data)
-    for user in range(30):
-        own = [int(items.flatten()[row]) for row in rows if row // 60 == user]
-        assert [int(split.test.targets.items[user]), int(split.validation.targets.items[user])] == [own[-1], own[-2]]
-        assert lists(split.train)[user] == own[:-2]
-
-
-def half_and_half_data() -> Interactions:
-    """60 users; user u has u events and one film it did not like, the same for all."""
-    users = [user for user in range(60) for _ in range(user + 1)]
-    items = [item for user in range(60) for item in [*range(user), 99]]
-    return Interactions.from_columns(users, items, range(len(users)), [2 if item == 99 else 4 for item in items])
-
-
-def test_half_and_half_holds_out_users_whole() -> None:
-    split = half_and_half(half_and_half_data(), least=10, validation=7, test=9, seed=3)
-    assert len(split.validation) == 7
-    assert len(split.test) == 9
-    assert len(split.train) == 50 - 7 - 9
-    held_out = set(split.validation.users.tolist()) | set(split.test.users.tolist())
-    assert len(held_out) == 16
-    assert min(held_out) >= 10
-    for cases in (split.validation, split.test):
-        for user, history, targets in asked(cases):
-            assert history == list(range(user // 2))
-            assert targets == list(range(user // 2, user))
-    trained = {len(own) for own in lists(split.train)}
-    assert trained == set(range(10, 60)) - held_out
-    assert split.train.feedback.all()
-    again = half_and_half(half_and_half_data(), least=10, validation=7, test=9, seed=3)
-    other = half_and_half(half_and_half_data(), least=10, validation=7, test=9, seed=4)
-    assert torch.equal(split.test.users, again.test.users)
-    assert not torch.equal(split.test.users, other.test.users)
-
-
-def test_without_ratings_all_feedback_is_positive() -> None:
-    users = torch.arange(4).repeat_interleave(12)
-    data = Interactions.from_columns(users, torch.arange(48) % 13)
-    assert leave_one_out(data).train.feedback.all()
-    assert [len(own) for own in lists(half_and_half(data, validation=1, test=1).train)] == [12, 12]
-
-
-def test_half_and_half_wants_users_to_train_on() -> None:
-    with pytest.raises(ValueError, match=r"validation and test must leave users to train on, got 25 \+ 25 of 50"):
-        half_and_half(half_and_half_data(), validation=25, test=25)
 
 
 @settings(max_examples=40)

@@ -1,3 +1,6 @@
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,9 +11,17 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
+from grank_kernels.mips_topk import TopK, mips_topk
 from grank_kernels.recommender.data import Batch, Cases, Histories
 from grank_kernels.recommender.models import Recommender
-from grank_kernels.recommender.training.evaluation import feedback_auc, metrics, recommend
+from grank_kernels.recommender.training import evaluation
+from grank_kernels.recommender.training.evaluation import (
+    MeanMetrics,
+    evaluate_model,
+    feedback_auc,
+    metrics,
+    recommend,
+)
 
 
 class Fixed(Recommender):
@@ -62,14 +73,93 @@ def test_metrics_by_hand() -> None:
     assert got["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 4)
 
 
-def test_metrics_refuse_what_has_no_answer() -> None:
-    lists = torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match="ks must be at most the length of the lists, got 6 of 5"):
-        metrics(lists, Histories.from_lists([[1], [2]]), (6,))
-    with pytest.raises(ValueError, match="as many users, got 2 and 1"):
-        metrics(lists, Histories.from_lists([[1]]), (1,))
-    with pytest.raises(ValueError, match="at least one item for every user"):
-        metrics(lists, Histories.from_lists([[1], []]), (1,))
+def test_targets_are_a_set() -> None:
+    recommended = torch.tensor([[7, 1, 2, 3], [9, 1, 7, 2]])
+    once, again = Histories.from_lists([[7, 1], [7]]), Histories.from_lists([[7, 1, 7, 1, 1], [7, 7]])
+    assert metrics(recommended, again, (1, 2, 4)) == metrics(recommended, once, (1, 2, 4))
+    perfect = metrics(recommended[:1], Histories.from_lists([[1, 7, 1]]), (2, 4))
+    assert perfect == {f"{name}@{k}": 1.0 for k in (2, 4) for name in ("hr", "recall", "ndcg")} | {"mrr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("lists", "targets", "ks", "message"),
+    [
+        (
+            [[0, 1], [0, 1]],
+            [[1], [2]],
+            (1, 3),
+            r"ks must be .* cuts from 1 to 2, the length of the lists, got \[1, 3\]",
+        ),
+        ([[0, 1], [0, 1]], [[1], [2]], (0,), r"ks must be .* got \[0\]"),
+        ([[0, 1], [0, 1]], [[1], [2]], (), r"ks must be .* got \[\]"),
+        ([[0, 1], [0, 1]], [[1]], (1,), "as many users, got 2 and 1"),
+        ([[0, 1], [0, 1]], [[1], []], (1,), "at least one item for every user"),
+        ([[0, 1], [3, 3]], [[1], [3]], (1,), "recommended must not have an item twice in a list"),
+    ],
+)
+def test_metrics_refuse_what_does_not_fit(
+    lists: list[list[int]], targets: list[list[int]], ks: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics(torch.tensor(lists), Histories.from_lists(targets), ks)
+
+
+def test_means_and_standard_errors_do_not_depend_on_the_batches() -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = MeanMetrics()
+    for part in values.split([1, 400, 599]):
+        sums.add({"mrr": part})
+    assert sums.users == 1000
+    assert sums.means()["mrr"] == pytest.approx(values.mean().item(), rel=1e-12)
+    assert sums.standard_errors()["mrr"] == pytest.approx(values.std().item() / 1000**0.5, rel=1e-9)
+
+
+def test_one_user_has_no_standard_error() -> None:
+    sums = MeanMetrics()
+    sums.add({"mrr": torch.tensor([0.5], dtype=torch.float64)})
+    assert sums.means() == {"mrr": 0.5}
+    assert sums.standard_errors() == {"mrr": None}
+
+
+def random_cases(users: int, items: int) -> Cases:
+    lengths = torch.randint(1, 6, (users,)).tolist()
+    seen = [torch.randperm(items)[:length].tolist() for length in lengths]
+    return Cases(
+        torch.arange(users), Histories.from_lists(seen), Histories.from_lists([[u % items] for u in range(users)])
+    )
+
+
+@pytest.mark.parametrize("items", [7, 60])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_one_pass_has_the_metrics_of_all_lists(items: int, batch_size: int) -> None:
+    torch.manual_seed(0)
+    model, cases = Fixed(torch.randn(items, 4), torch.randn(items, 4)), random_cases(40, items)
+    got = evaluate_model(model, cases, (1, 5, 10), k1=(5, 20), batch_size=batch_size)
+    assert set(got) == {"retrieved", "ranked_5", "ranked_20"}
+    lists = recommend(model, cases, max(items, 10))
+    assert got["retrieved"].means() == pytest.approx(metrics(lists.retrieved, cases.targets, (1, 5, 10)), rel=1e-12)
+    for k1, ks in ((5, (1, 5)), (20, (1, 5, 10))):
+        ranked = recommend(model, cases, k1).ranked
+        assert ranked is not None
+        assert got[f"ranked_{k1}"].means() == pytest.approx(metrics(ranked, cases.targets, ks), rel=1e-12)
+    model.ranks = False
+    assert set(evaluate_model(model, cases, (1,), k1=(5,))) == {"retrieved"}
+    with pytest.raises(ValueError, match="cases and ks must not be empty, got 0 cases and 1 cuts"):
+        evaluate_model(model, cases.select(torch.arange(0)), (1,))
+
+
+def test_an_evaluation_holds_the_lists_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def search(*arguments: Any, **options: Any) -> TopK:
+        assert sum(lists() is not None for lists in alive) <= 1  # those of the batch before are held until the next
+        found = mips_topk(*arguments, **options)
+        alive.append(weakref.ref(found.indices))
+        return found
+
+    monkeypatch.setattr(evaluation, "mips_topk", search)
+    evaluate_model(Fixed(torch.randn(30, 4), torch.randn(30, 4)), random_cases(50, 30), (1, 10), batch_size=2)
+    assert len(alive) == 25
 
 
 def test_recommend_searches_the_whole_corpus_less_what_was_seen_and_ranks() -> None:
