@@ -1,6 +1,6 @@
-"""`python -m grank_kernels`: what can run here, or why not."""
+"""`python -m grank_kernels` is the command `grank`."""
 
-from grank_kernels.doctor import show_config
+from grank_kernels.recommender.cli.main import main
 
 if __name__ == "__main__":
-    print(show_config())
+    main()

@@ -1,52 +1,76 @@
-"""The commands of `grank`. Each imports what it runs, so that help and usage errors need not wait for the trainer."""
+"""The commands of `grank`.
+
+Every command checks its arguments and files first and imports the trainer last: a wrong argument is reported at once.
+"""
 
 import json
+import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer  # commands from typed functions: help, usage errors and exit codes in one place
 
-if TYPE_CHECKING:
-    import torch
+from grank_kernels._version import __version__
 
-    from grank_kernels.recommender.data import Interactions
+if TYPE_CHECKING:
+    from grank_kernels.recommender.data.histories import Histories
+    from grank_kernels.recommender.data.interactions import Interactions
     from grank_kernels.recommender.serving.retriever import Retriever
     from grank_kernels.recommender.training.experiment import Experiment
 
-    Served = tuple[Experiment, Retriever, Interactions | None]
-
 app = typer.Typer(
-    help="Train, evaluate, retrieve, and see what can run here.",
+    help="Train recommenders, evaluate them and retrieve with them.",
     epilog="Exit status: 0 done, 1 error, 2 wrong usage, 130 interrupted. GRANK_TRACEBACK=1 shows an error's origin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than all else that help needs
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of a run, or one that `grank export` has written.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of torch; without it as many as it likes.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the table: float32 (without it), bfloat16 or int8.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a run, or one that `grank export` wrote.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads (default: torch's own).")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype of the table: float32 (default), bfloat16 or int8.")]
+K1 = Annotated[int, typer.Option(min=1, help="Number of items to retrieve.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"grank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
+        False
+    ),
+) -> None:
+    pass
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the experiment, see configs/.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of the run; one that was stopped goes on where it was.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of the experiment, as those in configs/.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the run; an interrupted run is resumed.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as section.key=value, e.g. training.epochs=3.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="File or folder of the data set.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Train a model and report on its test split."""
-    from grank_kernels.distributed.ranks import leave
+    """Train a model and print its report on the test split as JSON."""
     from grank_kernels.recommender.training.experiment import Experiment
+
+    given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
+    experiment = Experiment.load(config, given)
+    _set_threads(threads)
+    from grank_kernels.distributed.ranks import leave
     from grank_kernels.recommender.training.run import run
 
-    _set_threads(threads)
-    given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
-    report = run(Experiment.load(config, given), folder)
+    report = run(experiment, folder)
     leave()
     if report:
         _print_json({name: value for name, value in report.items() if name != "machine"})
@@ -54,13 +78,15 @@ def train(
 
 @app.command()
 def evaluate(folder: Run, threads: Threads = None) -> None:
-    """Report on the test split of a run, by the weights of its best epoch."""
+    """Evaluate the best epoch of a run on its test split and print the report as JSON."""
     from grank_kernels.recommender.training.experiment import Experiment
-    from grank_kernels.recommender.training.run import evaluate as report
-    from grank_kernels.recommender.training.run_folder import load_model
+    from grank_kernels.recommender.training.run_folder import EXPERIMENT, check_run, load_model
 
+    check_run(folder)
+    experiment = Experiment.load(folder / EXPERIMENT)
     _set_threads(threads)
-    experiment = Experiment.load(folder / "experiment.yaml")
+    from grank_kernels.recommender.training.run import evaluate as report
+
     split = experiment.data.split(experiment.data.read())
     _print_json(report(experiment, load_model(folder, split.num_items), split))
 
@@ -68,10 +94,10 @@ def evaluate(folder: Run, threads: Threads = None) -> None:
 @app.command()
 def export(
     folder: Run,
-    to: Annotated[Path, typer.Argument(help="New folder; it is there whole or not at all.")],
+    to: Annotated[Path, typer.Argument(help="New folder, which appears complete or not at all.")],
     dtype: Dtype = None,
 ) -> None:
-    """Write what serving needs of a run: settings, weights, item table, ids and titles."""
+    """Write what serving needs of a run into a folder: settings, weights, item table, ids and titles."""
     from grank_kernels.recommender.serving.retriever import Retriever
 
     Retriever.from_run(folder, dtype=_dtype(dtype)).save(to)
@@ -80,105 +106,84 @@ def export(
 @app.command()
 def retrieve(
     folder: Folder,
-    history: Annotated[str | None, typer.Option(help="Item ids, oldest first: 1,2,3. All of them liked.")] = None,
-    user: Annotated[str | None, typer.Option(help="Id of a user of the data set, whose whole history counts.")] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(help='Item ids, oldest first, all liked: 1,2,3, or as JSON: ["a,b", "c"] or [-1, 2].'),
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="User id of the data set; its whole history is used.")] = None,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the data set.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for their Parquet files; a stopped run goes on.")] = None,
-    k1: Annotated[int, typer.Option(min=1, help="Items to retrieve.")] = 2000,
-    k2: Annotated[int, typer.Option(min=1, help="Items to rank and print or write, at most k1.")] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="With --all-users, users at a time.")] = 256,
-    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users, users a file.")] = 1024,
+    out: Annotated[
+        Path | None, typer.Option(help="With --all-users: folder for Parquet files; an interrupted run is resumed.")
+    ] = None,
+    k1: K1 = 2000,
+    k2: Annotated[int, typer.Option(min=1, help="Number of items to print or write per user, at most k1.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="With --all-users: number of users per batch.")] = 256,
+    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users: number of users per file.")] = 1024,
     dtype: Dtype = None,
 ) -> None:
-    """Recommend items to a user: rank, score, id and title. Or to all users, also under torchrun."""
+    """Recommend items to one user, as rank, score, id and title, or to all users, also under torchrun."""
     if [history is not None, user is not None, all_users].count(True) != 1:
         raise typer.BadParameter("give one of --history, --user and --all-users")
     if all_users != (out is not None):
         raise typer.BadParameter("--all-users and --out go together")
-    if k2 > k1:
-        raise typer.BadParameter(f"--k2 must be at most --k1, got {k2} of {k1}")
+    _check_k2(k1, k2)
     if out is not None:
         _retrieve_all(folder, out, dtype, k1=k1, k2=k2, batch=batch, users_per_part=users_per_part)
         return
-    experiment, retriever, interactions = _served(folder, dtype)
+    retriever, experiment = _served(folder, dtype)
     if user is not None:
-        items, liked = _history_of(user, experiment, interactions or experiment.data.read())
-        histories = retriever.histories([items], [liked])
+        histories = _history_of(user, retriever, experiment)
     else:
-        names = [name.strip() for name in (history or "").split(",") if name.strip()]
-        histories = retriever.histories([_parsed(names, retriever.catalogue.ids, "--history")])
-    seen = retriever.catalogue.of(histories.items[-3:].numpy())
-    print(f"{len(histories.items)} items seen, last: {'; '.join(map(retriever.catalogue.title, seen)) or 'none'}")
-    best = retriever.retrieve(histories, k1, k2)
-    found = best.scores[0].isfinite().tolist()
-    for place, (score, name) in enumerate(zip(best.scores[0].tolist(), best.ids[0].tolist(), strict=True)):
-        if found[place]:
-            print(f"{place + 1:>4}  {score:>9.4f}  {name:>10}  {retriever.catalogue.title(name)}")
+        histories = retriever.histories([_item_ids(history or "", retriever)])
+    _print_retrieved(retriever, histories, k1, k2)
 
 
 @app.command()
 def bench_retriever(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or one of `grank export`.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or one that `grank export` wrote.")] = None,
     items: Annotated[
-        int | None, typer.Option(min=1, help="Instead: a GRank of random weights over so many items.")
+        int | None, typer.Option(min=1, help="Instead of a folder: number of items of a GRank with random weights.")
     ] = None,
-    dim: Annotated[int, typer.Option(min=1, help="Width of those items.")] = 64,
-    k1: Annotated[int, typer.Option(min=1, help="Items to retrieve.")] = 2000,
-    k2: Annotated[int, typer.Option(min=1, help="Items to return, at most k1.")] = 500,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Users a request; again for more. [1, 16, 64]")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests that are timed, at each batch size.")] = 200,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before them that are not.")] = 20,
+    dim: Annotated[int, typer.Option(min=1, help="With --items: width of the item vectors.")] = 64,
+    k1: K1 = 2000,
+    k2: Annotated[int, typer.Option(min=1, help="Number of items to return, at most k1.")] = 500,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeat the option for several (default: 1, 16, 64).")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Number of timed requests per batch size.")] = 200,
+    warm_up: Annotated[int, typer.Option(min=0, help="Number of requests before them that are not timed.")] = 20,
     dtype: Dtype = None,
     threads: Threads = None,
     to_json: Annotated[Path | None, typer.Option("--json", help="File for the report.")] = None,
 ) -> None:
-    """Time a retriever, stage by stage: p50, p99 and users a second, requests one after the other."""
+    """Time a retriever stage by stage, one request after the other: p50, p99 and users per second."""
     if (folder is None) == (items is None):
         raise typer.BadParameter("give a folder or --items")
-    if k2 > k1:
-        raise typer.BadParameter(f"--k2 must be at most --k1, got {k2} of {k1}")
+    _check_k2(k1, k2)
+    _set_threads(threads)
     from grank_kernels.recommender.serving import latency
 
-    _set_threads(threads)
     if folder is not None:
-        experiment, retriever, interactions = _served(folder, dtype)
-        histories = experiment.data.split(interactions or experiment.data.read()).test.histories
+        retriever, experiment = _served(folder, dtype)
+        histories = latency.test_histories(retriever, experiment.data)
     else:
         retriever, histories = latency.synthetic(items or 0, dim=dim, dtype=_dtype(dtype))
-    report = latency.measure(
-        retriever,
-        histories,
-        k1=k1,
-        k2=k2,
-        batches=batch or [1, 16, 64],
-        requests=requests,
-        warm_up=warm_up,
-        progress=lambda size: print(f"batch {size} ...", file=sys.stderr),
-    )
+    sizes = {"k1": k1, "k2": k2, "requests": requests, "warm_up": warm_up}
+    report = latency.measure(retriever, histories, batches=batch or [1, 16, 64], **sizes, progress=_note_batch)
     print(latency.table(report))
     if to_json is not None:
-        name = type(retriever.current.model).__name__
-        facts = {
-            "model": name,
-            "items": len(retriever.catalogue),
-            "dtype": str(retriever.current.table.dtype),
-            "k1": k1,
-            "k2": k2,
-        }
-        record = latency.record(report, **facts, requests=requests, warm_up=warm_up)
-        to_json.write_text(json.dumps(record, indent=2) + "\n")
+        to_json.write_text(json.dumps(latency.record(report, retriever, **sizes), indent=2) + "\n")
 
 
 @app.command()
 def doctor() -> None:
-    """Versions, processor, every backend: can run, or why not."""
+    """Show versions, processor and for every backend whether it can run, or why not."""
     from grank_kernels.doctor import show_config
 
     print(show_config())
 
 
-def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2))
+# ---- arguments ----
 
 
 def _set_threads(threads: int | None) -> None:
@@ -188,7 +193,13 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _dtype(name: str | None) -> "torch.dtype":
+def _check_k2(k1: int, k2: int) -> None:
+    if k2 > k1:
+        raise typer.BadParameter(f"--k2 must be at most --k1, got {k2} of {k1}")
+
+
+def _dtype(name: str | None) -> Any:
+    """The torch.dtype of an option."""
     from grank_kernels.recommender.serving.retriever import DTYPES
 
     if name is None:
@@ -199,17 +210,105 @@ def _dtype(name: str | None) -> "torch.dtype":
     return dtypes[name]
 
 
+def _item_ids(text: str, retriever: "Retriever") -> list[Any]:
+    """Item ids of --history."""
+    if not text.startswith("["):
+        return [_id(name.strip(), retriever.catalogue.ids, "--history") for name in text.split(",") if name.strip()]
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--history must be ids separated by commas or a JSON list, got {error}") from None
+    return [_id(str(name), retriever.catalogue.ids, "--history") for name in given]
+
+
+def _id(name: str, ids: Any, option: str) -> str | int:
+    """An id of the type that `ids` (n,) have."""
+    if ids.dtype.kind not in "iu":
+        return name
+    if not re.fullmatch("-?[0-9]+", name):
+        raise ValueError(f"{option} must be an integer, as the ids of the data set, got {name!r}")
+    return int(name)
+
+
+# ---- what the commands share ----
+
+
+def _served(folder: Path, dtype: str | None, *, mmap: bool = False) -> "tuple[Retriever, Experiment]":
+    """The retriever of a run or an export, and its experiment."""
+    from grank_kernels.recommender.serving.retriever import Retriever, is_export
+
+    if is_export(folder):
+        if dtype is not None:
+            raise typer.BadParameter("--dtype is for the folder of a run; an exported table has its own")
+        retriever = Retriever.load(folder, mmap=mmap)
+    else:
+        retriever = Retriever.from_run(folder, dtype=_dtype(dtype))
+    assert retriever.experiment is not None  # both folders have one
+    return retriever, retriever.experiment
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=2))
+
+
+def _note(text: str) -> None:
+    print(f"grank: {text}", file=sys.stderr)
+
+
+def _note_batch(size: int) -> None:
+    _note(f"batch size {size}")
+
+
+def _note_skipped(items: int, interactions: "Interactions") -> None:
+    if items:
+        _note(
+            f"{items:,} of {interactions.num_items:,} items of the data set are not in the catalogue of the model and "
+            "are left out of the histories"
+        )
+
+
+def _history_of(user: str, retriever: "Retriever", experiment: "Experiment") -> "Histories":
+    """The history of a user of the data set."""
+    from grank_kernels.recommender.serving.users import Users
+
+    interactions = experiment.data.read()
+    name = _id(user, interactions.user_ids, "--user")
+    users = Users.of(interactions, retriever.catalogue, experiment.data.positive)
+    _note_skipped(users.skipped, interactions)
+    place = (users.ids == name).nonzero()[0]
+    if len(place) == 0:
+        raise ValueError(f"--user must be a user of {experiment.data.name}, got {user}")
+    import torch
+
+    return users.histories.select(torch.from_numpy(place))
+
+
+def _print_retrieved(retriever: "Retriever", histories: "Histories", k1: int, k2: int) -> None:
+    catalogue = retriever.catalogue
+    seen = catalogue.of(histories.items[-3:].numpy())
+    print(f"{len(histories.items)} items seen, last: {'; '.join(map(catalogue.title, seen)) or 'none'}")
+    best = retriever.retrieve(histories, k1, k2)
+    if bool(best.popular[0]):
+        print("no history: the most popular items, with their number of interactions as score")
+    for place, (score, name) in enumerate(zip(best.scores[0].tolist(), best.ids[0].tolist(), strict=True), 1):
+        if name != catalogue.missing:
+            print(f"{place:>4}  {score:>9.4f}  {name:>10}  {catalogue.title(name)}")
+
+
 def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> None:
     from tqdm import tqdm
 
     from grank_kernels.recommender.serving import offline
+    from grank_kernels.recommender.serving.users import Users
 
     request = offline.Request(**sizes)
     with offline.launched() as ranks:
         first = ranks is None or ranks.rank == 0
-        experiment, retriever, interactions = _served(folder, dtype, mmap=ranks is not None)
-        interactions = interactions or experiment.data.read()
-        users = offline.Users.of(interactions, retriever.catalogue, experiment.data.positive)
+        retriever, experiment = _served(folder, dtype, mmap=ranks is not None)
+        interactions = experiment.data.read()
+        users = Users.of(interactions, retriever.catalogue, experiment.data.positive)
+        if first:
+            _note_skipped(users.skipped, interactions)
         with tqdm(unit=" users", disable=None if first else True) as bar:  # None: where standard error is no terminal
 
             def progress(done: int, total: int) -> None:
@@ -219,40 +318,3 @@ def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> N
             paths = offline.retrieve_all(retriever, users, out, request, ranks=ranks, progress=progress)
         if first:
             print(f"{len(users.ids)} users in {len(paths)} files: {out}")
-
-
-def _served(folder: Path, dtype: str | None, *, mmap: bool = False) -> "Served":
-    """The retriever of a folder, whichever of the two kinds it is."""
-    from grank_kernels.recommender.serving.retriever import Retriever
-    from grank_kernels.recommender.training.experiment import Experiment
-
-    experiment = Experiment.load(folder / "experiment.yaml")
-    if not (folder / "best.ckpt").exists():
-        if dtype is not None:
-            raise typer.BadParameter("--dtype is for the folder of a run; an exported table has its own")
-        return experiment, Retriever.load(folder, mmap=mmap), None
-    interactions = experiment.data.read()
-    return experiment, Retriever.from_run(folder, interactions, dtype=_dtype(dtype)), interactions
-
-
-def _parsed(names: Sequence[str], ids: Any, option: str) -> list[Any]:
-    """Names given in a shell as ids of the type that `ids` (n,) have."""
-    if ids.dtype.kind == "U":
-        return list(names)
-    wrong = [name for name in names if not name.isdecimal()]
-    if wrong:
-        raise ValueError(f"{option} takes integers here, got {wrong[0]!r}")
-    return [int(name) for name in names]
-
-
-def _history_of(user: str, experiment: "Experiment", interactions: "Interactions") -> tuple[list[Any], list[bool]]:
-    """Item ids and feedback of a user of the data set."""
-    import torch
-
-    from grank_kernels.recommender.data import all_histories
-
-    place = (interactions.user_ids == _parsed([user], interactions.user_ids, "--user")[0]).nonzero()[0]
-    if len(place) == 0:
-        raise ValueError(f"--user: there is no user {user} in {experiment.data.name}")
-    own = all_histories(interactions, experiment.data.positive).select(torch.from_numpy(place))
-    return interactions.item_ids[own.items].tolist(), own.feedback.tolist()

@@ -72,7 +72,7 @@ def _recommend(experiment: Experiment) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         report = run(experiment, folder)
-        retriever = Retriever.from_run(folder, interactions)
+        retriever = Retriever.from_run(folder)
     print(f"\ntrained in {report['seconds']:.0f} s on one thread\n")
     print(f"Test: the whole corpus is ranked for {len(split.test):,} users, less what each has seen.")
     popular = Popularity.fit(split.train, split.num_items).recommend(split.test.histories, max(_KS))

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from grank_kernels.distributed.sharded_table import ShardedItemTable
 from grank_kernels.recommender.data.histories import Histories
 from grank_kernels.recommender.models.corpus import Corpus, gathered, joint_mean
 from grank_kernels.recommender.models.recommender import Recommender
-from grank_kernels.recommender.models.sharding import rows_of
+from grank_kernels.recommender.models.sharding import is_split, rows_of
 from grank_kernels.recommender.models.targets import seen_before
 from grank_kernels.table.item_table import ItemTable
 
@@ -45,11 +44,11 @@ class EmbeddingModel(Recommender):
 
     def item_vectors(self) -> Tensor:
         """(N, d) float32, of norm 1: the table to search. Of a model split among ranks, all of it comes together."""
-        return self._vectors(self.items.full_tensor() if isinstance(self.items, DTensor) else self.items)
+        return self._vectors(self.items.full_tensor() if is_split(self.items) else self.items)
 
     def searchable(self) -> Tensor | ShardedItemTable:
         """See `Recommender.searchable`: split among ranks, each searches for queries of its own."""
-        if not isinstance(self.items, DTensor):
+        if not is_split(self.items):
             return self.item_vectors()
         local = ItemTable.from_rows(self._vectors(self.items.to_local()))
         return ShardedItemTable(local, group=self.group, scatter_queries=True)

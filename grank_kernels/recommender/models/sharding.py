@@ -7,27 +7,36 @@ both, but is built for one version of PyTorch at a time and for NVIDIA's GPUs. S
 ranks that have them, by two all-to-alls, and its gradient goes back the same way.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
     from grank_kernels.recommender.models.embedding_model import EmbeddingModel
 
 
-def shard(model: "EmbeddingModel", mesh: DeviceMesh) -> None:
+def is_split(x: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor. Before its module is imported, which takes 2 s, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def shard(model: "EmbeddingModel", mesh: "DeviceMesh") -> None:
     """Splits a model's weights among the ranks of a one-dimensional mesh, all of which call this.
 
     From then on its methods are collective: every rank calls them, with a batch of its own, in the same order. The
     gradients are means over the ranks, as those of data-parallel training.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     ranks = mesh.size()
     model.items = nn.Parameter(distribute_tensor(model.items.detach(), mesh, [Shard(0)]))
     model.items.register_hook(lambda gradient: gradient / ranks)  # type: ignore[no-untyped-call]
@@ -39,8 +48,10 @@ def shard(model: "EmbeddingModel", mesh: DeviceMesh) -> None:
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:
     """Rows (..., d) of a table (N, d), which may be split among ranks, for ids (...) in [0, N); differentiable."""
-    if not isinstance(table, DTensor):
+    if not is_split(table):
         return F.embedding(ids, table)
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
     group, rank = table.device_mesh.get_group(), table.device_mesh.get_local_rank()
     ranks = dist.get_world_size(group)
     step = -(-table.shape[0] // ranks)  # rows of a rank; the last ranks have fewer

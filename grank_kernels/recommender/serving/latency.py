@@ -1,4 +1,4 @@
-"""How long a retriever takes, stage by stage: a fixed number of requests, one after the other, after a warm-up."""
+"""Latency of a retriever, stage by stage: a fixed number of requests, one after the other, after a warm-up."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,26 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from grank_kernels.common.checks import check_int
 from grank_kernels.doctor import show_config
-from grank_kernels.recommender.data import Histories
-from grank_kernels.recommender.models import GRank, GRankConfig
+from grank_kernels.recommender.data.histories import Histories
+from grank_kernels.recommender.models.grank import GRank, GRankConfig
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.retriever import Retriever
+from grank_kernels.recommender.serving.users import renumbered
+from grank_kernels.recommender.training.experiment import DataConfig
 
 STAGES = ("encode", "search", "rank", "retrieve")
-"""The Generator, `mips_topk`, the second stage, and the whole request from histories to ids."""
+"""User vectors, `mips_topk`, second stage, and the whole request from histories to ids."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one stage at one batch size.
+    """Latency of one stage at one batch size.
 
     Attributes:
         stage: one of `STAGES`.
-        batch: users a request.
-        p50: milliseconds, the least time that half of the requests did not exceed.
-        p99: the same of 99 % of them.
-        qps: users a second, in requests one after the other.
+        batch: number of users per request.
+        p50: median time of a request in milliseconds.
+        p99: 99th percentile in milliseconds.
+        qps: users per second, one request after the other.
     """
 
     stage: str
@@ -38,7 +41,7 @@ class Latency:
 
     @classmethod
     def of(cls, stage: str, batch: int, seconds: Sequence[float]) -> "Latency":
-        """From the times of the requests."""
+        """Statistics of the requests' times in seconds."""
         p50, p99 = (1e3 * float(np.percentile(seconds, q, method="inverted_cdf")) for q in (50, 99))
         return cls(stage, batch, p50, p99, batch * len(seconds) / sum(seconds))
 
@@ -55,18 +58,18 @@ def measure(
     warm_up: int,
     progress: Callable[[int], object] = lambda batch: None,
 ) -> list[Latency]:
-    """Time the stages of a retriever and the whole.
+    """Time the stages of a retriever and whole requests.
 
-    Every request is of other users, in turns through the histories, so that no cache holds its answer.
+    Successive requests are of different users, in rotation, so that no cache holds an answer.
 
     Args:
-        retriever: what to time.
-        histories: whom to ask for, at least one.
-        k1: items to retrieve.
-        k2: items to return.
-        batches: users a request, each timed on its own.
-        requests: that are timed.
-        warm_up: requests before them that are not.
+        retriever: the retriever to time.
+        histories: of the users, at least one.
+        k1: number of items to retrieve.
+        k2: number of items to return.
+        batches: batch sizes, each timed on its own.
+        requests: number of timed requests per batch size.
+        warm_up: number of requests before them that are not timed.
         progress: called with each batch size before it is timed.
 
     Raises:
@@ -77,10 +80,9 @@ def measure(
         ("warm_up", warm_up, 0),
         ("batches", min(batches, default=0), 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value}")
+        check_int(name, value, least)
     if len(histories) == 0:
-        raise ValueError("histories must be of one user at least, got none")
+        raise ValueError("histories must be of at least one user, got none")
     report = []
     for B in batches:
         progress(B)
@@ -106,10 +108,16 @@ def measure(
     return report
 
 
+def test_histories(retriever: Retriever, data: DataConfig) -> Histories:
+    """Histories of the test users of a data set, in item numbers of the retriever."""
+    interactions = data.read()
+    return renumbered(data.split(interactions).test.histories, interactions.item_ids, retriever.catalogue)[0]
+
+
 def synthetic(
     num_items: int, *, dim: int = 64, history: int = 200, users: int = 256, dtype: torch.dtype = torch.float32
 ) -> tuple[Retriever, Histories]:
-    """A GRank with random weights over a random table, and random histories of one length: as fast as a trained one."""
+    """A GRank with random weights and random histories of one length; it takes as long as a trained one."""
     torch.manual_seed(0)
     config = GRankConfig(dim=dim, long_history=history)
     model = GRank(num_items, config)
@@ -119,17 +127,20 @@ def synthetic(
 
 
 def table(report: Sequence[Latency]) -> str:
-    """For people."""
+    """The report as text."""
     lines = [f"{'batch':>6}  {'stage':<9}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>12}"]
     lines += [f"{row.batch:>6}  {row.stage:<9}{row.p50:>10.3f}{row.p99:>10.3f}{row.qps:>12,.0f}" for row in report]
     return "\n".join(lines)
 
 
-def record(report: Sequence[Latency], **settings: Any) -> dict[str, Any]:
-    """For machines: the report, what it was measured with and on."""
+def record(report: Sequence[Latency], retriever: Retriever, **sizes: int) -> dict[str, Any]:
+    """The report as JSON values, with model, table, sizes and machine."""
     return {
         "label": "measured",
-        **settings,
+        "model": type(retriever.current.model).__name__,
+        "items": len(retriever.catalogue),
+        "dtype": str(retriever.current.table.dtype),
+        **sizes,
         "threads": torch.get_num_threads(),
         "machine": show_config(),
         "report": [asdict(row) for row in report],

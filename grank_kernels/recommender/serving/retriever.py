@@ -1,14 +1,9 @@
 """`Retriever`: a model and its item table as one object for serving, from histories to ranked items."""
 
 import copy
-import os
-import shutil
 import threading
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,62 +14,91 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grank_kernels.common.checks import check_offsets, check_operand, check_tensor
+from grank_kernels.common.arrays import Array
+from grank_kernels.common.atomic_files import create_folder
+from grank_kernels.common.checks import check_choice, check_int, check_offsets, check_operand, check_tensor
 from grank_kernels.distributed.sharded_table import ShardedItemTable
 from grank_kernels.mips_topk import TopK, mips_topk
-from grank_kernels.recommender.data import Batch, Histories, Interactions
-from grank_kernels.recommender.models import Recommender
+from grank_kernels.recommender.data.histories import Batch, Histories
+from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.serving.catalogue import Catalogue
+from grank_kernels.recommender.serving.forked import limit_threads
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.run_folder import load_model
+from grank_kernels.recommender.training.run_folder import EXPERIMENT, check_run, load_model
 from grank_kernels.table.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-"""What a retriever's table may be kept in."""
+"""Dtypes of a retriever's table."""
 
-_EXPERIMENT, _WEIGHTS, _TABLE, _ITEMS = "experiment.yaml", "model.safetensors", "table.safetensors", "items.parquet"
+_WEIGHTS, _TABLE, _ITEMS = "model.safetensors", "table.safetensors", "items.parquet"  # beside EXPERIMENT
 
 
 class Retrieved(NamedTuple):
     """Items for B users, best first.
 
     Attributes:
-        scores: (B, k2) float32, descending: of the second stage, or of the retrieval for a model without one; -inf
-            where the corpus has no more to offer.
-        ids: (B, k2), the items' external ids; there -1, or "" where ids are strings.
+        scores: (B, k2) float32, descending: of the second stage, or inner products for a model without one; -inf where
+            fewer than k2 items are left.
+        ids: (B, k2) external ids; `Catalogue.missing` (-1 or "") where fewer than k2 items are left.
+        popular: (B,) bool: the user has no history, without which the model scores all items alike, and got the most
+            popular items; their scores are numbers of training rows.
     """
 
     scores: Tensor
     ids: npt.NDArray[Any]
+    popular: Tensor
+
+
+class Best(NamedTuple):
+    """`Retrieved` in item numbers, -1 where fewer than k2 items are left."""
+
+    values: Tensor
+    indices: Tensor
+    popular: Tensor
 
 
 @dataclass(frozen=True)
 class Serving:
-    """One version of what is served; it never changes. The stages of `Retriever.retrieve`, one method each.
+    """One immutable version of model and table, and the stages of `Retriever.retrieve`.
 
     Attributes:
-        model: in evaluation mode, a copy that nobody trains.
-        table: made of its item vectors, rows replaced since included.
+        model: a copy in evaluation mode, which is never trained.
+        table: its item vectors, with all replaced rows.
     """
 
     model: Recommender
     table: ItemTable
 
+    def best(self, histories: Histories, k1: int, k2: int, shards: ShardedItemTable | None = None) -> Best:
+        """The k2 best items (B, k2) of B users, on the CPU. With shards a collective call, also for B = 0."""
+        if len(histories) == 0:
+            users = torch.empty(0, self.table.dim, device=self.table.device)
+            found = self.search(histories, users, k1, shards)
+            best, popular = TopK(found.values[:, :k2], found.indices[:, :k2]), torch.zeros(0, dtype=torch.bool)
+        else:
+            batch, users = self.encode(histories)
+            found = self.search(histories, users, k1, shards)
+            best = self.rank(batch, users, found, k2)
+            found, popular = self.model.with_fallback(found, histories.lengths)
+            if bool(popular.any()):  # their order is final: the second stage knows no more without a history
+                rows = popular.unsqueeze(1)
+                values = found.values[:, :k2].where(rows, best.values)
+                best = TopK(values, found.indices[:, :k2].where(rows, best.indices))
+        return Best(best.values.cpu(), best.indices.cpu(), popular.cpu())
+
     def encode(self, histories: Histories) -> tuple[Batch, Tensor]:
-        """The batch that the model reads, and the user vectors (B, d)."""
+        """The padded batch for the model, and the user vectors (B, d)."""
         items, feedback = histories.pad(self.model.history)
-        if items.shape[1] == 0:  # nobody has a history; models read at least one place
-            items, feedback = items.new_full((len(items), 1), -1), feedback.new_zeros(len(items), 1)
         batch = Batch(items.to(self.table.device), feedback.to(self.table.device))
         return batch, self.model.user_vectors(batch)
 
     def search(self, histories: Histories, users: Tensor, k1: int, shards: ShardedItemTable | None = None) -> TopK:
-        """The k1 rows of largest inner product, less those of the histories; in shards of the table if it has such."""
+        """The k1 rows of largest inner product outside of the histories; searches `shards` of the table if given."""
         seen = (histories.offsets.to(users.device), histories.items.to(users.device))
         return mips_topk(users, self.table if shards is None else shards, k1, exclude=seen)
 
     def rank(self, batch: Batch, users: Tensor, found: TopK, k2: int) -> TopK:
-        """The k2 best of them by the second stage, if the model has one."""
+        """The k2 best of the found items by the second stage; by the search for a model without one."""
         if not self.model.ranks:
             return TopK(found.values[:, :k2], found.indices[:, :k2])
         scores = self.model.rank_rows(self.table, batch, users, found.indices, found.values)
@@ -83,14 +107,15 @@ class Serving:
 
 
 class Retriever:
-    """Generator -> `mips_topk` k1 -> second stage k2: what recommends to a user with a history.
+    """Recommends items to users by their histories: user vectors, `mips_topk` to k1 items, second stage to k2.
 
-    Any number of threads may call `retrieve`, also while another one calls `refresh`: each request is answered by one
-    version of model and table, whole, and none waits.
+    Any number of threads may call `retrieve`, also while another thread calls `refresh`: every request is answered by
+    one version of model and table, and none blocks. A retriever can be pickled, for spawned processes, unless its table
+    is memory-mapped; then each process calls `load`.
 
     Attributes:
-        catalogue: the items' ids and titles.
-        experiment: the model's settings and where it learned, or None.
+        catalogue: ids and titles of the items.
+        experiment: settings of the model and of its training, or None.
     """
 
     def __init__(
@@ -103,173 +128,207 @@ class Retriever:
         experiment: Experiment | None = None,
         table: ItemTable | None = None,
     ) -> None:
-        """Copies the model and makes the table.
+        """Copies the model and builds the table.
 
         Args:
-            model: what is served. It may be trained on; `refresh` takes what it has become.
+            model: the model to serve. It may be trained further; `refresh` publishes its current weights.
             catalogue: of its N items.
             dtype: of the table: torch.float32, bfloat16 or int8.
-            device: where to serve.
-            experiment: the model's settings, which `save` writes; None for a model that is not to be saved.
-            table: what to search, in its own dtype, with ids 0 to N - 1; None makes it of the model's item vectors.
+            device: of model and table.
+            experiment: settings that `save` writes; None for a retriever that is not saved.
+            table: rows to search instead of the model's item vectors, in their own dtype, with ids 0 to N - 1.
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ValueError: a catalogue or a table of another size than the model's, another dtype.
+            ValueError: catalogue and table of different sizes, another dtype.
         """
         for name, value, kind in (("model", model, Recommender), ("catalogue", catalogue, Catalogue)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
         dtype = dtype if table is None else table.dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}; it takes one of {', '.join(map(str, DTYPES))}")
+        check_choice("dtype", dtype, DTYPES)
         self.catalogue, self.experiment = catalogue, experiment
         self._model, self._dtype, self._device = model, dtype, torch.device(device)
-        self._refreshing = threading.Lock()  # for those who write; readers take what is there
+        self._coarse: torch.dtype | None = None
+        self._refreshing = threading.Lock()  # of writers alone: readers take `_serving` once
         self._serving = self._published(table)
         ids, N = self._table.ids, len(catalogue)
         if not torch.equal(ids.sort().values, torch.arange(N, device=ids.device)):
-            raise ValueError(f"catalogue has {N} items, and the table {len(ids)} rows; ids take 0 to {N - 1}")
+            raise ValueError(f"catalogue has {N} items, and the table {len(ids)} rows; their ids must be 0 to {N - 1}")
 
     def __repr__(self) -> str:
         return f"Retriever({type(self._model).__name__} of {len(self.catalogue):_} items, {self.current.table!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the table once, since the snapshot that is served equals it, and no lock."""
+        with self._refreshing:
+            state = vars(self) | {"_serving": self._serving.model}
+        del state["_refreshing"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._refreshing = threading.Lock()
+        self._serving = Serving(state["_serving"], self._table.snapshot())
 
     # ---- serving ----
 
     @torch.inference_mode()
     def retrieve(self, histories: Histories | Sequence[Sequence[Any]], k1: int = 2000, k2: int = 500) -> Retrieved:
-        """Recommend to users what they have not met.
+        """Recommend items that are not in the users' histories.
+
+        In a process forked by one with several torch threads the first call limits torch to one thread, with a warning:
+        torch would wait forever for threads that a child does not have.
 
         Args:
-            histories: of B users, oldest first: lists of item ids, all of it liked, or a `Histories` of item numbers,
-                as `histories` makes them. A user without any history gets what the model has for such.
-            k1: items to retrieve.
-            k2: items to return, at most k1.
+            histories: of B users, oldest item first: one list of item ids per user, all of them liked, or what
+                `Retriever.histories` returns.
+            k1: number of items to retrieve.
+            k2: number of items to return, at most k1.
 
         Returns:
-            `Retrieved(scores, ids)`, each (B, k2).
+            `Retrieved`, its scores and ids (B, k2).
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ValueError: a k below 1, k2 above k1, an id that the model does not know, histories that do not fit.
+            ValueError: k1 or k2 below 1, k2 above k1, an unknown item id, offsets that do not fit.
         """
-        check_at_least_1(k1=k1, k2=k2)
+        k1, k2 = check_int("k1", k1, 1), check_int("k2", k2, 1)
         if k2 > k1:
             raise ValueError(f"k2 must be at most k1, got {k2} of {k1}")
+        limit_threads()
         if isinstance(histories, Histories):
             check_histories(histories, len(self.catalogue))
         else:
             histories = self.histories(histories)
-        serving = self._serving  # once: a refresh replaces it
-        if len(histories) == 0:
-            best = TopK(torch.empty(0, k2), torch.empty(0, k2, dtype=torch.int64))
-        else:
-            batch, users = serving.encode(histories)
-            best = serving.rank(batch, users, serving.search(histories, users, k1), k2)
-        return Retrieved(best.values.cpu(), self.catalogue.of(best.indices.cpu().numpy()))
+        best = self._serving.best(histories, k1, k2)  # one version, whatever `refresh` publishes meanwhile
+        return Retrieved(best.values, self.catalogue.of(best.indices.numpy()), best.popular)
 
     def histories(self, items: Sequence[Sequence[Any]], feedback: Sequence[Sequence[bool]] | None = None) -> Histories:
         """Histories of item numbers from item ids.
 
         Args:
-            items: item ids, one list a user, oldest first.
-            feedback: whether the user liked each; None for all of it.
+            items: one list of item ids per user, oldest first.
+            feedback: whether the user liked each item; None for all of them.
 
         Raises:
-            TypeError: items are no lists, or ids of another type than the catalogue's.
+            TypeError: items other than lists of ids, or ids of another type than the catalogue's.
             ValueError: an id that is not in the catalogue, or feedback of other lengths.
         """
-        if isinstance(items, str) or any(isinstance(own, str) or not hasattr(own, "__len__") for own in items):
-            raise TypeError("histories must be a Histories or one list of item ids a user, got something else")
+        for own in (items,) if isinstance(items, str) else items:
+            if isinstance(own, str) or not hasattr(own, "__len__"):
+                raise TypeError(
+                    f"histories must be a Histories or one list of item ids per user, got {type(own).__name__} {own!r} "
+                    "in the place of a list"
+                )
+        lengths = [len(own) for own in items]
         flat = [item for own in items for item in own]
         numbers = self.catalogue.find(flat)
-        if bool((numbers < 0).any()):
-            raise ValueError(f"histories: item {flat[int((numbers < 0).argmax())]!r} is not in the catalogue")
-        bounds = [0, *np.cumsum([len(own) for own in items], dtype=np.int64).tolist()]
-        lists = [numbers[start:stop].tolist() for start, stop in pairwise(bounds)]
-        return Histories.from_lists(lists, None if feedback is None else [list(own) for own in feedback])
+        unknown = np.flatnonzero(numbers < 0)
+        if len(unknown):
+            raise ValueError(f"histories: item {flat[unknown[0]]!r} is not in the catalogue")
+        liked = torch.ones(len(flat), dtype=torch.bool)
+        if feedback is not None:
+            if [len(own) for own in feedback] != lengths:
+                raise ValueError("feedback must be as long as the histories, got other lengths")
+            liked = torch.tensor([bool(entry) for own in feedback for entry in own], dtype=torch.bool)
+        return Histories(torch.tensor([0, *lengths]).cumsum(0), torch.from_numpy(numbers), liked)
 
-    # ---- item vectors that change ----
+    # ---- refresh ----
 
-    def refresh(self, ids: npt.ArrayLike | None = None, vectors: Tensor | None = None) -> None:
-        """Serve other item vectors; requests that have begun end with the old ones.
+    def refresh(self, ids: npt.ArrayLike | None = None, vectors: Array | None = None) -> None:
+        """Publish new item vectors; requests that run meanwhile are answered by the old ones.
 
         Args:
-            ids: (n,) of items whose vectors are replaced: in the search and, of GRank's Ranker, as candidates and in
-                histories; other second stages and the Generator know the model's own. None, together with `vectors`,
-                takes weights and vectors of the model that the retriever was made with as they are now: call it
-                between two steps of its training.
-            vectors: (n, d) float32.
+            ids: (n,) ids of items to replace the vectors of. The search uses the new vectors, and so does GRank's
+                Ranker for candidates and histories; other second stages and the Generator keep the model's own. None,
+                together with `vectors`, publishes the current weights of the model that the retriever was made with;
+                its training must not run meanwhile.
+            vectors: (n, d) float32, finite: a tensor or an array.
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ValueError: one of the arguments without the other, ids that repeat or are not in the catalogue, vectors
-                that do not fit or are not finite. Nothing is changed.
+            ValueError: ids without vectors or the other way around, ids that repeat or are not in the catalogue,
+                vectors that do not fit or are not finite. Nothing is changed.
         """
         if (ids is None) != (vectors is None):
-            raise ValueError("ids and vectors must be given together, got one of them")
+            given, missing = ("ids", "vectors") if vectors is None else ("vectors", "ids")
+            raise ValueError(f"ids and vectors must be given together, got {given} without {missing}")
+        limit_threads()
         with self._refreshing:
-            if ids is None or vectors is None:
+            if ids is None:
                 self._serving = self._published(None)
                 return
-            numbers = self.catalogue.find(ids)
-            if bool((numbers < 0).any()) or len(np.unique(numbers)) != len(numbers):
-                raise ValueError("ids must be in the catalogue, each given once")
-            vectors = check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), self._table.dim))
-            if not bool(vectors.isfinite().all()):
+            numbers = self._numbers(ids)
+            rows = check_operand("vectors", vectors, (torch.float32,), "(n, d)", (len(numbers), self._table.dim))
+            if not bool(rows.isfinite().all()):
                 raise ValueError("vectors must be finite, got NaN or infinity")
-            self._table.upsert(torch.from_numpy(numbers).to(self._device), vectors.to(self._device))
+            self._table.upsert(torch.from_numpy(numbers).to(self._device), rows.to(self._device))
             self._serving = replace(self._serving, table=self._table.snapshot())
+
+    def _numbers(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Item numbers of ids of the catalogue, all different."""
+        numbers, given = self.catalogue.find(ids), np.asarray(ids, object)
+        unknown = np.flatnonzero(numbers < 0)
+        if len(unknown):
+            raise ValueError(f"ids must be in the catalogue, got {given[unknown[0]]!r}")
+        unique, first = np.unique(numbers, return_index=True)
+        if len(unique) < len(numbers):
+            repeated = np.delete(np.arange(len(numbers)), first)[0]
+            raise ValueError(f"ids must be unique, got {given[repeated]!r} more than once")
+        return numbers
 
     @property
     def current(self) -> Serving:
-        """What is served now, for a look at its stages one by one."""
+        """The version that is served now, to run its stages one by one."""
         return self._serving
 
     @torch.no_grad()
     def _published(self, table: ItemTable | None) -> Serving:
         model = copy.deepcopy(self._model).to(self._device).eval().requires_grad_(False)
         if table is None:
-            table = ItemTable.from_rows(model.item_vectors(), dtype=self._dtype)
-        self._table = table.to(self._device)  # what writers update; readers have snapshots of it
+            table = ItemTable.from_rows(model.item_vectors(), dtype=self._dtype, coarse=self._coarse)
+        self._coarse = None if table.current.coarse is None else torch.int8
+        self._table = table.to(self._device)  # updated by `refresh`; readers have snapshots
         return Serving(model, self._table.snapshot())
 
     # ---- files ----
 
     def save(self, folder: str | Path) -> None:
-        """Write settings, weights, table and catalogue into a new folder, which is there whole or not at all.
+        """Write settings, weights, table and catalogue into a new folder, which appears complete or not at all.
 
         Args:
-            folder: that is not there yet, or is empty.
+            folder: one that does not exist, or is empty.
 
         Raises:
-            FileExistsError: the folder holds something.
+            FileExistsError: there is a file, or a folder that is not empty.
             ValueError: the retriever was made without an experiment, which has the settings.
         """
         if self.experiment is None:
-            raise ValueError("experiment must be given to a retriever that is to be saved, got None")
+            raise ValueError("experiment must be given to a retriever that is saved, got None")
         serving = self._serving
-        with _new_folder(Path(folder)) as new:
-            self.experiment.save(new / _EXPERIMENT)
+        with create_folder(folder) as new:
+            self.experiment.save(new / EXPERIMENT)
             save_file({name: x.contiguous() for name, x in serving.model.state_dict().items()}, new / _WEIGHTS)
             serving.table.save(new / _TABLE)
             self.catalogue.save(new / _ITEMS)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", mmap: bool = False) -> "Retriever":
-        """What `save` has written.
+        """Read a folder of `save`. Files are checked, and nothing in them is executed.
 
         Args:
-            folder: that it has written.
-            device: where to serve.
+            folder: the folder.
+            device: of model and table.
             mmap: leave the table's rows in the file, as `ItemTable.load` does; `refresh` then takes no vectors.
 
         Raises:
-            FileNotFoundError: the folder or one of its files is not there.
-            ValueError: a file does not hold what it should; the message names it.
+            FileNotFoundError: the folder or one of its files does not exist.
+            ValueError: a file is damaged or holds something else; the message names it.
         """
         folder = Path(folder)
-        experiment = Experiment.load(folder / _EXPERIMENT)
+        _check_export(folder)
+        experiment = Experiment.load(folder / EXPERIMENT)
         catalogue = Catalogue.load(folder / _ITEMS)
         model = experiment.build(len(catalogue))
         try:
@@ -281,88 +340,59 @@ class Retriever:
 
     @classmethod
     def from_run(
-        cls,
-        folder: str | Path,
-        interactions: Interactions | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> "Retriever":
-        """The model of a run, by the weights of its best epoch.
+        """The model of a run with the weights of its best epoch, and the catalogue that the run recorded.
 
         Args:
             folder: of the run.
-            interactions: its data set, which names the items; None reads it from where the run did.
             dtype: of the table.
-            device: where to serve.
+            device: of model and table.
+
+        Raises:
+            FileNotFoundError: the folder does not exist, or the run has no weights yet.
+            ValueError: a file is damaged or holds something else; the message names it.
         """
-        experiment = Experiment.load(Path(folder) / _EXPERIMENT)
-        interactions = interactions or experiment.data.read()
+        if is_export(folder):
+            raise ValueError(f"folder must be the folder of a run, got {folder}, an export: use Retriever.load")
+        check_run(folder)
+        experiment = Experiment.load(Path(folder) / EXPERIMENT)
+        interactions = experiment.data.read()
         model = load_model(folder, interactions.num_items)
         catalogue = Catalogue(interactions.item_ids, interactions.titles)
         return cls(model, catalogue, dtype=dtype, device=device, experiment=experiment)
 
 
-def check_at_least_1(**sizes: Any) -> None:
-    """That arguments are ints, 1 or more."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+def is_export(folder: str | Path) -> bool:
+    """Whether a folder was written by `Retriever.save` or `grank export`, and is not the folder of a run."""
+    return (Path(folder) / _WEIGHTS).is_file()
 
 
 def check_histories(histories: Histories, N: int) -> None:
-    """That they are histories of items numbered below N."""
+    """That histories are consistent and hold item numbers below N."""
     items = check_tensor("histories.items", histories.items, (torch.int64,), (1,))
     offsets = check_tensor("histories.offsets", histories.offsets, (torch.int64,), (1,))
     check_operand("histories.feedback", histories.feedback, (torch.bool,), "(n,)", (len(items),))
     if len(offsets) == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != len(items):
-        raise ValueError(f"histories.offsets must run from 0 to the {len(items)} items, got {_ends(offsets)}")
+        ends = f"{int(offsets[0])} to {int(offsets[-1])}" if len(offsets) else "none"
+        raise ValueError(f"histories.offsets must run from 0 to {len(items)}, the number of items, got {ends}")
     check_offsets("histories.offsets", offsets, len(items))
     wrong = (items < 0) | (items >= N)
     if bool(wrong.any()):
-        raise ValueError(f"histories.items: {int(items[wrong][0])} is out of range; they take numbers below {N}")
+        raise ValueError(f"histories.items must be numbers below {N}, got {int(items[wrong][0])}")
 
 
-def _ends(offsets: Tensor) -> str:
-    return f"{int(offsets[0])} to {int(offsets[-1])}" if len(offsets) else "none"
+def _check_export(folder: Path) -> None:
+    missing = [name for name in (EXPERIMENT, _WEIGHTS, _TABLE, _ITEMS) if not (folder / name).is_file()]
+    if missing:
+        got = f"{folder} without {', '.join(missing)}" if folder.is_dir() else f"{folder}, which does not exist"
+        is_run = folder.is_dir() and _WEIGHTS in missing and EXPERIMENT not in missing
+        hint = "; it is the folder of a run: use Retriever.from_run" if is_run else ""
+        raise FileNotFoundError(f"folder must be one that Retriever.save or `grank export` wrote, got {got}{hint}")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from None
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the block ends, on disk as well; if it raises, it is gone."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already; take another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    beside.mkdir()
-    try:
-        yield beside
-        for path in beside.iterdir():
-            path.chmod(0o644)  # safetensors lets nobody else read
-            to_disk(path)
-        to_disk(beside)
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
-    to_disk(folder.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, would be there after the system has failed."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        raise ValueError(f"{path} must be a safetensors file, got {error}") from None

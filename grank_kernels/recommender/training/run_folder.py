@@ -11,6 +11,23 @@ EXPERIMENT, BEST, LAST, REPORT = "experiment.yaml", "best.ckpt", "last.ckpt", "r
 """File names: settings, checkpoint of the best epoch, checkpoint of the last epoch, metrics."""
 
 
+def check_run(folder: str | Path) -> None:
+    """Check that a folder holds a run with weights.
+
+    Raises:
+        FileNotFoundError: the folder, the settings or the weights do not exist; the message says which.
+    """
+    folder = Path(folder)
+    if not (folder / EXPERIMENT).is_file():
+        got = f"{folder} without {EXPERIMENT}" if folder.is_dir() else f"{folder}, which does not exist"
+        raise FileNotFoundError(f"folder must be the folder of a run, got {got}")
+    if not (folder / BEST).is_file():
+        raise FileNotFoundError(
+            f"the run in {folder} has no weights yet: {BEST} is written after the first validation, and `grank train` "
+            "resumes the run"
+        )
+
+
 def load_weights(model: Recommender, folder: str | Path) -> None:
     """Load the weights of the best epoch of a run into a model."""
     state = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")["state_dict"]

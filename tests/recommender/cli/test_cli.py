@@ -1,48 +1,40 @@
 """The commands: what they print, and the status that they end with."""
 
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from oracle import run_python
-from test_experiment import write_circle
 from typer.testing import CliRunner
 
+from grank_kernels import __version__
+from grank_kernels.recommender.cli import commands
 from grank_kernels.recommender.cli import main as cli
 from grank_kernels.recommender.cli.commands import app
-from grank_kernels.recommender.serving.latency import Latency, measure, synthetic
+from grank_kernels.recommender.data.histories import Histories
+from grank_kernels.recommender.models.sequential import SequentialConfig
+from grank_kernels.recommender.serving.catalogue import Catalogue
+from grank_kernels.recommender.serving.retriever import Retriever
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.run import run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-YAML = """
-model: grank
-settings: {{dim: 16, short_history: 8, long_history: 12, hidden: 16, negatives: 8}}
-data: {{name: arrays, path: {path}}}
-training: {{epochs: 1, targets: 8, context: 4, batch_items: 256}}
-k1: [20]
-"""
+pytestmark = pytest.mark.usefixtures("one_thread", "signals")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("experiment")
-    path = folder / "grank.yaml"
-    path.write_text(YAML.format(path=write_circle(folder / "circle.npz")))
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(config: Path) -> Path:
-    run(Experiment.load(config), config.parent / "run", progress=False)
-    return config.parent / "run"
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The console command sets its own handler of Ctrl-C."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def call(*arguments: object) -> str:
@@ -78,6 +70,39 @@ def test_train_evaluate_export_retrieve(config: Path, trained: Path, tmp_path: P
     assert call("retrieve", trained, "--history", "").startswith("0 items seen, last: none\n")
 
 
+@pytest.mark.parametrize(
+    ("ids", "history", "seen"),
+    [
+        ([-5, 7, -1, 2**62], "-5,-1", "-5; -1"),
+        ([-5, 7, -1, 2**62], "[-5, 4611686018427387904]", "-5; 4611686018427387904"),
+        (["a,b", "c", "[d", "é"], '["a,b", "[d"]', "a,b; [d"),
+        (["a,b", "c", "[d", "é"], " c , é", "c; é"),
+        ([2**63 + 1, 1, 2, 3], "9223372036854775809", "9223372036854775809"),
+    ],
+)
+def test_histories_of_ids_of_every_kind(ids: list[object], history: str, seen: str, tmp_path: Path) -> None:
+    experiment = Experiment("sequential", SequentialConfig(dim=4, history=3))
+    Retriever(experiment.build(4), Catalogue(ids), experiment=experiment).save(tmp_path / "saved")
+    lines = call("retrieve", tmp_path / "saved", "--history", history).splitlines()
+    assert lines[0].endswith(f"items seen, last: {seen}")
+    assert sorted([*seen.split("; "), *(line.split()[2] for line in lines[1:])]) == sorted(map(str, ids))
+
+
+def test_without_a_history_popular_items_are_marked(tmp_path: Path) -> None:
+    experiment = Experiment("sequential", SequentialConfig(dim=4, history=3))
+    model = experiment.build(4)
+    model.observe(Histories.from_lists([[2, 3], [2], [1, 2]]))
+    Retriever(model, Catalogue([10, 11, 12, 13], ["A", "B", "C", "D"]), experiment=experiment).save(tmp_path / "saved")
+    lines = call("retrieve", tmp_path / "saved", "--history", "", "--k2", 3).splitlines()
+    assert lines[1] == "no history: the most popular items, with their number of interactions as score"
+    assert [line.split() for line in lines[2:]] == [
+        ["1", "3.0000", "12", "C"],
+        ["2", "1.0000", "11", "B"],
+        ["3", "1.0000", "13", "D"],
+    ]
+    assert "no history" not in call("retrieve", tmp_path / "saved", "--history", "10")
+
+
 @pytest.mark.parametrize("source", ["run", "synthetic"])
 def test_bench_retriever(source: str, trained: Path, tmp_path: Path) -> None:
     subject = [trained] if source == "run" else ["--items", 500, "--dim", 16, "--dtype", "int8"]
@@ -93,54 +118,61 @@ def test_bench_retriever(source: str, trained: Path, tmp_path: Path) -> None:
         assert line.split()[:2] == [str(row["batch"]), row["stage"]]
 
 
-def test_latency_by_hand() -> None:
-    got = Latency.of("search", 4, [number / 1000 for number in range(100, 0, -1)])
-    assert (got.p50, got.p99) == pytest.approx((50.0, 99.0))
-    assert got.qps == pytest.approx(400 / 5.05)
-
-
-def test_latency_refuses_what_has_no_answer() -> None:
-    retriever, histories = synthetic(50, dim=16, history=4, users=3)
-    numbers = {"k1": 5, "k2": 5, "batches": [1], "requests": 1, "warm_up": 0}
-    for name, value in (("requests", 0), ("warm_up", -1), ("batches", [2, 0]), ("batches", [])):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            measure(retriever, histories, **(numbers | {name: value}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="histories must be of one user at least, got none"):
-        measure(retriever, histories.select(torch.arange(0)), **numbers)  # type: ignore[arg-type]
-
-
-def test_doctor_and_help() -> None:
+def test_doctor_help_and_version() -> None:
     assert "backend cpu: can run" in call("doctor")
     out = call("--help")
     for command in ("train", "evaluate", "export", "retrieve", "bench-retriever", "doctor"):
         assert command in out
+    assert call("-h") == out
+    assert "Number of torch threads" in call("train", "-h")
+    assert call("--version") == f"grank {__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("train", "nothing.yaml", "run"), "nothing.yaml"),
-        (("evaluate", "nothing"), "nothing"),
+        (("evaluate", "nothing"), "folder must be the folder of a run, got nothing, which does not exist"),
+        (("evaluate", "EMPTY"), "empty without experiment.yaml"),
+        (("export", "nothing", "to"), "folder must be the folder of a run, got nothing, which does not exist"),
+        (("export", "RUN", "EMPTY/../grank.yaml"), "grank.yaml: path must be new or an empty folder"),
+        (("retrieve", "EMPTY", "--history", "1"), "folder must be the folder of a run, got"),
+        (("retrieve", "BEGUN", "--history", "1"), "has no weights yet: best"),
+        (("retrieve", "RUN", "--all-users", "--out", "CONFIG"), "grank.yaml must be a folder, got a file"),
         (("retrieve", "RUN", "--history", "1,999"), "histories: item 999 is not in the catalogue"),
-        (("retrieve", "RUN", "--history", "one"), "--history takes integers here, got 'one'"),
-        (("retrieve", "RUN", "--user", "7"), "--user: there is no user 7 in arrays"),
+        (
+            ("retrieve", "RUN", "--history", "one"),
+            "--history must be an integer, as the ids of the data set, got 'one'",
+        ),
+        (
+            ("retrieve", "RUN", "--history", "1_0"),
+            "--history must be an integer, as the ids of the data set, got '1_0'",
+        ),
+        (("retrieve", "RUN", "--user", "-7"), "--user must be a user of arrays, got -7"),
         (("train", "CONFIG", "RUN", "training.epochs=9"), "holds another experiment"),
-        (("train", "CONFIG", "RUN", "training.epoch=9"), "Key 'epoch' not in 'TrainingConfig'"),
+        (("train", "CONFIG", "RUN", "training.epoch=9"), "training.epoch"),
     ],
 )
 def test_errors_are_one_line_and_status_1(
     arguments: tuple[str, ...],
     message: str,
-    config: Path,
-    trained: Path,
+    shared: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = [{"RUN": trained, "CONFIG": config}.get(argument, argument) for argument in arguments]
+    places = {"RUN": shared / "run", "CONFIG": shared / "grank.yaml"}
+    for name in ("EMPTY", "BEGUN"):
+        places[name] = tmp_path / name.lower()
+        places[name].mkdir()
+    (tmp_path / "grank.yaml").touch()
+    shutil.copy(shared / "run" / "experiment.yaml", places["BEGUN"])
+    given = [re.sub("EMPTY|BEGUN|RUN|CONFIG", lambda found: str(places[found[0]]), argument) for argument in arguments]
     status, error = fails(capsys, monkeypatch, *given)
     assert status == 1
     assert error.startswith("grank: ")
     assert error.count("\n") == 1
+    assert "Errno" not in error
     assert message in error
 
 
@@ -155,6 +187,7 @@ def test_errors_are_one_line_and_status_1(
         ("retrieve", "RUN", "--user", "1", "--k1", "0"),
         ("retrieve", "RUN", "--user", "1", "--k1", "5", "--k2", "6"),
         ("retrieve", "RUN", "--user", "103", "--dtype", "int4"),
+        ("retrieve", "RUN", "--history", "[1, 2"),
         ("bench-retriever",),
         ("bench-retriever", "--items", "9", "--k1", "5", "--k2", "6"),
         ("reprieve",),
@@ -169,20 +202,133 @@ def test_wrong_usage_is_status_2(
     assert "Usage: grank" in error
 
 
-WITHOUT = """
+EARLY = """
 import sys
-sys.modules[{name!r}] = None  # importing it fails
-sys.argv = ["grank", "doctor"] if {name!r} == "typer" else ["grank", "evaluate", "nothing"]
 from grank_kernels.recommender.cli.main import main
-main()
+for arguments in {commands!r}:
+    sys.argv = ["grank", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr)
+print("imported:", *({modules!r} & set(sys.modules)), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("name", ["typer", "lightning"])
-def test_without_the_extra_it_says_what_to_install(name: str) -> None:
-    done = run_python(WITHOUT.format(name=name))
-    assert done.returncode == 1
-    assert done.stderr == f"grank: {name} is not installed: pip install 'grank-kernels[train]'\n"
+def test_help_and_errors_import_no_trainer(shared: Path) -> None:
+    """In one process: a later command would have imported it for good."""
+    commands = [("--help",), ("retrieve", "--help"), ("--version",), ("nosuch",), ("retrieve", "x", "--k1", "0")]
+    commands += [("train", "nosuch.yaml", "run"), ("evaluate", "nothing"), ("export", "nothing", "to")]
+    commands += [("retrieve", "nothing", "--history", "1"), ("bench-retriever", "nothing")]
+    modules = {"lightning", "torchmetrics", "rich", "pyarrow", "pandas", "scipy", "sympy", "torch.distributed.tensor"}
+    done = run_python(EARLY.format(commands=commands, modules=modules))
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.isdecimal()] == [*"00022", *"11111"]
+    assert lines[-1] == "imported:"
+
+
+def test_the_package_is_the_same_program() -> None:
+    done = run_python(
+        "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('grank_kernels', run_name='__main__')"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"grank {__version__}\n", "")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None]) -> int:
+    """Exit status of the console command whose work is `command`."""
+
+    def app(prog_name: str) -> None:
+        command()
+        sys.exit(0)
+
+    monkeypatch.setattr(commands, "app", app)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_a_terminal_without_unicode_shows_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run_main(monkeypatch, lambda: print("Amélie")) == 0
+    out.seek(0)
+    assert out.read() == "Am\\xe9lie\n"
+
+
+def test_a_reader_that_goes_early_is_no_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run_main(monkeypatch, lambda: print("a line")) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "data/x"), "data/x: No such file or directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError("k must be 1 or more,\n  got 0"), "k must be 1 or more, got 0"),
+        (MemoryError(), "MemoryError"),
+        (
+            ModuleNotFoundError("No module named 'typer'", name="typer"),
+            "typer is not installed: pip install 'grank-kernels[train]'",
+        ),
+    ],
+)
+def test_messages_are_words(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_main(monkeypatch, command) == 1
+    assert capsys.readouterr().err == f"grank: {message}\n"
+    if not isinstance(error, ModuleNotFoundError):
+        monkeypatch.setenv("GRANK_TRACEBACK", "1")
+        with pytest.raises(type(error)):
+            cli.main()
+
+
+# ---- Ctrl-C ----
+
+
+def test_an_interrupted_command_is_status_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        return "not interrupted"
+
+    monkeypatch.setattr("grank_kernels.doctor.show_config", interrupted)
+    assert fails(capsys, monkeypatch, "doctor") == (130, "grank: interrupted\n")
+
+
+IMPORTS = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["grank", *{arguments!r}]
+import grank_command
+grank_command.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "lightning"])
+def test_interrupted_imports_are_one_line_and_status_130(name: str, config: Path, tmp_path: Path) -> None:
+    done = run_python(IMPORTS.format(name=name, arguments=["train", str(config), str(tmp_path / "run")]))
+    assert (done.returncode, done.stderr) == (130, "grank: interrupted\n")
 
 
 @pytest.mark.slow

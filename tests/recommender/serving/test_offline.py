@@ -1,5 +1,7 @@
 """All users at once: what `Retriever.retrieve` answers, to the byte, also by killed runs and several processes."""
 
+import errno
+import fcntl
 import signal
 import subprocess
 import sys
@@ -18,10 +20,12 @@ from test_retriever import IDS, MODELS_SERVED, N, build, experiment_of, retrieve
 from typer.testing import CliRunner
 
 from grank_kernels.recommender.cli.commands import app
-from grank_kernels.recommender.data import Histories, Interactions
+from grank_kernels.recommender.data.histories import Histories
+from grank_kernels.recommender.data.interactions import Interactions
 from grank_kernels.recommender.serving.catalogue import Catalogue
-from grank_kernels.recommender.serving.offline import MANIFEST, Request, Users, retrieve_all
+from grank_kernels.recommender.serving.offline import COLUMNS, MANIFEST, Request, retrieve_all
 from grank_kernels.recommender.serving.retriever import Retriever
+from grank_kernels.recommender.serving.users import Users
 from grank_kernels.recommender.training.experiment import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +51,9 @@ def test_answers_are_those_of_retrieve(name: str, tmp_path: Path) -> None:
     retriever, asked = retriever_of(name), users()
     paths = retrieve_all(retriever, asked, tmp_path / "out", REQUEST)
     assert [path.name for path in paths] == [f"part-00000{number}.parquet" for number in range(3)]
-    rows = dataset.dataset(tmp_path / "out").to_table().to_pylist()
+    table = dataset.dataset(tmp_path / "out").to_table()
+    assert tuple(table.column_names) == COLUMNS
+    rows = table.to_pylist()
     assert [row["user"] for row in rows] == asked.ids.tolist()
     for part in torch.arange(U).split(9):
         for batch in part.split(4):
@@ -55,6 +61,7 @@ def test_answers_are_those_of_retrieve(name: str, tmp_path: Path) -> None:
             for row, ids, scores in zip(batch.tolist(), wanted.ids, wanted.scores, strict=True):
                 found = ids != ""
                 assert rows[row]["items"] == ids[found].tolist()
+                assert rows[row]["popular"] == (row == 0 and retriever.current.model.needs_history)
                 assert rows[row]["scores"] == scores[torch.from_numpy(found)].tolist()
                 own = asked.histories.select(torch.tensor([row])).items
                 assert not set(rows[row]["items"]) & {IDS[item] for item in own}
@@ -86,7 +93,8 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     retrieve_all(retriever, users(), tmp_path, REQUEST)
     whole = contents(tmp_path)
     (tmp_path / "part-000001.parquet").unlink()
-    (tmp_path / ".part-000001.parquet").write_bytes(b"PAR1, but not more")
+    litter = tmp_path / ".part-000001.parquet.0123abcd.partial"
+    litter.write_bytes(b"PAR1, but not more")
     untouched = (tmp_path / "part-000000.parquet").stat().st_mtime_ns
     retrieve_all(retriever, users(), tmp_path, REQUEST)
     assert contents(tmp_path) == whole
@@ -134,7 +142,7 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds something else"):
         retrieve_all(retriever, users(), tmp_path, REQUEST)
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=f"{MANIFEST}: expected what was asked for as JSON"):
+    with pytest.raises(ValueError, match=f"{MANIFEST} must hold a request as JSON"):
         retrieve_all(retriever, users(), tmp_path, REQUEST)
 
 
@@ -142,7 +150,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     retriever = retriever_of("sasrec")
 
     def another(done: int, total: int) -> None:
-        with pytest.raises(BlockingIOError, match="another process is at work"):
+        with pytest.raises(BlockingIOError, match="another process works on it"):
             retrieve_all(retriever, users(), tmp_path, REQUEST)
 
     retrieve_all(retriever, users(), tmp_path, REQUEST, progress=another)
@@ -154,7 +162,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     [
         ({"k1": 5, "k2": 6}, ValueError, "k2 must be at most k1, got 6 of 5"),
         ({"batch": 0}, ValueError, "batch must be 1 or more, got 0"),
-        ({"users_per_part": 2.0}, TypeError, "users_per_part must be an int, got float"),
+        ({"users_per_part": 2.0}, TypeError, "users_per_part must be an int, got float 2.0"),
         ({"k2": 500, "users_per_part": 1 << 23}, ValueError, "k2 times users_per_part must be at most 2147483647"),
     ],
 )
@@ -165,13 +173,10 @@ def test_sizes_that_make_no_sense_are_refused(sizes: Any, error: type[Exception]
 
 def test_users_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     retriever, asked = retriever_of("sasrec"), users()
-    with pytest.raises(ValueError, match="users have 22 ids and 23 histories"):
+    with pytest.raises(ValueError, match="as many ids as histories, got 22 and 23"):
         retrieve_all(retriever, Users(asked.ids[1:], asked.histories), tmp_path, REQUEST)
-    with pytest.raises(ValueError, match=f"histories.items: {N} is out of range"):
+    with pytest.raises(ValueError, match=f"histories.items must be numbers below {N}, got {N}"):
         retrieve_all(retriever, Users(np.arange(1), Histories.from_lists([[N]])), tmp_path, REQUEST)
-    met = Interactions.from_columns(["a", "b"], ["film-01", "film-99"])
-    with pytest.raises(ValueError, match=r"item .*film-99.* is not in the catalogue"):
-        Users.of(met, retriever.catalogue, 4.0)
 
 
 def test_users_of_a_data_set() -> None:
@@ -182,6 +187,43 @@ def test_users_of_a_data_set() -> None:
     assert [IDS[item] for item in found.histories.items] == ["film-21", "film-05", "film-01"]
     assert found.histories.feedback.tolist() == [True, True, False]
     assert found.histories.offsets.tolist() == [0, 1, 3]
+    assert found.skipped == 0
+
+
+def test_items_that_the_model_lacks_are_left_out_of_histories_and_counted() -> None:
+    met = Interactions.from_columns(["a", "a", "b", "c", "c"], ["new-1", "film-21", "new-2", "film-05", "new-1"])
+    found = Users.of(met, Catalogue(IDS), 4.0)
+    assert found.skipped == 2
+    assert found.histories.offsets.tolist() == [0, 1, 1, 2]
+    assert [IDS[item] for item in found.histories.items] == ["film-21", "film-05"]
+    with pytest.raises(ValueError, match="must have items of the catalogue, got none"):
+        Users.of(Interactions.from_columns(["a"], ["new-1"]), Catalogue(IDS), 4.0)
+
+
+def test_ids_beyond_int64_are_written_exactly(tmp_path: Path) -> None:
+    retriever = Retriever(build("sasrec"), Catalogue(np.arange(N, dtype=np.uint64) + np.uint64(2**64 - N)))
+    retrieve_all(retriever, users(), tmp_path, REQUEST)
+    written = {item for items in dataset.dataset(tmp_path).to_table()["items"].to_pylist() for item in items}
+    assert written <= {2**64 - 1 - number for number in range(N)}
+    assert len(written) > 1
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="out must be a folder, got a file"):
+        retrieve_all(retriever_of("sasrec"), users(), tmp_path / "out", REQUEST)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_without_file_locks_it_goes_on_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    retrieve_all(retriever_of("sasrec"), users(), tmp_path / "locked", REQUEST)
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(RuntimeWarning, match="No locks available"):
+        retrieve_all(retriever_of("sasrec"), users(), tmp_path / "out", REQUEST)
+    assert contents(tmp_path / "out") == contents(tmp_path / "locked")
 
 
 # ---- killed, and in several processes ----
@@ -230,12 +272,12 @@ from pyarrow import parquet
 torch.set_num_threads(1)
 def end(*_): os.kill(os.getpid(), signal.SIGKILL)
 moment, calls = {moment!r}, []
-real_write, real_best = parquet.write_table, offline._best
-def write_table(table, path):
-    calls.append(path)
-    real_write(table, path)
+real_write, real_best = parquet.write_table, offline.Serving.best
+def write_table(table, file):
+    calls.append(file)
+    real_write(table, file)
     if len(calls) == 3:
-        os.truncate(path, 100)
+        file.truncate(100)
         end()
 def best(*operands):
     calls.append(operands)
@@ -243,8 +285,8 @@ def best(*operands):
         end()
     return real_best(*operands)
 if moment == "half a file": parquet.write_table = write_table
-if moment == "a search": offline._best = best
-if moment == "the manifest": offline.to_disk = end
+if moment == "a search": offline.Serving.best = best
+if moment == "the manifest": os.fsync = end
 app({arguments!r})
 """
 
@@ -304,11 +346,12 @@ def test_two_processes_refuse_together(exported: Path, whole: dict[str, bytes], 
 
 @pytest.mark.slow
 def test_one_process_that_cannot_write_ends_both(exported: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    (tmp_path / ".part-000003.parquet").mkdir()  # it is the second part of rank 1
+    part = tmp_path / "part-000003.parquet"  # the second part of rank 1
+    part.symlink_to(part)
     done = torchrun(2, *arguments(exported, tmp_path))
     assert done.returncode != 0
     assert "rank 0 of 2, writing: rank 1 raised" in done.stderr
-    (tmp_path / ".part-000003.parquet").rmdir()
+    part.unlink()
     assert contents(tmp_path).items() <= whole.items()
     assert len(contents(tmp_path)) == 4  # rank 0 had its second part written
     assert torchrun(2, *arguments(exported, tmp_path)).returncode == 0
