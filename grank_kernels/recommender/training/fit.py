@@ -24,6 +24,7 @@ from grank_kernels.recommender.data import Batch, Split, TrainingWindows
 from grank_kernels.recommender.models.embedding_model import EmbeddingModel
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.sharding import shard
+from grank_kernels.recommender.models.trainable import check_trainable
 from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.training.run_folder import load_weights
 from grank_kernels.recommender.training.settings import KS, TrainingConfig
@@ -158,8 +159,9 @@ def fit(
         Seconds spent in training, over all resumptions.
 
     Raises:
-        ValueError: the table is to be split, but there is no folder, one process alone, or a softmax over the corpus;
-            or the monitor is of the second stage, which the model does not have.
+        ValueError: the split has nothing to train on or to validate by, see `check_trainable`; or the table is to be
+            split, but there is no folder, one process alone, or a softmax over the corpus; or the monitor is of
+            the second stage, which the model does not have.
         RuntimeError: the loss is no longer finite after an epoch.
         SystemExit: the process was asked to stop (SIGTERM); the run can be resumed.
         KeyboardInterrupt: it was interrupted; the run can be resumed.
@@ -168,6 +170,10 @@ def fit(
         raise ValueError(f"monitor must be of the retrieval for a model that does not rank, got {config.monitor!r}")
     if config.shard_items:
         _check_shardable(model, config, folder)
+    validate = folder is not None or config.patience is not None
+    check_trainable(
+        model, split, targets=config.targets, context=config.context, validate=validate, ranks=config.devices
+    )
     timer = Timer()  # its time is part of the checkpoints
     own: list[Callback] = [timer, *callbacks]
     if progress:  # without a terminal, one line an epoch
@@ -199,7 +205,7 @@ def fit(
             use_distributed_sampler=False,
             check_val_every_n_epoch=config.validate_every,
             num_sanity_val_steps=0,
-            limit_val_batches=0 if folder is None and config.patience is None else None,
+            limit_val_batches=None if validate else 0,
             logger=loggers or False,
             enable_checkpointing=folder is not None,
             enable_model_summary=False,
