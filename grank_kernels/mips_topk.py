@@ -14,6 +14,7 @@ from grank_kernels.distributed.sharded_table import ShardedItemTable
 from grank_kernels.ops.mips_topk import search
 from grank_kernels.ops.requests import Exclude, Progress, search_request
 from grank_kernels.table.item_table import ItemTable
+from grank_kernels.table.row_mask import RowMask
 
 
 class TopK(NamedTuple):
@@ -45,7 +46,7 @@ def mips_topk(
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: Array | None = None,
+    allow: Array | RowMask | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
@@ -59,7 +60,7 @@ def mips_topk(
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: Array | None = None,
+    allow: Array | RowMask | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
@@ -72,7 +73,7 @@ def mips_topk(
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: Array | None = None,
+    allow: Array | RowMask | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
@@ -97,8 +98,9 @@ def mips_topk(
         exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
             int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
             with ids of its own does not hold are ignored.
-        allow: bool (N,), or (B, N): only these rows are eligible. The order of a table's rows is that of `table.ids`;
-            where updates may come in between, take ids and search from one `table.snapshot()`.
+        allow: the eligible rows: bool (N,) or (B, N), or `table.mask(ids)`. Bool masks are in the order of `table.ids`,
+            and refused once updates have removed or replaced rows, after which they may be of an older order;
+            `table.mask` stays right.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
         progress: called with the rows that are done and all there are, after every 16 MB of a table that is streamed
@@ -131,7 +133,7 @@ def count_rescored(
     k: int,
     *,
     exclude: Exclude | None = None,
-    allow: Array | None = None,
+    allow: Array | RowMask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """How many rows in full precision the same search by `mips_topk` reads for every query of a certified table.

@@ -170,7 +170,7 @@ class ShardedItemTable:
             )
         if self._scatters and request.allow is not None and request.allow.dim() != 1:
             raise ValueError(f"allow must be (n,) where each rank brings its queries, got {shape_of(request.allow)}")
-        if self._first is not None and version.live and version.columns.ids is not None:
+        if self._first is not None and version.num_rows and version.columns.ids is not None:
             raise ValueError("items must have ids of their own to be updated, got a shard without, updated")
         return _Call(request._replace(one=False))
 
@@ -214,7 +214,7 @@ class ShardedItemTable:
 
     def _local(self, request: SearchRequest) -> Lists:
         """The best of this shard, as many as it may have."""
-        n, first, excluded = request.version.live, self._first, request.exclude_ids
+        n, first, excluded = request.version.num_rows, self._first, request.exclude_ids
         if excluded is not None and first is not None:
             excluded = within(excluded, slice(first, first + n))
         values, ids, _ = search(request._replace(k=min(request.k, max(n, 1)), exclude_ids=excluded))
@@ -300,7 +300,7 @@ class _Call:
         queries, excluded = self.request.queries, self.request.exclude_ids
         checksum = xxhash.xxh3_64_intdigest(_bytes(queries).numpy().data) & _MOST if queries.is_cpu else 0
         code, num_excluded = _DTYPES.index(queries.dtype), 0 if excluded is None else len(excluded)
-        self.facts = _Facts(self.request.version.live, len(queries), self.request.k, code, checksum, num_excluded)
+        self.facts = _Facts(self.request.version.num_rows, len(queries), self.request.k, code, checksum, num_excluded)
 
 
 def short_list(k: int, num_shards: int) -> int:

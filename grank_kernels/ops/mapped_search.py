@@ -14,6 +14,7 @@ from grank_kernels.table.mapping import Mapping, streamed
 
 PART_BYTES = 1 << 24
 _LAST = torch.iinfo(torch.int64).max
+_SIGN_BIT = torch.iinfo(torch.int32).min
 
 Search = Callable[[MipsTopkProblem], tuple[torch.Tensor, torch.Tensor]]
 
@@ -65,7 +66,16 @@ def within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
 
 
 def best_of(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first k by (score descending, id ascending), with those that are none, -infinity and -1, at the end."""
+    """The first k of every row by (score descending, id ascending); fillers (-infinity, -1) come last."""
     order = ids.where(ids >= 0, _LAST).argsort(dim=1, stable=True)
-    order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
+    order = order.gather(1, order_key(values).gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
     return values.gather(1, order), ids.gather(1, order)
+
+
+def order_key(values: torch.Tensor) -> torch.Tensor:
+    """Int32 keys in the order of float32 scores without NaN, equal where the scores are.
+
+    Comparing floats would take subnormal scores for 0 in a process that has called `torch.set_flush_denormal(True)`.
+    """
+    bits = values.view(torch.int32)
+    return torch.where(bits < 0, _SIGN_BIT - bits, bits)  # -0.0 is the sign bit alone, and becomes 0

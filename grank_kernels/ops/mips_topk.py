@@ -22,8 +22,6 @@ def search(request: SearchRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """
     queries, version, k, offsets, excluded, allow, backend, progress, one = request
     rows, row_scale, ids, coarse = version.operands()
-    if version.alive is not None:
-        allow = version.alive if allow is None else _by_position(allow, version.alive)
     if ids is not None and ids.device != queries.device:  # rows in pinned host memory
         ids = ids.to(queries.device, non_blocking=True)
     problem = MipsTopkProblem(queries, rows, row_scale, ids, k, offsets, excluded, allow)
@@ -43,13 +41,6 @@ def search(request: SearchRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     if one:
         return values[0], indices[0], None if rescored is None else rescored[0]
     return values, indices, rescored
-
-
-def _by_position(allow: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-    """`allow` with one entry a position instead of one a row: positions without a row are not eligible."""
-    spread = allow.new_zeros((*allow.shape[:-1], len(alive)))
-    spread[..., alive] = allow
-    return spread
 
 
 def _ids_at(positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

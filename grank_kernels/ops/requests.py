@@ -18,6 +18,7 @@ from grank_kernels.common.checks import (
 )
 from grank_kernels.ops.dispatch import choose, is_plain
 from grank_kernels.table.item_table import ItemTable
+from grank_kernels.table.row_mask import RowMask
 from grank_kernels.table.versions import Columns, Version
 
 _MOST_K = (1 << 63) - 1
@@ -37,7 +38,7 @@ class SearchRequest(NamedTuple):
         exclude_offsets: (B + 1,) int64, or None: query b excludes `exclude_ids[exclude_offsets[b] :
             exclude_offsets[b + 1]]`.
         exclude_ids: (E,) int64, -1 for none; or None.
-        allow: (N,) or (B, N) bool, one entry a row of the snapshot; None: all rows are eligible.
+        allow: (size,) or (B, size) bool, the eligible positions of the snapshot; None: all are.
         backend: name of the chosen backend, a key of `BACKENDS`.
         progress: called with (rows done, rows in all) while a mapped table is streamed; or None.
         one: whether the caller passed one query (d,), so that the result has no batch dimension.
@@ -91,10 +92,9 @@ def search_request(
         offsets, excluded = exclusions(exclude, B, one, queries.device)
         if is_plain(offsets, excluded):  # otherwise the op checks when it runs
             check_exclude(offsets, excluded, None if version.columns.ids is not None else num_ids or version.size)
-    if allow is not None:
-        allow = _checked_allow(allow, B, version.live, queries.device)
+    eligible = _eligible(allow, version, B, queries.device)
     name = choose("mips_topk", backend, queries, rows)
-    return SearchRequest(queries, version, k, offsets, excluded, allow, name, progress, one)
+    return SearchRequest(queries, version, k, offsets, excluded, eligible, name, progress, one)
 
 
 def version_of(items: Any) -> Version:
@@ -110,12 +110,27 @@ def version_of(items: Any) -> Version:
     return Version(Columns(items), items.shape[0])
 
 
-def _checked_allow(allow: Any, B: int, N: int, device: torch.device) -> torch.Tensor:
+def _eligible(allow: Any, version: Version, B: int, device: torch.device) -> torch.Tensor | None:
+    """The positions that hold a row and are allowed: bool (size,) or (B, size), or None for all."""
+    if allow is None:
+        return version.row_mask
+    if isinstance(allow, RowMask):
+        return allow.positions(version).to(device)
+    if version.reordered:
+        raise ValueError(
+            "allow must be table.mask(ids), got a mask by row: updates have removed or replaced rows of the table, and "
+            "the mask may have been made for their order before (a table.snapshot() takes masks by row)"
+        )
+    N = version.num_rows
     mask = check_tensor("allow", allow, (torch.bool,), (1, 2))
     if tuple(mask.shape) not in ((N,), (B, N)):
         raise ValueError(f"allow must be ({N},) or ({B}, {N}) for {B} queries and {N} items, got {shape_of(mask)}")
     check_device("allow", mask, "queries", device)
-    return mask
+    if version.row_mask is None:
+        return mask
+    spread = mask.new_zeros((*mask.shape[:-1], version.size))
+    spread[..., version.row_mask] = mask
+    return spread
 
 
 def _check_room(B: int, k: Any, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""The file of an `ItemTable`: safetensors with checksums. docs/table_format.md is the specification.
+"""The file of an `ItemTable`: safetensors with checksums, specified in docs/table_format.md.
 
-The safetensors library reads such files, but is not used here: it writes only what is in memory, and what it maps it
-maps privately, which Linux refuses for files larger than memory.
+The safetensors library reads such files, but is not used here: it writes only tensors in memory, and maps files
+privately, which Linux refuses for files larger than memory.
 """
 
 import json
@@ -18,9 +18,10 @@ from grank_kernels.table.mapping import Mapping, streamed
 from grank_kernels.table.versions import PART_BYTES, Columns, empty
 
 FORMAT, FORMAT_VERSION = "grank_kernels.ItemTable", "1"
-_MOST_HEADER = 1 << 16  # bytes; a table's has about 1000
-_MOST = 1 << 40  # of any size in a header: products of a few stay below what tensors can have
-_ALIGNMENT = 64  # of the data: a cache line
+_MOST_HEADER = 1 << 16  # bytes; a table's header has about 1000
+MOST = 1 << 40  # bound of sizes in a header: products of a few fit into int64
+_MOST_EMPTY_ROWS = 1 << 24  # rows of width 0 take no bytes, so that the length of the file does not bound their number
+_ALIGNMENT = 64  # bytes of a cache line
 _BASIS = "coarse_basis"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -30,7 +31,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class _Entry(NamedTuple):
-    """Where a tensor stands in a file: its bytes from `begin` to `end`, counted from the end of the header."""
+    """A tensor in a file: its bytes from `begin` to `end`, counted from the end of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,7 +39,7 @@ class _Entry(NamedTuple):
     end: int
 
     def checksum(self, name: str) -> "xxhash.xxh3_64":
-        """What the checksum of a tensor begins with, so that it covers the tensor's entry in the header too."""
+        """The state of the checksum before the data: it covers the tensor's entry in the header, too."""
         return xxhash.xxh3_64(f"{name} {_NAMES[self.dtype]} {list(self.shape)}\n".encode())
 
 
@@ -48,13 +49,17 @@ class _Entry(NamedTuple):
 def write(
     path: str | os.PathLike[str], like: Columns, parts: Iterable[Columns], basis: torch.Tensor | None = None
 ) -> None:
-    """Writes a table to `path`, which is the old file or the whole new one at any time, also if the system fails.
+    """Writes a table to a file, atomically.
 
     Args:
-        path: the file to create or replace, atomically; see `grank_kernels.common.atomic_files`.
-        like: the shapes and dtypes of the columns; their device does not matter.
+        path: the file to create or replace, see `grank_kernels.common.atomic_files`.
+        like: tensors of the shapes and dtypes of the columns, on any device.
         parts: the rows, piece by piece.
-        basis: of the int8 copy.
+        basis: basis of the int8 copy.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the parts hold more or fewer rows than `like`.
     """
     tensors = like.present() | ({} if basis is None else {_BASIS: basis})
     layout = _layout(tensors)
@@ -67,7 +72,9 @@ def write(
         def append(name: str, x: torch.Tensor) -> None:
             data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             if written[name] + len(data) > layout[name].end - layout[name].begin:
-                raise ValueError(f"parts hold more rows than the {len(like.rows)} that were announced")
+                raise ValueError(
+                    f"num_rows must be the number of rows in all parts, got {len(like.rows)}, and more rows"
+                )
             _write(file, data, start + layout[name].begin + written[name])
             checksums[name].update(data)
             written[name] += len(data)
@@ -78,7 +85,7 @@ def write(
         if basis is not None:
             append(_BASIS, basis)
         if any(written[name] != entry.end - entry.begin for name, entry in layout.items()):
-            raise ValueError(f"parts hold fewer rows than the {len(like.rows)} that were announced")
+            raise ValueError(f"num_rows must be the number of rows in all parts, got {len(like.rows)}, and fewer rows")
         _write(file, memoryview(_header(layout, checksums)), 0)
 
 
@@ -89,8 +96,9 @@ def _write(file: int, data: memoryview, offset: int) -> None:
 
 
 def _layout(tensors: dict[str, torch.Tensor]) -> dict[str, _Entry]:
-    """Tensor after tensor without gaps, as safetensors wants it, each aligned to its elements: first those that leave
-    the next one aligned to a cache line, as rows nearly always do, then by size of the elements.
+    """The place of each tensor: without gaps, as safetensors requires, and aligned to its elements.
+
+    Tensors of whole cache lines, which rows nearly always are, come first; the others by element size.
     """
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % _ALIGNMENT != 0, -tensors[name].itemsize))
     layout, end = {}, 0
@@ -102,7 +110,7 @@ def _layout(tensors: dict[str, torch.Tensor]) -> dict[str, _Entry]:
 
 
 def _header(layout: dict[str, _Entry], checksums: dict[str, "xxhash.xxh3_64"]) -> bytes:
-    """The same length whatever the checksums are."""
+    """The bytes before the data. Their number does not depend on the checksums."""
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     metadata |= {f"xxh3_64.{name}": checksum.hexdigest() for name, checksum in checksums.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -119,22 +127,23 @@ def _header(layout: dict[str, _Entry], checksums: dict[str, "xxhash.xxh3_64"]) -
 def read(
     path: str | os.PathLike[str], mapped: bool, verify: bool, part: tuple[int, int] | None = None
 ) -> tuple[Columns, torch.Tensor | None, Mapping | None]:
-    """The columns of a table's file, the basis of its int8 copy, and the file's mapping if columns stay in it.
+    """Columns, basis of the int8 copy, and the mapping that holds the columns left in the file.
 
     Args:
-        path: of the file.
-        mapped: leave the rows in the file, and their scales and ids too unless there is an int8 copy to search instead.
+        path: the file.
+        mapped: leave the rows in the file, and without an int8 copy their scales and ids, too.
         verify: compare the checksums.
-        part: (r, n), the r-th of n parts of the rows. What is not left in the file is copied from its mapping.
+        part: (r, n), only the r-th of n parts of the rows.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: the file is not what `write` writes; the message says in what.
+        OSError: the file does not exist or cannot be read or mapped.
+        ValueError: the file is not a table of this version; the message says why.
     """
     with open(path, "rb", buffering=0) as file:
         try:
             start, layout, checksums = _parsed(file)
-            mapping = Mapping(file) if (mapped or part is not None) and layout["rows"].shape[0] > 0 else None
+            maps = (mapped or part is not None) and layout["rows"].shape[0] > 0
+            mapping = Mapping(file, os.fspath(path)) if maps else None
             tensors = {}
             for name, entry in layout.items():
                 stays = mapped and (name == "rows" or "coarse_rows" not in layout)
@@ -153,6 +162,7 @@ def read(
                 if mapping is not None and part is not None:
                     x = tensors[name] if name == _BASIS else _part(tensors[name], *part)
                     tensors[name] = x if stays else empty(tuple(x.shape), x.dtype, x.device).copy_(x)
+            _check_values(tensors)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} {error}") from None
     basis = tensors.pop(_BASIS, None)
@@ -160,44 +170,44 @@ def read(
 
 
 def _part(x: torch.Tensor, r: int, n: int) -> torch.Tensor:
-    """The rows of the r-th of n parts."""
+    """The r-th of n parts of the rows."""
     return x[len(x) * r // n : len(x) * (r + 1) // n]
 
 
 def _bytes(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The memory of a contiguous tensor, `PART_BYTES` at a time."""
+    """Views of the bytes of a contiguous tensor, `PART_BYTES` at a time."""
     return iter(torch.split(x.reshape(-1).view(torch.uint8), PART_BYTES))
 
 
 def _filled(parts: Iterator[torch.Tensor], file: BinaryIO, offset: int) -> Iterator[torch.Tensor]:
-    """The same memory, after it has been filled from a file."""
+    """The views, each after it was filled from the file."""
     for part in parts:
         data = part.numpy().data
         while data:
             read = os.preadv(file.fileno(), [data], offset)
             if read == 0:
-                raise ValueError("is truncated: it became shorter while it was read")
+                raise ValueError("is truncated: it became shorter during reading")
             data, offset = data[read:], offset + read
         yield part
 
 
 def _parsed(file: BinaryIO) -> tuple[int, dict[str, _Entry], dict[str, str]]:
-    """Of a file that may hold anything: where the data begin, the tensors, and their checksums."""
+    """Offset of the data, tensors and checksums of a file with arbitrary content."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise ValueError("is empty")
     start = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     if start > 8 + _MOST_HEADER:
-        raise ValueError(f"is no table: its header would have {start - 8} bytes; a table's has at most {_MOST_HEADER}")
+        raise ValueError(f"is not a table: its header must have at most {_MOST_HEADER} bytes, got {start - 8}")
     if size < start:
         raise ValueError(f"is truncated: it has {size} bytes, and its header alone {start}")
     try:
         header = json.loads(os.pread(file.fileno(), start - 8, 8))
     except (ValueError, RecursionError):
-        raise ValueError("is no table: its header is not JSON") from None
+        raise ValueError("is not a table: its header is not JSON") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"is no table: its header does not say that its format is {FORMAT}")
+        raise ValueError(f"is not a table: its header does not say that its format is {FORMAT}")
     if metadata.get("format_version") != FORMAT_VERSION:
         version = metadata.get("format_version")
         raise ValueError(f"has format_version {version!r}; this version of grank_kernels reads {FORMAT_VERSION!r}")
@@ -216,7 +226,7 @@ def _parsed(file: BinaryIO) -> tuple[int, dict[str, _Entry], dict[str, str]]:
 
 
 def _entry(name: str, entry: Any) -> _Entry:
-    """A tensor's entry in the header."""
+    """A tensor's entry in the header, checked."""
     if name not in (*Columns._fields, _BASIS):
         raise ValueError(f"is malformed: tables have no tensor {name!r}")
     fields = entry if isinstance(entry, dict) else {}
@@ -231,17 +241,19 @@ def _entry(name: str, entry: Any) -> _Entry:
 
 
 def _sizes(x: Any) -> tuple[int, ...] | None:
-    """A list of sizes, or None for anything else."""
-    good = isinstance(x, list) and all(type(size) is int and 0 <= size < _MOST for size in x)
+    """A list of sizes as a tuple, or None."""
+    good = isinstance(x, list) and all(type(size) is int and 0 <= size < MOST for size in x)
     return tuple(x) if good else None
 
 
 def _check_columns(layout: dict[str, _Entry]) -> None:
-    """That the tensors are those of a table."""
+    """That names, dtypes and shapes of the tensors are those of a table."""
     rows = layout.get("rows")
     if rows is None or len(rows.shape) != 2 or rows.dtype in (torch.float64, torch.int64):
-        raise ValueError(f"is malformed: rows are {rows}; they take (N, d) of F32, F16, BF16 or I8")
+        raise ValueError(f"is malformed: rows must be (N, d) of F32, F16, BF16 or I8, got {rows}")
     (N, d), int8 = rows.shape, rows.dtype == torch.int8
+    if d == 0 and N > _MOST_EMPTY_ROWS:
+        raise ValueError(f"is malformed: rows of width 0 must be at most {_MOST_EMPTY_ROWS}, got {N}")
     takes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (rows.dtype, (N, d)), "ids": (torch.int64, (N,))}
     if int8:
         takes["row_scale"] = (torch.float32, (N,))
@@ -254,3 +266,14 @@ def _check_columns(layout: dict[str, _Entry]) -> None:
     missing = takes.keys() - layout.keys() - {"ids", _BASIS}
     if missing:
         raise ValueError(f"is malformed: it has no {min(missing)}")
+
+
+def _check_values(tensors: dict[str, torch.Tensor]) -> None:
+    """That scales and error bounds of the int8 copy are numbers: searches would skip rows of NaN bounds in silence.
+
+    Without `verify` nothing else would notice.
+    """
+    for name, most in (("coarse_scale", torch.finfo(torch.float32).max), ("coarse_error", math.inf)):
+        x = tensors.get(name)
+        if x is not None and not bool(((x >= 0) & (x <= most)).all()):
+            raise ValueError(f"is malformed: {name} must be from 0 to {most:.3g}, got other numbers or NaN")

@@ -1,42 +1,49 @@
-"""`ItemTable`: the rows a search goes over, in the precision they are searched in."""
+"""`ItemTable`: the rows that searches scan, in the precision of the scan."""
 
 import itertools
 import os
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 
-from grank_kernels.common.arrays import Array, as_tensor
+from grank_kernels.common.arrays import Array
+from grank_kernels.common.checks import FLOATS, check_choice, check_device, check_int, check_tensor
 from grank_kernels.table import file as table_file
 from grank_kernels.table.quantise import Coarse, basis_for, certify, quantise
+from grank_kernels.table.row_mask import RowMask
 from grank_kernels.table.versions import Columns, Log, Version, empty, updated
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPES = (*_FLOATS, torch.int8)
+_DTYPES = (*FLOATS, torch.int8)
 
 
 class ItemTable:
-    """Item rows in one precision, with external ids if wanted, on one device or on disk. There is no index to build.
+    """Item rows in one precision, with optional external ids, in memory, on a GPU or memory-mapped.
 
-    Made by `ItemTable.from_rows` or `ItemTable.load`. `mips_topk(queries, table, k)` searches it.
+    `ItemTable.from_rows` and `ItemTable.load` make tables; `mips_topk(queries, table, k)` searches them. There is no
+    index to build.
 
-    Searches may run in any number of threads while one or more update the table: a search that begins after `upsert` or
-    `remove` has returned finds what they did, one that runs meanwhile finds all of it or nothing, and none waits. The
-    order of the rows, which matters to `allow` alone, is that of `ids`; updates change it, `snapshot` keeps it.
+    Threads may search a table while others update it. A search that starts after `upsert` or `remove` has returned sees
+    the update; a concurrent search sees all of it or nothing. Searches never wait for updates.
 
-    Rows and ids may also be NumPy arrays, or objects with `__dlpack__`. A table is copied and pickled by its rows; one
-    that is memory-mapped cannot be pickled, since only its path would be worth sending.
+    Wherever a tensor is taken, a NumPy array or an object with `__dlpack__` is, too. Copies and pickles hold the rows
+    alone. Sent to another process (`multiprocessing`, data loader workers), the rows move to shared memory and are not
+    copied. A memory-mapped table cannot be pickled: send its path.
     """
 
     def __init__(self, version: Version):
-        """Takes what `from_rows` and `load` have checked and converted."""
+        """Takes a version whose columns `from_rows` or `load` has checked and converted."""
         self._version = version  # replaced as a whole
-        self._log: Log | None = None  # in which the version is, if the table may append to it
+        self._log: Log | None = None  # the version's log, if this table may append to it
         self._writing = threading.Lock()
+        _tables.add(self)
 
-    # ---- made of rows ----
+    # ---- from rows ----
 
     @classmethod
     def from_rows(
@@ -47,25 +54,25 @@ class ItemTable:
         dtype: torch.dtype | None = None,
         coarse: torch.dtype | None = None,
     ) -> "ItemTable":
-        """Copies rows into a table.
+        """A table with a copy of the rows. The copy has no gradient; a warning says so for rows that require one.
 
         Args:
             rows: (N, d) float32, float16 or bfloat16.
-            ids: (N,) int64, unique, not negative: what searches return instead of positions.
-            dtype: float32, float16, bfloat16 or int8; None keeps that of `rows`. int8 is symmetric by row:
+            ids: (N,) int64, unique and not negative, which searches return; None: the positions.
+            dtype: float32, float16, bfloat16 or int8; None: the dtype of `rows`. int8 is symmetric by row:
                 `scale = max|row| / 127`, numbers rounded half to even.
-            coarse: torch.int8 keeps an int8 copy beside float rows, with a bound of its error for every row. Searches
-                scan the copy and read only those rows that the bound cannot rule out: the same result, bit for bit, as
-                without it, in the time of an int8 search. Rows may hold infinities and NaN, which are always read.
+            coarse: torch.int8 adds an int8 copy of float rows with an error bound a row. Searches scan the copy and
+                read only the rows that the bound cannot rule out: the result is bit for bit that without a copy, in the
+                time of an int8 search. Rows with infinities or NaN are always read.
 
         Raises:
-            TypeError: an argument is no tensor.
-            ValueError: a dtype or shape that does not fit, ids that repeat or are negative, rows that int8 or the
-                narrower dtype cannot hold (NaN and infinities for int8).
+            TypeError: an argument is not a tensor or array with strided memory.
+            ValueError: a dtype or shape does not fit, ids repeat or are negative, or rows for int8 hold NaN or
+                infinity.
         """
         rows, dtype = _checked_rows(rows, dtype)
         if coarse not in (None, torch.int8) or (coarse is not None and dtype == torch.int8):
-            raise ValueError(f"coarse is {coarse} beside {dtype} rows; it takes None, or torch.int8 beside float rows")
+            raise ValueError(f"coarse must be None, or torch.int8 with float rows, got {coarse} with {dtype} rows")
         if ids is not None:
             ids = _checked_ids(ids, rows.shape[:1], rows.device)
         columns, basis = _converted(rows, ids, dtype), None
@@ -77,15 +84,16 @@ class ItemTable:
     # ---- files ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to a file, beside `path` first: whatever happens, `path` is the old file or the new one.
+        """Writes the table to a file, atomically: `path` is the old or the new file, also after a kill or power loss.
 
-        The format is safetensors with checksums, described in docs/table_format.md. Rows go to the file piece by piece.
+        The format is safetensors with checksums, see docs/table_format.md.
 
         Raises:
-            OSError: the file cannot be written; what was at `path` is still there.
+            OSError: the file cannot be written; unless the message says otherwise, `path` is as before.
+            KeyboardInterrupt: `path` is the old or the new file, and complete.
         """
         version = self._version
-        shapes = version.columns.map(lambda x: x.new_empty((version.live, *x.shape[1:]), device="meta"))
+        shapes = version.columns.map(lambda x: x.new_empty((version.num_rows, *x.shape[1:]), device="meta"))
         table_file.write(path, shapes, version.parts(), version.basis)
 
     @classmethod
@@ -97,24 +105,24 @@ class ItemTable:
         verify: bool = True,
         part: tuple[int, int] | None = None,
     ) -> "ItemTable":
-        """A table that `save` or `write` has written.
+        """Reads a table that `save` or `write` has written. docs/security.md says what is checked.
 
         Args:
-            path: of the file.
-            mmap: leave the rows in the file, for tables larger than memory. A search streams through them, or with an
-                int8 copy, which is read into memory, looks up those it needs. Such a table takes no updates. The file
-                may be replaced or removed meanwhile, but not be changed in place.
-            verify: compare the checksums, which reads the whole file once. That ids are unique is not looked at with
-                `mmap`: it would take as much memory.
-            part: (r, n), only the rows from N * r // n to N * (r + 1) // n. A table without ids counts them from 0.
+            path: the file.
+            mmap: leave the rows in the file, for tables larger than memory. Searches stream through them; with an int8
+                copy, which is read into memory, they read single rows. The table takes no updates. The file may be
+                replaced or removed while it is mapped, but not be changed in place: a search refuses a file of another
+                size or modification time, and a file that shrinks during a search ends the process (SIGBUS).
+            verify: compare the checksums, which reads the whole file once.
+            part: (r, n), only the rows N * r // n to N * (r + 1) // n. Without ids they are numbered from 0.
 
         Raises:
-            OSError: there is no such file, or it cannot be read.
-            ValueError: the file is no table, of another version, truncated or corrupted; the message says which. Or
-                there is no such part.
+            OSError: the file does not exist or cannot be read or mapped.
+            ValueError: the file is not a table, of another version, truncated or corrupted, or `part` is invalid; the
+                message says which. Unique ids are not checked with `mmap`: that would take as much memory.
         """
         if part is not None and not 0 <= part[0] < part[1]:
-            raise ValueError(f"part is {part}; it takes (r, n) with 0 <= r < n")
+            raise ValueError(f"part must be (r, n) with 0 <= r < n, got {part}")
         columns, basis, mapping = table_file.read(path, mmap, verify, part)
         if columns.ids is not None and mapping is None:
             try:
@@ -132,51 +140,50 @@ class ItemTable:
         dtype: torch.dtype | None = None,
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
-        """Writes a table of rows that come in parts and need not fit into memory; their positions are the ids.
+        """Writes a table larger than memory from parts of its rows; their positions are the ids.
 
         Args:
-            path: of the file, written as by `save`.
+            path: the file, written as by `save`.
             parts: tensors (n, d), as `from_rows` takes them.
-            num_rows: of all parts.
-            dtype: as for `from_rows`; None keeps that of the first part.
-            progress: called after every part with the rows that are written, and `num_rows`.
+            num_rows: number of rows in all parts.
+            dtype: as for `from_rows`; None: the dtype of the first part.
+            progress: called after every part with (rows written, `num_rows`).
 
         Raises:
-            OSError: the file cannot be written; what was at `path` is still there.
-            TypeError: a part is no tensor.
-            ValueError: a part that `from_rows` would not take, that differs from the first one in width, or more or
-                fewer rows than `num_rows`.
+            OSError: as `save`.
+            TypeError: a part is not a tensor or array, or `num_rows` is not an int.
+            ValueError: `from_rows` would refuse a part, parts differ in width, or `num_rows` is not their number of
+                rows.
         """
+        num_rows = _checked_num_rows(num_rows)
         converted = _converted_parts(parts, dtype)
         first = next(converted, None)
         if first is None:
-            raise ValueError("parts has none; it takes at least one tensor (n, d), which may have n = 0")
+            raise ValueError("parts must hold at least one tensor (n, d), where n may be 0, got none")
         shapes = first.map(lambda x: x.new_empty((num_rows, *x.shape[1:]), device="meta"))
         table_file.write(path, shapes, _reported(itertools.chain([first], converted), num_rows, progress))
 
     # ---- updates ----
 
     def upsert(self, ids: Array, rows: Array) -> None:
-        """Puts rows into the table, in place of those of the same ids where there are such.
+        """Inserts rows, and replaces rows of the same ids.
 
-        Amortised, the cost is proportional to the rows that are given; the first update of a table copies it, since it
-        needs room to grow. See grank_kernels/table/versions.py.
+        The amortised cost is proportional to the number of rows given. The first update copies the table, to have room
+        to grow. See grank_kernels/table/versions.py.
 
         Args:
-            ids: (n,) int64, unique, not negative.
-            rows: (n, d) float32, float16 or bfloat16, converted to the table's precision.
+            ids: (n,) int64, unique and not negative.
+            rows: (n, d) float32, float16 or bfloat16, converted to the table's dtype.
 
         Raises:
-            TypeError: an argument is no tensor.
-            ValueError: what `from_rows` refuses, another width or device, or a memory-mapped table; nothing is changed.
-            MemoryError: there is no room for the rows; nothing is changed.
+            TypeError: an argument is not a tensor or array with strided memory.
+            ValueError: as `from_rows`, another width or device, or a memory-mapped table. The table is unchanged.
+            MemoryError: there is no room for the rows. The table is unchanged.
         """
         self._check_updatable()
         rows, _ = _checked_rows(rows, self.dtype)
         if rows.shape[1] != self.dim or rows.device != self.device:
-            raise ValueError(
-                f"rows have shape {tuple(rows.shape)} on {rows.device}; they take (n, {self.dim}) on {self.device}"
-            )
+            raise ValueError(f"rows must be (n, {self.dim}) on {self.device}, got {tuple(rows.shape)} on {rows.device}")
         ids = _checked_ids(ids, rows.shape[:1], rows.device)
         if not len(ids):
             return
@@ -185,48 +192,70 @@ class ItemTable:
             added = _with_coarse(added, self._version.basis)
         with self._writing:
             old = self._version.find(ids)
-            self._update(added, gone=old[old < self._version.size])
+            self._update(added, deleted=old[old < self._version.size])
 
     def remove(self, ids: Array) -> None:
-        """Takes rows out of the table.
+        """Deletes rows.
 
         Args:
             ids: (n,) int64, unique.
 
         Raises:
-            TypeError: ids is no tensor.
-            ValueError: ids are not int64 or of another device, repeat, or one is not in the table, or the table is
-                memory-mapped; nothing is changed.
-            MemoryError: there is no room to work in; nothing is changed.
+            TypeError: ids is not a tensor or array.
+            ValueError: ids are not int64, on another device, repeat, or one is not in the table; or the table is
+                memory-mapped. The table is unchanged.
+            MemoryError: there is no room for the update. The table is unchanged.
         """
         self._check_updatable()
         ids = _checked_ids(ids, None, self.device)
         if not len(ids):
             return
         with self._writing:
-            gone = _known(self._version, ids)
-            self._update(self._version.columns.map(lambda x: x[:0]), gone)
+            deleted = _known(self._version, ids)
+            self._update(self._version.columns.map(lambda x: x[:0]), deleted)
 
     def snapshot(self) -> "ItemTable":
-        """The table as it is now, whatever updates come: it shares the rows, and would copy them if it were updated."""
-        return ItemTable(self._version)
+        """The table as it is now, unaffected by later updates. It shares the rows; its own first update copies them."""
+        version = self._version
+        return ItemTable(replace(version, reordered=False) if version.reordered else version)
 
-    def _update(self, added: Columns, gone: torch.Tensor) -> None:
+    def mask(self, rows: Array) -> RowMask:
+        """A set of rows for `allow` of `mips_topk`, which stays right when the table is updated.
+
+        Args:
+            rows: int64 (n,), ids, of which a search ignores those that it does not find; or bool (N,) in the order of
+                `ids`.
+
+        Raises:
+            TypeError: rows is not a tensor or array.
+            ValueError: rows are neither int64 nor bool, or of another shape.
+        """
+        rows = check_tensor("rows", rows, (torch.int64, torch.bool), (1,))
+        if rows.dtype == torch.int64:
+            return RowMask(rows.clone())
+        ids = self.ids
+        if rows.shape != ids.shape:
+            raise ValueError(f"rows must be bool ({len(ids)},), one entry a row, got {tuple(rows.shape)}")
+        return RowMask(ids[rows.to(ids.device)])
+
+    def _update(self, added: Columns, deleted: torch.Tensor) -> None:
         log, self._log = self._log, None  # for good, if the update fails
-        self._version, self._log = updated(self._version, log, added, gone)
+        self._version, self._log = updated(self._version, log, added, deleted)
 
     def _check_updatable(self) -> None:
         if self._version.mapping is not None:
-            raise ValueError("a memory-mapped table takes no updates; load it with mmap=False")
+            raise ValueError(
+                "the table must be in memory to be updated, got a memory-mapped one: load it with mmap=False"
+            )
 
-    # ---- what is in it ----
+    # ---- contents ----
 
     def __len__(self) -> int:
-        return self._version.live
+        return self._version.num_rows
 
     @property
     def version(self) -> int:
-        """Number of updates since the table was made or loaded."""
+        """Number of updates since the table was created or loaded."""
         return self._version.number
 
     @property
@@ -236,29 +265,29 @@ class ItemTable:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision the rows are kept and searched in."""
+        """Precision in which rows are stored and searched."""
         return self._version.columns.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self._version.columns.rows.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rows, scales, ids and the int8 copy with its basis."""
+        """Bytes of rows, scales, ids, and the int8 copy with its basis."""
         basis = self._version.basis
         columns = self._version.columns.present().values()
         return sum(x.nbytes for x in columns) + (0 if basis is None else basis.nbytes)
 
     @property
     def ids(self) -> torch.Tensor:
-        """(N,) int64, in the order of the rows, which is that of `allow`."""
+        """(N,) int64, in the order of the rows, which updates change and `snapshot` keeps."""
         version = self._version
-        return version.ids() if version.alive is None else version.ids()[version.alive]
+        return version.ids() if version.row_mask is None else version.ids()[version.row_mask]
 
     def rows(self, ids: Array) -> torch.Tensor:
-        """The rows of some ids, as they are searched.
+        """The rows of some ids, in the precision that is searched.
 
         Args:
             ids: int64 of any shape, on the table's device.
@@ -267,13 +296,12 @@ class ItemTable:
             (*ids.shape, d) float32; int8 rows times their scale.
 
         Raises:
-            TypeError: ids is no tensor.
-            ValueError: ids are not int64, or one is not in the table.
+            TypeError: ids is not a tensor or array.
+            ValueError: ids are not int64, or one is not in the table; or the table's file was changed in place.
         """
-        ids = _tensor("ids", ids)
-        if ids.dtype != torch.int64:
-            raise ValueError(f"ids are {ids.dtype}; they take torch.int64: ids.to(torch.int64) converts")
+        ids = _ids("ids", ids)
         version = self._version
+        version.check_unchanged()
         positions = _known(version, ids)
         rows, row_scale, *_ = version.columns
         picked = rows[positions].float()
@@ -287,50 +315,88 @@ class ItemTable:
         number = f", version {self.version}" if self.version else ""
         return f"ItemTable({len(self):_} x {self.dim} {name}{coarse}, {_megabytes(self.nbytes)}{ids}, {where}{number})"
 
-    # ---- what the ops read ----
+    # ---- for the ops ----
 
     @property
     def current(self) -> Version:
-        """The rows as they are now. An op looks here once, or it would mix versions."""
+        """The current version. An op reads this once, so as not to mix versions."""
         return self._version
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Coarse | None]:
-        """By position: rows (size, d), the scales of int8 rows (size,), external ids (size,), the int8 copy."""
+        """By position: rows (size, d), scales of int8 rows (size,), external ids (size,), the int8 copy."""
         return self._version.operands()
 
-    # ---- elsewhere ----
+    # ---- copies ----
 
     def to(self, device: torch.device | str) -> "ItemTable":
-        """The table on another device; itself if it is there already."""
+        """A copy on another device; the table itself if it is on the device."""
         device = torch.device(device)
         return self if device == self.device else ItemTable(self._version.moved(lambda x: x.to(device)))
 
     def pin_memory(self) -> "ItemTable":
-        """The table in page-locked host memory, from where queries on a GPU search it chunk by chunk; needs a GPU."""
+        """A copy in page-locked host memory, which queries on a GPU search chunk by chunk; needs a GPU."""
         return ItemTable(self._version.moved(torch.Tensor.pin_memory))
 
     def __deepcopy__(self, memo: Any) -> "ItemTable":
         return self.snapshot() if self._version.mapping is not None else ItemTable(self._version.moved(torch.clone))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return ItemTable, (self._picklable().moved(torch.clone),)  # the rows alone
+
+    def _picklable(self) -> Version:
         if self._version.mapping is not None:
-            raise TypeError(
-                "a memory-mapped ItemTable cannot be pickled: send its path, and load it there with mmap=True"
-            )
-        return ItemTable, (self._version.moved(torch.clone),)  # the rows alone
+            raise TypeError("a memory-mapped ItemTable cannot be pickled: send its path, and load it with mmap=True")
+        return self._version
+
+    def _reduce_shared(self) -> tuple[Any, ...]:
+        """`__reduce__` for another process on this machine: moves the rows to shared memory, once a version.
+
+        The table keeps them: a spawned process receives the file descriptors of the memory after pickling, when
+        temporaries would be gone.
+        """
+        with self._writing:
+            version = self._picklable()
+            if version.row_mask is not None or not all(map(_is_shared, version.columns.present().values())):
+                self._version, self._log = version.moved(_shared), None
+            return ItemTable, (replace(self._version, _index=None),)
+
+
+_tables: "weakref.WeakSet[ItemTable]" = weakref.WeakSet()
+ForkingPickler.register(ItemTable, ItemTable._reduce_shared)
+
+
+def _after_fork() -> None:
+    """A thread that held a lock does not exist in the child; what it had not finished, no version shows."""
+    for table in _tables:
+        table._writing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _is_shared(x: torch.Tensor) -> bool:
+    return bool(x.is_shared())  # type: ignore[no-untyped-call]
+
+
+def _shared(x: torch.Tensor) -> torch.Tensor:
+    """A copy in shared memory, which memory of a GPU always is."""
+    if not x.is_cpu:
+        return x.clone()
+    shared: torch.Tensor = torch.empty_like(x).share_memory_()  # type: ignore[no-untyped-call]
+    return shared.copy_(x)
 
 
 def _known(version: Version, ids: torch.Tensor) -> torch.Tensor:
-    """Positions of the rows of ids."""
+    """Positions of ids, all of which must be in the table."""
     positions = version.find(ids)
     unknown = positions == version.size
     if bool(unknown.any()):
-        raise ValueError(f"ids: {int(ids[unknown][0])} is not in the table")
+        raise ValueError(f"ids must be in the table, got {int(ids[unknown][0])}, which is not")
     return positions
 
 
 def _converted(rows: torch.Tensor, ids: torch.Tensor | None, dtype: torch.dtype) -> Columns:
-    """Checked rows and ids, copied, in the table's precision."""
+    """Copies of checked rows and ids, in the table's dtype."""
     rows = rows.detach()
     ids = None if ids is None else ids.clone(memory_format=torch.contiguous_format)
     if dtype != torch.int8:
@@ -341,12 +407,12 @@ def _converted(rows: torch.Tensor, ids: torch.Tensor | None, dtype: torch.dtype)
         numbers[part], scale[part] = quantise(rows[part].float())
     if not bool(scale.isfinite().all()):
         row = int((~scale.isfinite()).nonzero()[0])
-        raise ValueError(f"rows hold NaN or infinity, first in row {row}; int8 takes finite numbers")
+        raise ValueError(f"rows must be finite for int8, got NaN or infinity in row {row}")
     return Columns(numbers, scale, ids)
 
 
 def _with_coarse(columns: Columns, basis: torch.Tensor | None) -> Columns:
-    """Float rows with their certified int8 copy."""
+    """The columns with a certified int8 copy of the float rows."""
     rows = columns.rows
     numbers = empty(rows.shape, torch.int8, rows.device)
     scale, error = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
@@ -361,12 +427,12 @@ def _converted_parts(parts: Iterable[Array], dtype: torch.dtype | None) -> Itera
         rows, dtype = _checked_rows(part, dtype)
         width = rows.shape[1] if width is None else width
         if rows.shape[1] != width:
-            raise ValueError(f"parts: rows have shape {tuple(rows.shape)}; the first part's have width {width}")
+            raise ValueError(f"parts must have the width of the first one, {width}, got rows {tuple(rows.shape)}")
         yield _converted(rows, None, dtype)
 
 
 def _reported(parts: Iterable[Columns], total: int, progress: Callable[[int, int], object]) -> Iterator[Columns]:
-    """The same parts; of each it is told when it has been taken, and the next one is asked for."""
+    """The parts; `progress` is called when the next part is requested."""
     done = 0
     for part in parts:
         yield part
@@ -375,8 +441,10 @@ def _reported(parts: Iterable[Columns], total: int, progress: Callable[[int, int
 
 
 def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """So many rows at a time that copies in float32 take 1 MB and stay in a cache: 0.4 of the processor time of 16 MB
-    (measured: int8 rows of 16, a Xeon with AMX).
+    """Slices of rows of which float32 copies take 1 MB.
+
+    Such copies stay in a cache: 0.4 of the processor time of copies of 16 MB (measured: int8 rows of 16, a Xeon with
+    AMX).
     """
     step = max(1, (1 << 18) // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
@@ -387,39 +455,43 @@ def _megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.3g} GB"
 
 
-def _tensor(name: str, x: Any) -> torch.Tensor:
-    x = as_tensor(name, x)
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    return x
-
-
 def _checked_rows(rows: object, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
-    """Rows, and the precision they are to be kept in."""
-    rows = _tensor("rows", rows)
-    if rows.dim() != 2 or rows.dtype not in _FLOATS:
-        raise ValueError(
-            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; they take (N, d) float32, float16 or bfloat16"
-            + ("" if rows.dtype in _FLOATS else ": rows.to(torch.float32) converts")
+    """Rows, and the dtype to store them in."""
+    rows = check_tensor("rows", rows, FLOATS, (2,))
+    if rows.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "rows require a gradient, and an ItemTable is a copy without one: for a gradient search the tensor itself, "
+            "otherwise pass rows.detach()",
+            UserWarning,
+            stacklevel=3,
         )
     dtype = rows.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}; it takes one of {', '.join(map(str, _DTYPES))}")
+    check_choice("dtype", dtype, _DTYPES)
     return rows, dtype
 
 
+def _ids(name: str, ids: object) -> torch.Tensor:
+    """An int64 tensor of any shape."""
+    return check_tensor(name, ids, (torch.int64,), tuple(range(getattr(ids, "ndim", 0) + 1)))
+
+
 def _checked_ids(ids: object, shape: tuple[int, ...] | None, device: torch.device) -> torch.Tensor:
-    """Ids of rows, one a row, or as many as there are if shape is None."""
-    ids = _tensor("ids", ids)
-    if ids.dtype != torch.int64 or ids.dim() != 1 or ids.shape != (ids.shape if shape is None else shape):
-        takes = "int64 (n,)" if shape is None else f"int64 {tuple(shape)}, one a row"
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; they take {takes}")
-    if ids.device != device:
-        raise ValueError(f"ids are on {ids.device} and rows on {device}; both must be on one device")
+    """Unique ids (n,), of the given shape if that is not None."""
+    ids = check_tensor("ids", ids, (torch.int64,), (1,))
+    if shape is not None and ids.shape != shape:
+        raise ValueError(f"ids must be {tuple(shape)}, one a row, got {tuple(ids.shape)}")
+    check_device("ids", ids, "rows", device)
     by_id = ids.sort().values
     repeated = by_id[1:][by_id[1:] == by_id[:-1]]
     if len(repeated):
-        raise ValueError(f"ids must be unique; {int(repeated[0])} stands there more than once")
+        raise ValueError(f"ids must be unique, got {int(repeated[0])} more than once")
     if len(by_id) and int(by_id[0]) < 0:
-        raise ValueError(f"ids must not be negative, got {int(by_id[0])}; -1 marks a place where nothing was found")
+        raise ValueError(f"ids must not be negative, got {int(by_id[0])}; -1 marks places without a result")
     return ids
+
+
+def _checked_num_rows(num_rows: Any) -> int:
+    checked = int(check_int("num_rows", num_rows, 0))
+    if checked >= table_file.MOST:
+        raise ValueError(f"num_rows must be below 2^40, got {checked}")
+    return checked

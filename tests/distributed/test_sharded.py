@@ -71,7 +71,7 @@ def test_parts_of_a_file_are_the_whole(options: dict[str, torch.dtype], mmap: bo
     path.write_bytes(data)
     with pytest.raises(ValueError, match="is corrupted"):
         gk.ItemTable.load(path, mmap=mmap, part=(0, 30))
-    with pytest.raises(ValueError, match=r"part is \(3, 3\); it takes"):
+    with pytest.raises(ValueError, match=r"part must be .* got \(3, 3\)"):
         gk.ItemTable.load(path, part=(3, 3))
 
 

@@ -86,7 +86,7 @@ def test_int8_of_a_table_larger_than_a_step() -> None:
 def test_int8_takes_finite_numbers(bad: float) -> None:
     rows = torch.randn(9, 4)
     rows[6, 1] = rows[7, 0] = bad
-    with pytest.raises(ValueError, match="rows hold NaN or infinity, first in row 6; int8 takes finite numbers"):
+    with pytest.raises(ValueError, match="rows must be finite for int8, got NaN or infinity in row 6"):
         ItemTable.from_rows(rows, dtype=torch.int8)
     assert len(ItemTable.from_rows(rows)) == 9
 
@@ -125,7 +125,13 @@ def test_rows_begin_with_a_cache_line(kind: str, shape: tuple[int, int]) -> None
 
 
 def test_a_table_takes_no_part_in_gradients() -> None:
-    table = ItemTable.from_rows(torch.randn(5, 3, requires_grad=True))
+    rows = torch.nn.Parameter(torch.randn(5, 3))
+    with pytest.warns(UserWarning, match="rows require a gradient, and an ItemTable is a copy without one") as warned:
+        table = ItemTable.from_rows(rows)
+    assert warned[0].filename == __file__  # the caller's line, so that Python says it once
+    with torch.no_grad():
+        ItemTable.from_rows(rows)
+    ItemTable.from_rows(rows.detach())
     assert not table.rows(torch.arange(5)).requires_grad
     assert not mips_topk(torch.randn(2, 3), table, 2).values.requires_grad
 
@@ -180,7 +186,7 @@ def test_rows_of_unknown_ids() -> None:
         (ItemTable.from_rows(rows[:0]), None, (0, -1)),
     ):
         for wrong in unknown:
-            with pytest.raises(ValueError, match=f"ids: {wrong} is not in the table"):
+            with pytest.raises(ValueError, match=f"ids must be in the table, got {wrong}, which is not"):
                 table.rows(torch.tensor([wrong] if known is None else [known, wrong]))
 
 
@@ -219,21 +225,23 @@ def test_scores_are_those_of_the_rows_a_table_gives(kind: str, backend: str) -> 
 
 ROWS = torch.ones(4, 3)
 ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
-    (TypeError, "rows must be a torch.Tensor, got list", [[1.0]], {}),
-    (TypeError, "ids must be a torch.Tensor, got list", ROWS, {"ids": [1, 2, 3, 4]}),
-    (ValueError, r"rows are torch.float32 of shape \(3,\); they take \(N, d\)", ROWS[0], {}),
-    (ValueError, r"rows are torch.float32 of shape \(1, 4, 3\)", ROWS[None], {}),
-    (ValueError, r"rows are torch.float64 .*: rows.to\(torch.float32\) converts", ROWS.double(), {}),
-    (ValueError, "rows are torch.int8", ROWS.to(torch.int8), {}),
-    (ValueError, "dtype is torch.float64; it takes one of torch.float32", ROWS, {"dtype": torch.float64}),
-    (ValueError, "dtype is int8; it takes one of", ROWS, {"dtype": "int8"}),
-    (ValueError, r"ids are torch.int64 of shape \(3,\); they take int64 \(4,\)", ROWS, {"ids": torch.arange(3)}),
-    (ValueError, r"ids are torch.int64 of shape \(4, 1\)", ROWS, {"ids": torch.arange(4)[:, None]}),
-    (ValueError, "ids are torch.int32", ROWS, {"ids": torch.arange(4, dtype=torch.int32)}),
-    (ValueError, "ids must be unique; 7 stands there more than once", ROWS, {"ids": torch.tensor([7, 1, 7, 2])}),
+    (TypeError, "rows must be a torch.Tensor or an array, got list", [[1.0]], {}),
+    (TypeError, "ids must be a torch.Tensor or an array, got list", ROWS, {"ids": [1, 2, 3, 4]}),
+    (ValueError, r"rows must have 2 dimensions, got \(3,\)", ROWS[0], {}),
+    (ValueError, r"rows must have 2 dimensions, got \(1, 4, 3\)", ROWS[None], {}),
+    (ValueError, r"rows must be .*, got torch.float64: rows.to\(torch.float32\) converts", ROWS.double(), {}),
+    (ValueError, "rows must be .*, got torch.int8", ROWS.to(torch.int8), {}),
+    (ValueError, "dtype must be torch.float32, .* or torch.int8, got torch.float64", ROWS, {"dtype": torch.float64}),
+    (ValueError, "dtype must be .*, got 'int8'", ROWS, {"dtype": "int8"}),
+    (ValueError, "coarse must be None, or torch.int8 with float rows, got torch.int8 with torch.int8 rows", ROWS,
+     {"dtype": torch.int8, "coarse": torch.int8}),
+    (ValueError, r"ids must be \(4,\), one a row, got \(3,\)", ROWS, {"ids": torch.arange(3)}),
+    (ValueError, r"ids must have 1 dimension, got \(4, 1\)", ROWS, {"ids": torch.arange(4)[:, None]}),
+    (ValueError, "ids must be torch.int64, got torch.int32", ROWS, {"ids": torch.arange(4, dtype=torch.int32)}),
+    (ValueError, "ids must be unique, got 7 more than once", ROWS, {"ids": torch.tensor([7, 1, 7, 2])}),
     (ValueError, "ids must not be negative, got -5", ROWS, {"ids": torch.tensor([7, -5, 1, 2])}),
-    (ValueError, "ids are on meta and rows on cpu", ROWS, {"ids": torch.arange(4, device="meta")}),
-]
+    (ValueError, "ids must be on cpu, the device of rows, got meta", ROWS, {"ids": torch.arange(4, device="meta")}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "message", "rows", "more"), ERRORS)
@@ -244,7 +252,7 @@ def test_errors(error: type[Exception], message: str, rows: Any, more: dict[str,
 
 def test_errors_of_rows() -> None:
     table = ItemTable.from_rows(ROWS)
-    with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor or an array, got list"):
         table.rows([1])
-    with pytest.raises(ValueError, match=r"ids are torch\.int32; they take torch.int64"):
+    with pytest.raises(ValueError, match=r"ids must be torch\.int64, got torch.int32"):
         table.rows(torch.ones(1, dtype=torch.int32))
