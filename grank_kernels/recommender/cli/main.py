@@ -32,7 +32,7 @@ def main() -> None:
         if error.name not in _EXTRA:
             raise
         _fail(f"{error.name} is not installed: pip install 'grank-kernels[train]'")
-    except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
+    except (FloatingPointError, ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         if os.environ.get("GRANK_TRACEBACK"):
             raise
         _fail(_message(error))

@@ -1,6 +1,6 @@
 """Metrics over the full corpus: `mips_topk` searches every item outside the user's history, none is sampled."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +154,8 @@ def evaluate_model(
     k1: Sequence[int] = (),
     depth: int = DEPTH,
     batch_size: int = 256,
+    allow: Tensor | None = None,
+    each: Callable[[dict[str, MeanMetrics]], None] | None = None,
 ) -> dict[str, MeanMetrics]:
     """Metrics of a model in one pass over the cases; memory does not grow with their number.
 
@@ -164,6 +166,8 @@ def evaluate_model(
         k1: numbers of retrieved items that the second stage ranks; without effect on a model that does not rank.
         depth: length of the retrieved lists; at most the number of items and at least the largest k count.
         batch_size: number of users at a time.
+        allow: (N,) bool: items that may be recommended; None for all.
+        each: called after every batch with the sums so far.
 
     Returns:
         `{"retrieved": ..., "ranked_<k1>": ...}`, where a ranked list has only the cuts of at most k1.
@@ -179,25 +183,32 @@ def evaluate_model(
     sums = {name: MeanMetrics() for name in ("retrieved", *cuts)}
     items = model.searchable()
     depth = max([min(depth, len(items)), *ks])
-    for rows, batch, users, found in _retrieved(model, items, cases, max([depth, *k1]), batch_size):
+    for rows, batch, users, found in _retrieved(model, items, cases, max([depth, *k1]), batch_size, allow):
         targets = cases.targets.select(rows)
         sums["retrieved"].add(metrics_of_users(found.indices[:, :depth], targets, ks))
         for count in k1:
             ranked = _ranked(model, batch, users, TopK(found.values[:, :count], found.indices[:, :count]))
             name = f"ranked_{count}"
             sums[name].add(metrics_of_users(ranked, targets, cuts[name]))
+        if each is not None:
+            each(sums)
     return sums
 
 
 def _retrieved(
-    model: Recommender, items: Tensor | ShardedItemTable, cases: Cases, k: int, batch_size: int
+    model: Recommender,
+    items: Tensor | ShardedItemTable,
+    cases: Cases,
+    k: int,
+    batch_size: int,
+    allow: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Batch, Tensor, TopK]]:
     """For every batch of cases: their numbers, the padded histories, the user vectors and the k items retrieved."""
     for rows in torch.split(torch.arange(len(cases)), batch_size):
         histories = cases.histories.select(rows)
         batch = histories.pad(model.history)
         users = model.user_vectors(batch)
-        found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items))
+        found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items), allow=allow)
         yield rows, batch, users, model.with_fallback(found, histories.lengths)[0]
 
 

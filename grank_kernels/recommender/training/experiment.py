@@ -1,9 +1,10 @@
 """`Experiment`: the settings of a run and their YAML file. Needs no trainer."""
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -132,14 +133,21 @@ class Experiment:
 
     def save(self, path: str | Path) -> None:
         """Write all settings as YAML, as `load` reads it."""
-        settings = {
-            "model": self.model,
-            "settings": self.settings.to_dict(),
-            "data": self.data.to_dict(),
-            "training": self.training.to_dict(),
-            "k1": list(self.k1),
-        }
+        settings = {"model": self.model, **self._sections(), "k1": list(self.k1)}
         write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their full names, such as `training.epochs`."""
+        sections = {f"{name}.{key}": value for name, own in self._sections().items() for key, value in own.items()}
+        return {"model": self.model, **sections, "k1": list(self.k1)}
+
+    def _sections(self) -> dict[str, dict[str, Any]]:
+        return {name: getattr(self, name).to_dict() for name in _SECTIONS}
+
+    def with_absolute_path(self) -> "Experiment":
+        """The same experiment; `data.path` does not depend on the current folder."""
+        path = self.data.path
+        return self if path is None else replace(self, data=replace(self.data, path=os.path.abspath(path)))
 
     def build(self, num_items: int) -> Recommender:
         """A new model; its weights are drawn from the seed of the training."""

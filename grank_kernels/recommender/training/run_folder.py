@@ -1,14 +1,27 @@
-"""The folder of a run: the files in it and the model they hold. Needs no trainer."""
+"""The folder of a run: the files in it and the model they hold. Needs no trainer.
 
+| file | content |
+|---|---|
+| `experiment.yaml` | all settings |
+| `items.parquet` | item ids and titles by item number |
+| `data.json` | facts about the data, and its digest |
+| `last.ckpt`, `previous.ckpt` | state of the training after its last two epochs |
+| `best.ckpt` | weights of the epoch with the best validation |
+| `report.json` | test metrics |
+"""
+
+import contextlib
+import os
+import shutil
+import warnings
 from pathlib import Path
 
-import torch
-
 from grank_kernels.recommender.models.recommender import Recommender
+from grank_kernels.recommender.training.checkpoint import read_checkpoint, read_weights
 from grank_kernels.recommender.training.experiment import Experiment
 
-EXPERIMENT, BEST, LAST, REPORT = "experiment.yaml", "best.ckpt", "last.ckpt", "report.json"
-"""File names: settings, checkpoint of the best epoch, checkpoint of the last epoch, metrics."""
+EXPERIMENT, ITEMS, DATA, REPORT = "experiment.yaml", "items.parquet", "data.json", "report.json"
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
 def check_run(folder: str | Path) -> None:
@@ -29,13 +42,61 @@ def check_run(folder: str | Path) -> None:
 
 
 def load_weights(model: Recommender, folder: str | Path) -> None:
-    """Load the weights of the best epoch of a run into a model."""
-    state = torch.load(Path(folder) / BEST, weights_only=True, map_location="cpu")["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    """Load the weights of the best epoch of a run into a model.
+
+    Raises:
+        FileNotFoundError: the run has no weights yet.
+        ValueError: the file is damaged, or its weights are those of another model.
+    """
+    path = Path(folder) / BEST
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected weights of this model, got others: {error}") from None
 
 
 def load_model(folder: str | Path, num_items: int) -> Recommender:
     """The model of a run with the weights of its best epoch, in evaluation mode."""
+    check_run(folder)
     model = Experiment.load(Path(folder) / EXPERIMENT).build(num_items)
     load_weights(model, folder)
     return model.eval()
+
+
+def has_started(folder: Path) -> bool:
+    """Whether a run has finished its first epoch."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
+def keep_previous(folder: Path) -> None:
+    """Give the last checkpoint a second name, which stays when the checkpoint is replaced."""
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists():
+        return
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(last, previous)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(last, previous)
+
+
+def resumable(folder: Path) -> Path | None:
+    """The newest intact checkpoint of a run, or None for a run that has not finished its first epoch.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged or of another kind.
+    """
+    damage = ""
+    for path in (folder / LAST, folder / PREVIOUS):
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                damage = damage or str(error)
+                continue
+            if damage:
+                warnings.warn(f"{damage}; the run goes on from {path}", RuntimeWarning, stacklevel=2)
+            return path
+    if damage:
+        raise ValueError(f"{damage}; there is no other checkpoint to resume from: take another folder or remove it")
+    return None

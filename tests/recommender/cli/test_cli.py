@@ -149,8 +149,8 @@ def test_doctor_help_and_version() -> None:
             "--history must be an integer, as the ids of the data set, got '1_0'",
         ),
         (("retrieve", "RUN", "--user", "-7"), "--user must be a user of arrays, got -7"),
-        (("train", "CONFIG", "RUN", "training.epochs=9"), "holds another experiment"),
-        (("train", "CONFIG", "RUN", "training.epoch=9"), "training.epoch"),
+        (("train", "CONFIG", "RUN", "training.epochs=9"), "with another one: training.epochs is 1 there, 9 here"),
+        (("train", "CONFIG", "RUN", "training.epoch=9"), "training.epoch is unknown, did you mean training.epochs?"),
     ],
 )
 def test_errors_are_one_line_and_status_1(

@@ -149,6 +149,6 @@ def test_a_whole_run(config: Path, tmp_path: Path) -> None:
     # The same again finds everything done; another experiment is refused, and the folder is as it was.
     again = run(experiment, folder, progress=False)
     assert again["retrieved"] == report["retrieved"]
-    with pytest.raises(ValueError, match=r"run holds another experiment; take another folder or remove it"):
+    with pytest.raises(ValueError, match=r"run with another one: training.epochs is 2 there, 3 here"):
         run(Experiment.load(config, ["training.epochs=3"]), folder, progress=False)
     assert Experiment.load(folder / "experiment.yaml") == experiment
