@@ -70,30 +70,28 @@ def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool, exponen
 
 def triton_row(plan_row: Any, kernel: Any) -> Facts:
     """The facts of one row of `compile_plan` and what Triton compiled for it."""
-    launch, target = plan_row.launch, plan_row.target
-    threads = launch.warps * ARCHITECTURES[target].warp
+    launch, target = plan_row.launch, plan_row.code.target
+    threads = plan_row.code.warps * ARCHITECTURES[target].warp
     if "amdgcn" in kernel.asm:
         function, facts = amdgcn_facts(kernel.asm["amdgcn"])
     else:
         ((function, facts),) = cubin_facts(kernel.asm["cubin"])
     row = {
         "backend": "triton",
-        "kernel": plan_row.kernel.__name__,
+        "kernel": plan_row.code.name,
         "configuration": plan_row.label,
         "target": target,
         "threads": threads,
-        "stages": launch.stages,
+        "stages": plan_row.code.stages,
         "shared_bytes": kernel.metadata.shared,
         **facts,
         **occupancy(target, facts["registers"], threads, kernel.metadata.shared),
         **code_facts(function),
     }
-    constants = launch.constants
-    if "HAS_ALLOW" in constants:  # it passes over the table
-        d, depth = constants["D"], constants["DEPTH"]
-        dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(constants["COMPUTE"]), "int8")
-        lanes = ARCHITECTURES[target].warp
-        tile = Tile(constants["ITEMS"], constants["QUERIES"], depth, dtype, launch.warps, lanes)
+    if "shape" in launch.arguments:  # the kernel multiplies
+        d, depth, items, queries, compute = launch.arguments["shape"]
+        dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(compute), "int8")
+        tile = Tile(items, queries, depth, dtype, plan_row.code.warps, ARCHITECTURES[target].warp)
         row |= {"dtype": dtype, "d": d, "tile": f"{tile.items}x{tile.queries}x{depth}"}
         row["tile_bytes"] = tile.items * min(d, depth) * ITEMSIZE[dtype]  # of one step
         row["one_tile"] = launch.grid[0] == 1  # of queries
@@ -214,11 +212,11 @@ def cuda_rows(targets: tuple[str, ...], match: str, module: Path) -> Iterator[Fa
 
 
 def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
-    from grank_kernels.backends.triton.compile_plan import compile_plan, compile_row
+    from grank_kernels.backends.triton.compile_plan import compile_plan
 
     for plan_row in compile_plan(targets):
-        if re.search(match, f"{plan_row.kernel.__name__} {plan_row.label} {plan_row.target}"):
-            yield triton_row(plan_row, compile_row(plan_row))
+        if re.search(match, f"{plan_row.code.name} {plan_row.label} {plan_row.code.target}"):
+            yield triton_row(plan_row, plan_row.code.compile())
 
 
 def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:

@@ -128,16 +128,16 @@ from dataclasses import replace
 from benchmarks.gpu_codegen import faults, triton_row
 from grank_kernels.backends.triton import compile_plan as plan
 
-(row,) = (r for r in plan.compile_plan({targets}) if r.kernel.__name__ == "scan" and r.label.startswith({match!r}))
+(row,) = (r for r in plan.compile_plan({targets}) if r.code.name == "scan" and r.label.startswith({match!r}))
 options = plan.options
 for name, planted, more in [
     ("as it is", row, {{}}),
-    ("one stage", replace(row, launch=replace(row.launch, stages=1)), {{}}),
+    ("one stage", replace(row, code=replace(row.code, stages=1)), {{}}),
     ("few registers", row, {{"maxnreg": 64}}),
-    ("addresses of unknown alignment", replace(row, attributes={{}}), {{}}),
+    ("addresses of unknown alignment", replace(row, code=replace(row.code, attributes={{}})), {{}}),
 ]:
     plan.options = lambda amd: options(amd) | more
-    facts = triton_row(planted, plan.compile_row(planted))
+    facts = triton_row(planted, planted.code.compile())
     print(json.dumps(facts | {{"planted": name, "faults": faults(facts)}}))
 """
 

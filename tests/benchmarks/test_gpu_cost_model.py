@@ -73,7 +73,7 @@ def run(search: Search, counts: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "programs": int(np.prod(launch.grid)),
             "item_bytes": sum(int(touched.sum()) for touched in counts["touched"]),
             **{name: counts[name] for name in ("item_loads", "other_loads", "multiply_adds")},
-            **({"emitted": launch.arguments["count"].tolist()} if launch.kernel.__name__ == "scan" else {}),
+            **({"emitted": launch.arguments["lists"].count.tolist()} if launch.kernel.__name__ == "scan" else {}),
         }
 
 

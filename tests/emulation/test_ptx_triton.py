@@ -213,7 +213,7 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
     for i in range(groups):  # the first round: later ones are no better
         mixed = (i + 1) * 0x9E3779B1 % 2**32
         drawn.append(i * width + min(i, longer) + (mixed * (width + (i < longer)) >> 32))
-    found = sample.arguments["to_positions"].numpy().view(np.uint32)
+    found = sample.arguments["sampled"].positions.numpy().view(np.uint32)
     np.testing.assert_array_equal(found[0, :groups], drawn)
 
 
@@ -232,8 +232,9 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
         """Of each query, in the order of positions: that of their arrival is nobody's business."""
         memory = device.memory.copy()
         changed.run(scan, arguments, memory, seed)
-        found = (memory.content(scan.arguments[name]).tolist() for name in ("count", "to_positions", "to_scores"))
-        k = scan.arguments["k"]
+        lists = scan.arguments["lists"]
+        found = (memory.content(x).tolist() for x in (lists.count, lists.positions, lists.scores))
+        k = lists.first
         return [
             sorted(zip(row[k : k + n], scores[k : k + n], strict=True)) for n, row, scores in zip(*found, strict=True)
         ]

@@ -256,10 +256,19 @@ def _atomic_cas(self: Any, pointers: TensorHandle, *more: Any) -> Any:
     return _original_cas(self, pointers, *more)
 
 
+def _leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every argument by name; the fields of a named tuple as "argument.field"."""
+    for name, value in arguments.items():
+        if hasattr(value, "_asdict"):
+            yield from _leaves({f"{name}.{field}": x for field, x in value._asdict().items()})
+        else:
+            yield name, value
+
+
 def _launch(self: Any, *args: Any, **kwargs: Any) -> Any:
     global _memories
     named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-    _memories = [_Memory(name, x) for name, x in named.items() if isinstance(x, torch.Tensor)]
+    _memories = [_Memory(name, x) for name, x in _leaves(named) if isinstance(x, torch.Tensor)]
     try:
         return _original_launch(self, *args, **kwargs)
     except interpreter.InterpreterError as error:

@@ -76,8 +76,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     def recorded(self: Any) -> None:
         run(self)
         seen.names.append(self.kernel.__name__)
-        if seen.names[-1] == "select" and not self.constants["COLLECTED"]:
-            seen.pending.append((self.arguments["pending"] > 0).tolist())
+        if seen.names[-1] == "select" and not self.arguments["COLLECTED"]:
+            seen.pending.append((self.arguments["progress"].pending > 0).tolist())
 
     monkeypatch.setattr(launches.Launch, "run", recorded)
     return seen

@@ -1,16 +1,18 @@
-"""What can be launched, compiled ahead of time for GPUs that are not there: for reports and tests of the compiled code.
+"""The kernels of representative searches, compiled ahead of time for GPUs that need not be present.
 
-Imports Triton. Nothing is compiled where kernels run in its interpreter (TRITON_INTERPRET).
+For reports and tests of the compiled code. Imports Triton. Nothing is compiled under TRITON_INTERPRET=1.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from grank_kernels.backends.triton import INTERPRETED
 from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, certified_launches, launches, options
@@ -25,34 +27,74 @@ DEVICES = {
 }
 """A100, H100, B200, MI300X: multiprocessors and bytes of shared memory a program can have."""
 
-_POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel as a launch has it compiled: Triton's own specialisation of the arguments, for a target.
+
+    Attributes:
+        target: a key of `DEVICES`.
+        module: the module of the kernel.
+        name: its name there.
+        signature: Triton type by parameter, one type per field of a group; "constexpr" for what is compiled in.
+        constants: these values (constants, absent tensors, integers of value 1) by path: (parameter,) or
+            (parameter, field).
+        attributes: "divisible by 16" and the like, by path.
+        warps: warps per program.
+        stages: stages of the software pipeline.
+    """
+
+    target: str
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    warps: int
+    stages: int
+
+    def compile(self) -> Any:
+        """The compiled kernel; its `asm` holds ttgir, ptx and cubin, or amdgcn and hsaco.
+
+        Raises:
+            RuntimeError: under TRITON_INTERPRET=1.
+        """
+        if INTERPRETED:
+            raise RuntimeError("kernels are not compiled under TRITON_INTERPRET=1; unset it")
+        kernel = getattr(import_module(self.module), self.name)
+        source = ASTSource(kernel, self.signature, self.constants, self.attributes)
+        chosen = {"num_warps": self.warps, "num_stages": self.stages, **options(self.target.startswith("gfx"))}
+        return triton.compile(source, target=_gpu_target(self.target), options=chosen)
+
+
+def specialise(target: str, launch: Launch) -> Specialisation:
+    """What `launch` has Triton compile on a target. Tensors may be on any device: only their types are read."""
+    function = JITFunction(launch.kernel.fn)  # also where the kernel itself is wrapped for the interpreter
+    backend = make_backend(_gpu_target(target))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    arguments, specialisation, _ = bind(**launch.arguments)
+    _, signature, constants, attributes = function._pack_args(backend, {}, arguments, specialisation, {})
+    module, name = function.fn.__module__, function.fn.__name__
+    return Specialisation(target, module, name, signature, constants, attributes, launch.warps, launch.stages)
+
+
+def _gpu_target(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel in one configuration for one target.
+    """One kernel of the plan.
 
     Attributes:
-        target: a key of `DEVICES`.
         label: the search it belongs to.
-        launch: kernel, constants, warps, stages, and arguments with the values the signature was derived from.
-        signature: Triton type of every parameter, "constexpr" for constants and absent arguments.
-        attributes: parameters that 16 divides (addresses, strides), in the form `ASTSource` takes.
+        launch: with tensors that have no memory.
+        code: what the launch has compiled.
     """
 
-    target: str
     label: str
     launch: Launch
-    signature: dict[str, str]
-    attributes: dict[tuple[int, ...], list[list[Any]]]
-
-    @property
-    def kernel(self) -> Any:
-        """The kernel's function."""
-        return self.launch.kernel
+    code: Specialisation
 
 
 SEARCHES = [
@@ -71,34 +113,18 @@ CERTIFIED = [(16, 10_000_000, 128, 500, torch.float16, False), (256, 10_000_000,
 
 
 def compile_plan(targets: Sequence[str] = tuple(DEVICES)) -> Iterator[Row]:
-    """Every kernel of representative searches, in each configuration, once a target."""
+    """Every kernel of representative searches, in each configuration, once per target."""
     for target in targets:
         seen = set()
         for search in [*((*shape, False) for shape in SEARCHES), *((*shape, True) for shape in CERTIFIED)]:
             B, _, d, k, dtype, filters, certified = search
             label = f"{str(dtype)[6:]}{' certified' * certified} d={d} B={B} k={k}" + " ids exclude allow" * filters
             for launch in _launches(DEVICES[target], *search):
-                row = row_of(target, label, launch)
-                key = (launch.kernel.__name__, str(row.signature), str(launch.constants), launch.warps, launch.stages)
+                code = specialise(target, launch)
+                key = (code.name, str(code.signature), str(code.constants), code.warps, code.stages)
                 if key not in seen:
                     seen.add(key)
-                    yield row
-
-
-def compile_row(row: Row) -> Any:
-    """Compiles a row; the result's `asm` holds ttgir, ptx, cubin, or amdgcn and hsaco."""
-    launch, names = row.launch, row.kernel.arg_names
-    constants = {**launch.constants, **{n: None for n, v in launch.arguments.items() if v is None}}
-    source = ASTSource(
-        fn=row.kernel,
-        signature={name: row.signature[name] for name in names},
-        constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs=row.attributes,
-    )
-    amd = row.target.startswith("gfx")
-    target = GPUTarget("hip", row.target, 64) if amd else GPUTarget("cuda", int(row.target[3:]), 32)
-    chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **options(amd)}
-    return triton.compile(source, target=target, options=chosen)
+                    yield Row(label, launch, code)
 
 
 def _launches(
@@ -131,26 +157,3 @@ def _launches(
     plan = make_plan(device, B, N, d, k, dtype, excluded)
     table = [Chunk(0, problem.items, problem.row_scale)]
     return launches(problem, table, plan, device, values, positions)
-
-
-def row_of(target: str, label: str, launch: Launch) -> Row:
-    """What a launch compiles for a target; the label says of which search it is."""
-    if INTERPRETED:
-        raise RuntimeError("kernels are not compiled under TRITON_INTERPRET=1; unset it")
-    names = launch.kernel.arg_names
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for name in names:
-        value = launch.constants[name] if name in launch.constants else launch.arguments[name]
-        if name in launch.constants or value is None:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if signature[name] != "constexpr" and divisible:
-            attributes[(names.index(name),)] = [["tt.divisibility", 16]]
-    return Row(target, label, launch, signature, attributes)

@@ -1,18 +1,18 @@
-"""Kernels that score: quantise the queries, sample, scan and emit, rescore, collect.
+"""Triton kernels that compute scores: quantise the queries, sample, scan, rescore, collect.
 
     score[b, i] = sum_j q[b, j] x[i, j]                             float32, float16, bfloat16
-    score[b, i] = float32(sum_j q8[b, j] x8[i, j]) * (s_b * s_i)    int8, scales s
-                  + radius_b * error_i                              BOUNDED: of the certified copy of float rows, above
-                                                                    the float score by the proof in quantise.py
+    score[b, i] = float32(sum_j q8[b, j] x8[i, j]) * (s_b * s_i)    int8, with scales s
+                  + radius_b * error_i                              certified copy of float rows: an upper bound of the
+                                                                    float score, proved in quantise.py
 
-A tile is ITEMS rows x QUERIES queries. The rows stand on the M axis of the tensor cores' product and the queries on N,
-whatever the batch: one query pads N to 16, where it would pad M to 64 (wgmma), and all kernels add in one order, j
-ascending, DEPTH numbers a product, accumulated in float32, or in int32, which holds 127^2 d for d <= 2^17. So the bits
-of a score depend on its query and its row alone.
+A tile is ITEMS rows x QUERIES queries. Rows are the M axis of the tensor-core product and queries the N axis for every
+batch size: a single query is padded to N = 16, where it would be padded to M = 64 (wgmma). Every kernel adds in the
+same order, j ascending, DEPTH columns a product, accumulated in float32, or in int32, which holds 127^2 d for d <=
+2^17. The bits of a score therefore depend on its query and its row alone.
 
-Bytes: each row once a call, and one in N / size of them once more for the sample; the queries once a program; O(B k)
-candidates. Operations a score: d multiply-adds; a subtraction and a maximum, for int8 a multiplication and a
-conversion by addition more; all else stands behind a gate that a tile without a candidate does not pass.
+Memory traffic: each row is read once per call, and one row in N / size once more for the sample; the queries are read
+once per program; O(B k) candidates are written. Arithmetic per score: d multiply-adds, one subtraction and one maximum;
+int8 adds one multiplication and one conversion. The rest runs only for tiles with a candidate.
 """
 
 import triton
@@ -20,63 +20,70 @@ import triton.language as tl
 
 from grank_kernels.backends.triton.selection import compact, drop_excluded, kth_best, reaches
 
+LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
+ROUND_INT = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 of |x| < 2^22 added to it has no fraction
+ROUND_INT_BITS = tl.constexpr(0x4B400000)
+
 
 @triton.jit
-def quantise(queries, row_stride, column_stride, d, numbers, scales, D: tl.constexpr):
-    """int8 numbers and the scale of a query: scale = max|q| / 127, q / scale rounded half to even, NaN to 0."""
+def quantise(queries, quantised, d, BLOCK: tl.constexpr):
+    """The int8 query and its scale: scale = max|q| / 127; q / scale rounded half to even, NaN to 0."""
     query = tl.program_id(0).to(tl.int64)
+    row = queries.data + query * queries.row_stride
     most = 0.0
     bad = 0
-    for begin in range(0, d, D):
-        column = begin + tl.arange(0, D)
-        x = tl.load(queries + query * row_stride + column * column_stride, mask=column < d, other=0.0).to(tl.float32)
+    for begin in range(0, d, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        x = tl.load(row + column * queries.column_stride, mask=column < d, other=0.0).to(tl.float32)
         bad += tl.sum((x != x).to(tl.int32), 0)
         most = tl.maximum(most, tl.max(tl.where(x == x, tl.abs(x), 0.0), 0))
     scale = tl.where(bad > 0, float("nan"), tl.div_rn(most, 127.0))
-    for begin in range(0, d, D):
-        column = begin + tl.arange(0, D)
-        x = tl.load(queries + query * row_stride + column * column_stride, mask=column < d, other=0.0).to(tl.float32)
-        ratio = tl.div_rn(x, tl.zeros((D,), tl.float32) + scale)
+    for begin in range(0, d, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        x = tl.load(row + column * queries.column_stride, mask=column < d, other=0.0).to(tl.float32)
+        ratio = tl.div_rn(x, tl.zeros((BLOCK,), tl.float32) + scale)
         ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
-        whole = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no fraction, rounded half to even
-        tl.store(numbers + query * d + column, tl.where(ratio == ratio, whole, 0.0).to(tl.int8), mask=column < d)
-    tl.store(scales + query, scale)
+        whole = (ratio + ROUND_INT) - ROUND_INT
+        number = tl.where(ratio == ratio, whole, 0.0).to(tl.int8)
+        tl.store(quantised.data + query * quantised.row_stride + column, number, mask=column < d)
+    tl.store(quantised.scale + query, scale)
 
 
 @triton.jit
-def _load_queries(queries, row_stride, column_stride, query, column, B, D: tl.constexpr, COMPUTE: tl.constexpr):
-    """(DEPTH, QUERIES), transposed, zero outside."""
-    inside = (column < D)[:, None] & (query < B)[None, :]
-    place = query.to(tl.int64)[None, :] * row_stride + column.to(tl.int64)[:, None] * column_stride
-    return tl.load(queries + place, mask=inside, other=0.0).to(COMPUTE)
+def _load_queries(queries, query, column, shape: tl.constexpr):
+    """(DEPTH, QUERIES) of the queries, transposed; 0 outside."""
+    inside = (column < shape.D)[:, None] & (query < queries.number)[None, :]
+    row = query.to(tl.int64)[None, :] * queries.row_stride
+    place = row + column.to(tl.int64)[:, None] * queries.column_stride
+    return tl.load(queries.data + place, mask=inside, other=0.0).to(shape.COMPUTE)
 
 
 @triton.jit
-def _products(
-    first, queries, q_row, q_column, query, B, x, live,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """(ITEMS, QUERIES) inner products of the rows that begin at `x` where `live`, 0 elsewhere, as float32.
+def _products(first, queries, query, x, row_mask, shape: tl.constexpr):
+    """(ITEMS, QUERIES) float32 inner products with the rows that begin at `x`; 0 where `row_mask` is false.
 
-    `first` are the first DEPTH columns of the queries.
+    `first` holds the first DEPTH columns of the queries.
     """
-    ACCUMULATOR: tl.constexpr = tl.int32 if COMPUTE.is_int8() else tl.float32
-    column = tl.arange(0, DEPTH)
+    ACCUMULATOR: tl.constexpr = tl.int32 if shape.COMPUTE.is_int8() else tl.float32
+    column = tl.arange(0, shape.DEPTH)
     x = x[:, None] + column[None, :]
-    if D <= DEPTH:
-        inside = live[:, None] if D == DEPTH else live[:, None] & (column < D)[None, :]
+    if shape.D <= shape.DEPTH:
+        inside = row_mask[:, None] if shape.D == shape.DEPTH else row_mask[:, None] & (column < shape.D)[None, :]
         tile = tl.load(x, mask=inside, other=0)
-        total = tl.dot(tile.to(COMPUTE), first, out_dtype=ACCUMULATOR, input_precision="ieee")
+        total = tl.dot(tile.to(shape.COMPUTE), first, out_dtype=ACCUMULATOR, input_precision="ieee")
     else:
-        total = tl.zeros((ITEMS, QUERIES), ACCUMULATOR)
-        for begin in range(0, D, DEPTH):
-            inside = live[:, None] if D % DEPTH == 0 else live[:, None] & (begin + column < D)[None, :]
+        total = tl.full((shape.ITEMS, shape.QUERIES), 0, ACCUMULATOR)
+        for begin in range(0, shape.D, shape.DEPTH):
+            if shape.D % shape.DEPTH == 0:
+                inside = row_mask[:, None]
+            else:
+                inside = row_mask[:, None] & (begin + column < shape.D)[None, :]
             tile = tl.load(x + begin, mask=inside, other=0)
-            q = _load_queries(queries, q_row, q_column, query, begin + column, B, D, COMPUTE)
-            total = tl.dot(tile.to(COMPUTE), q, total, out_dtype=ACCUMULATOR, input_precision="ieee")
-    if COMPUTE.is_int8():
-        if D <= 260:  # |total| < 2^22: added to the bits of 1.5 * 2^23 it is the fraction, and needs no conversion
-            return (total + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+            q = _load_queries(queries, query, begin + column, shape)
+            total = tl.dot(tile.to(shape.COMPUTE), q, total, out_dtype=ACCUMULATOR, input_precision="ieee")
+    if shape.COMPUTE.is_int8():
+        if shape.D <= 260:  # |total| < 2^22, so the conversion is one addition to the bits of 1.5 * 2^23
+            return (total + ROUND_INT_BITS).to(tl.float32, bitcast=True) - ROUND_INT
         else:
             return total.to(tl.float32)
     else:
@@ -84,38 +91,37 @@ def _products(
 
 
 @triton.jit
-def _load_scales(scale, bound, place, mask, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Scales of int8 rows or queries, and errors or radii; what takes their place where there are none is not used."""
-    if BOUNDED:
-        return tl.load(scale + place, mask=mask, other=0.0), tl.load(bound + place, mask=mask, other=0.0)
-    elif COMPUTE.is_int8():
-        return tl.load(scale + place, mask=mask, other=0.0), mask
+def _load_optional(values, place, mask):
+    """The values at `place`, 0 where masked; None if there are no values."""
+    if values is not None:
+        return tl.load(values + place, mask=mask, other=0.0)
     else:
-        return mask, mask
+        return None
 
 
 @triton.jit
-def _scores(products, row_scale, row_error, query_scale, radius, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr):
-    if BOUNDED:
+def _scores(products, row_scale, row_error, query_scale, radius):
+    """The scores, or their upper bounds if errors and radii are given."""
+    if row_error is not None:
         return products * (query_scale[None, :] * row_scale[:, None]) + radius[None, :] * row_error[:, None]
-    elif COMPUTE.is_int8():
+    elif row_scale is not None:
         return products * (query_scale[None, :] * row_scale[:, None])
     else:
         return products
 
 
 @triton.jit
-def _bars(score, query_scale, COMPUTE: tl.constexpr):
-    """What a product, times the row's scale, must reach for the score to reach the threshold `score` of its query.
+def _bars(score, query_scale):
+    """What a product, times the row's scale, must reach for the score to reach its query's threshold `score`.
 
-    At most the largest number, which what reaches infinity reaches too: infinity minus infinity is no number.
+    At most the largest finite number, which an infinite score reaches too: inf - inf is NaN.
 
-    For int8 a lower bound of it, so that a score costs one multiplication less here. With the scales q and x, the score
-    is fl(product fl(q x)): its roundings are below 2^-21 of the threshold, and what underflows is below 2^-118, since
-    |product| <= 2^31; the division by q rounds once more. 2^-20 and 2^-116, and 2^-140 for the product with x, do.
+    For int8 a lower bound, which saves one multiplication per score. With the scales q and x, the score is
+    fl(product fl(q x)): its rounding errors are below 2^-21 of the threshold and its underflow is below 2^-118, since
+    |product| <= 2^31; the division by q rounds once more. Margins of 2^-20 and 2^-116, and of 2^-140 for the product
+    with x, cover them.
     """
-    LARGEST: tl.constexpr = 3.4028234663852886e38
-    if COMPUTE.is_int8():
+    if query_scale is not None:
         lower = score - tl.abs(score) * 9.5367431640625e-07 - 1.2037062152420224e-35
         bar = tl.div_rn(lower, query_scale) - 7.174648137343064e-43
         return tl.where(score == float("inf"), LARGEST, tl.minimum(bar, LARGEST))
@@ -124,11 +130,12 @@ def _bars(score, query_scale, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _slope(radius, query_scale, BOUNDED: tl.constexpr):
-    """What a row's error adds at most, in units of the query's scale, for any query of a tile: bounds then cost a score
-    nothing. 2^-13 of it for the roundings, as in quantise.py.
+def _slope(radius, query_scale):
+    """The largest radius of a tile's queries in units of their scales, so that bounds cost nothing per score.
+
+    2^-13 of it is added for rounding, as in quantise.py. 0 without radii.
     """
-    if BOUNDED:
+    if radius is not None:
         slope = tl.div_rn(radius * 1.0001220703125, query_scale)
         return tl.max(tl.where(slope == slope, slope, 0.0), 0)
     else:
@@ -136,318 +143,286 @@ def _slope(radius, query_scale, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def _added(slope, row_error, BOUNDED: tl.constexpr):
-    if BOUNDED:
+def _slack(slope, row_error):
+    """The most that an error of a tile's rows adds to a product times its row's scale."""
+    if row_error is not None:
         return slope * tl.max(row_error, 0)
     else:
         return 0.0
 
 
 @triton.jit
-def _distances(products, row_scale, bars, COMPUTE: tl.constexpr):
+def _distances(products, row_scale, bars):
     """Not negative where the score may reach its threshold."""
-    if COMPUTE.is_int8():
+    if row_scale is not None:
         return products * row_scale[:, None] - bars[None, :]
     else:
         return products - bars[None, :]
 
 
 @triton.jit
-def _allowed(allow, allow_row, allow_column, query, row, mask):
-    place = query.to(tl.int64)[None, :] * allow_row + row[:, None] * allow_column
-    return tl.load(allow + place, mask=mask, other=0) != 0
+def _allowed(allow, query, row, mask):
+    """Whether each row is eligible for each query; False where masked."""
+    place = query.to(tl.int64)[None, :] * allow.row_stride + row[:, None] * allow.column_stride
+    return tl.load(allow.mask + place, mask=mask, other=0) != 0
 
 
 @triton.jit
 def _emit(
-    products, row_scale, row_error, query_scale, query_radius, B, query, position, live, ids,
-    allow, allow_row, allow_column,
-    threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
-    ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr, BOUNDED: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
+    products, row_scale, row_error, queries, query, rows, position, row_mask, allow, lists, list_index,
+    ITEMS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Appends the scores that are of rows (`live`), allowed and reach their query's threshold to its list.
+    """Appends the eligible scores that reach their query's threshold to the query's list.
 
-    Thresholds, counters and lists are those from `mine` on, the lists list_size apart; the first `skip` places of each
-    are left alone and `room` are free. Counting goes on where there is no room, so that what is lost is seen.
-    A wide tile is halved, each half behind a gate of its own, down to 16 queries: 8 or 16 scores a thread.
+    `query` is the first query of the tile and `list_index` its list. Counting goes on when a list is full, so that a
+    loss is noticed. A wide tile is halved, each half behind a test of its own, down to 16 queries: 8 or 16 scores per
+    thread.
     """
     if QUERIES > 16:
         HALF: tl.constexpr = QUERIES // 2
         low, high = tl.split(tl.permute(tl.reshape(products, (ITEMS, 2, HALF)), (0, 2, 1)))
         _emit(
-            low, row_scale, row_error, query_scale, query_radius, B, query, position, live, ids,
-            allow, allow_row, allow_column,
-            threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine,
-            ITEMS, HALF, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
+            low, row_scale, row_error, queries, query, rows, position, row_mask, allow, lists, list_index,
+            ITEMS, HALF,
         )  # fmt: skip
         _emit(
-            high, row_scale, row_error, query_scale, query_radius, B, query + HALF, position, live, ids,
-            allow, allow_row, allow_column,
-            threshold_score, threshold_tie, count, to_scores, to_positions, list_size, skip, room, mine + HALF,
-            ITEMS, HALF, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
+            high, row_scale, row_error, queries, query + HALF, rows, position, row_mask, allow, lists,
+            list_index + HALF, ITEMS, HALF,
         )  # fmt: skip
     else:
         lane = tl.arange(0, QUERIES)
-        score = tl.load(threshold_score + mine + lane)
-        q_scale, radius = _load_scales(query_scale, query_radius, query + lane, query + lane < B, COMPUTE, BOUNDED)
-        scores = _scores(products, row_scale, row_error, q_scale, radius, COMPUTE, BOUNDED)
-        hit = (scores >= score[None, :]) & live[:, None]
+        score = tl.load(lists.score + list_index + lane)
+        query_scale = _load_optional(queries.scale, query + lane, query + lane < queries.number)
+        radius = _load_optional(queries.radius, query + lane, query + lane < queries.number)
+        scores = _scores(products, row_scale, row_error, query_scale, radius)
+        hit = (scores >= score[None, :]) & row_mask[:, None]
         if tl.max(hit.to(tl.int32)) > 0:
-            if HAS_ALLOW:
-                hit &= _allowed(allow, allow_row, allow_column, query + lane, position, hit)
-            ties = tl.load(ids + position, mask=live, other=0) if HAS_IDS else position
-            tie = tl.load(threshold_tie + mine + lane)
+            if allow.mask is not None:
+                hit &= _allowed(allow, query + lane, position, hit)
+            ties = position if rows.ids is None else tl.load(rows.ids + position, mask=row_mask, other=0)
+            tie = tl.load(lists.tie + list_index + lane)
             hit &= reaches(scores, ties[:, None], score[None, :], tie[None, :])
-            counters, _ = tl.broadcast((count + mine + lane)[None, :], hit)
+            counters, _ = tl.broadcast((lists.count + list_index + lane)[None, :], hit)
             slot = tl.atomic_add(counters, 1, mask=hit, sem="relaxed")
-            hit &= slot.to(tl.uint32) < room  # a count of up to 2^32 - 1 hits is unsigned
-            to = (mine + lane).to(tl.int64) * list_size + skip
-            unsigned = tl.where(scores == 0, 0.0, scores)  # one zero, as the contract has it
-            tl.store((to_scores + to)[None, :] + slot, unsigned, mask=hit)
-            tl.store((to_positions + to)[None, :] + slot, position.to(tl.int32)[:, None], mask=hit)
+            hit &= slot.to(tl.uint32) < lists.size - lists.first  # unsigned: a count may reach 2^32 - 1
+            to = (list_index + lane).to(tl.int64) * lists.size + lists.first
+            one_zero = tl.where(scores == 0, 0.0, scores)  # -0.0 is returned as 0.0
+            tl.store((lists.scores + to)[None, :] + slot, one_zero, mask=hit)
+            tl.store((lists.positions + to)[None, :] + slot, position.to(tl.int32)[:, None], mask=hit)
 
 
 @triton.jit
-def _scan_tiles(
-    begin, end, step, first, queries, q_row, q_column, query_scale, query_radius, B,
-    items, item_stride, row_scale, row_error, N, base, ids, allow, allow_row, allow_column,
-    threshold_score, threshold_tie, count, to_scores, to_positions,
-    list_size, skip, room, mine,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    BOUNDED: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
-):  # fmt: skip
-    """Emits what reaches the thresholds, from the tiles begin, begin + step, ... below end."""
-    lane = tl.arange(0, ITEMS)
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    score = tl.load(threshold_score + mine + tl.arange(0, QUERIES))
-    q_scale, radius = _load_scales(query_scale, query_radius, query, query < B, COMPUTE, BOUNDED)
-    bars, slope = _bars(score, q_scale, COMPUTE), _slope(radius, q_scale, BOUNDED)
-    no_gate = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf minus -inf is no number
-    offset = lane.to(tl.int64) * item_stride
+def _scan_tiles(begin, end, step, first, queries, rows, allow, lists, list_index, shape: tl.constexpr):
+    """Emits candidates from the tiles begin, begin + step, ... below `end`."""
+    lane = tl.arange(0, shape.ITEMS)
+    query = tl.program_id(0) * shape.QUERIES + tl.arange(0, shape.QUERIES)
+    score = tl.load(lists.score + list_index + tl.arange(0, shape.QUERIES))
+    query_scale = _load_optional(queries.scale, query, query < queries.number)
+    radius = _load_optional(queries.radius, query, query < queries.number)
+    bars, slope = _bars(score, query_scale), _slope(radius, query_scale)
+    all_pass = tl.max((score == -float("inf")).to(tl.int32), 0) > 0  # -inf - -inf is NaN
+    offset = lane.to(tl.int64) * rows.stride
     for tile in range(begin, end, step):
-        start = tl.cast(tile, tl.int64) * ITEMS
-        live = lane < tl.minimum(N - start, ITEMS).to(tl.int32)
-        x_scale, error = _load_scales(row_scale, row_error, start + lane, live, COMPUTE, BOUNDED)
-        products = _products(
-            first, queries, q_row, q_column, query, B, items + start * item_stride + offset, live,
-            D, DEPTH, ITEMS, QUERIES, COMPUTE,
-        )  # fmt: skip
-        # One subtraction and one maximum a score; of a comparison the reduction would make an integer first.
-        if (tl.max(_distances(products, x_scale, bars, COMPUTE)) >= -_added(slope, error, BOUNDED)) | no_gate:
-            # Zero, which the compiler cannot know: it would compute this branch's addresses before the loop, and spill.
-            zero = tl.minimum(N - start, 0).to(tl.int32)
+        start = tl.cast(tile, tl.int64) * shape.ITEMS
+        row_mask = lane < tl.minimum(rows.number - start, shape.ITEMS).to(tl.int32)
+        row_scale = _load_optional(rows.scale, start + lane, row_mask)
+        row_error = _load_optional(rows.error, start + lane, row_mask)
+        x = rows.data + start * rows.stride + offset
+        products = _products(first, queries, query, x, row_mask, shape)
+        # One subtraction and one maximum per score; a comparison would be converted to an integer to be reduced.
+        if (tl.max(_distances(products, row_scale, bars)) >= -_slack(slope, row_error)) | all_pass:
+            # `zero` is 0, which the compiler cannot know. Knowing it, it computes addresses of this branch before the
+            # loop, and spills registers.
+            zero = tl.minimum(rows.number - start, 0).to(tl.int32)
             _emit(
-                products, x_scale, error, query_scale, query_radius, B, tl.program_id(0) * QUERIES + zero,
-                base + start + lane, live, ids, allow, allow_row, allow_column, threshold_score, threshold_tie, count,
-                to_scores, to_positions, list_size, skip, room, mine + zero,
-                ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
+                products, row_scale, row_error, queries, tl.program_id(0) * shape.QUERIES + zero, rows,
+                rows.base + start + lane, row_mask, allow, lists, list_index + zero,
+                shape.ITEMS, shape.QUERIES,
             )  # fmt: skip
 
 
 @triton.jit
-def sample(
-    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N,
-    allow, allow_row, allow_column, size, to_scores, to_positions, groups,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    BOUNDED: tl.constexpr, HAS_ALLOW: tl.constexpr,
-):  # fmt: skip
-    """The best of each group of sampled rows: (B, groups) scores and positions, NaN where a group has none.
+def sample(queries, rows, allow, sampled, shape: tl.constexpr):
+    """The best score of each group of sampled rows, and its position; NaN where a group has no eligible row.
 
-    `size` rows are sampled, one of every N / size at a place that looks random; they fall into `groups` in turn. The
-    r-th best of the groups is at most the r-th best of the sample, and hardly less while r^2 is small beside the
-    groups; so one maximum a score is all it takes, and no list.
+    `sampled.size` rows are sampled, one from each of as many equal parts of the table, at a pseudo-random place
+    (jittered stratified sampling), and dealt to the groups in turn. The r-th best of the groups is at most the r-th
+    best of the sample, and hardly less while r^2 is small beside the number of groups; so one maximum per score
+    replaces a list.
     """
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    group = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
-    first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-    q_scale, radius = _load_scales(query_scale, query_radius, query, query < B, COMPUTE, BOUNDED)
-    best = tl.full((ITEMS, QUERIES), float("nan"), tl.float32)
-    winner = tl.zeros((ITEMS, QUERIES), tl.int32)
-    for begin in range(0, size, groups):
-        live = begin + group < size
-        row = _sampled_row(begin + group, size, N)
-        x_scale, error = _load_scales(row_scale, row_error, row, live, COMPUTE, BOUNDED)
-        products = _products(
-            first, queries, q_row, q_column, query, B, items + row * item_stride, live,
-            D, DEPTH, ITEMS, QUERIES, COMPUTE,
-        )  # fmt: skip
-        scores = _scores(products, x_scale, error, q_scale, radius, COMPUTE, BOUNDED)
-        better = live[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
-        if HAS_ALLOW:
-            better &= _allowed(allow, allow_row, allow_column, query, row, better & (query < B)[None, :])
+    query = tl.program_id(0) * shape.QUERIES + tl.arange(0, shape.QUERIES)
+    group = tl.program_id(1) * shape.ITEMS + tl.arange(0, shape.ITEMS)
+    first = _load_queries(queries, query, tl.arange(0, shape.DEPTH), shape)
+    query_scale = _load_optional(queries.scale, query, query < queries.number)
+    radius = _load_optional(queries.radius, query, query < queries.number)
+    best = tl.full((shape.ITEMS, shape.QUERIES), float("nan"), tl.float32)
+    winner = tl.full((shape.ITEMS, shape.QUERIES), 0, tl.int32)
+    for begin in range(0, sampled.size, sampled.groups):
+        row_mask = begin + group < sampled.size
+        row = _sampled_row(begin + group, sampled.size, rows.number)
+        row_scale = _load_optional(rows.scale, row, row_mask)
+        row_error = _load_optional(rows.error, row, row_mask)
+        products = _products(first, queries, query, rows.data + row * rows.stride, row_mask, shape)
+        scores = _scores(products, row_scale, row_error, query_scale, radius)
+        better = row_mask[:, None] & ((scores > best) | ((best != best) & (scores == scores)))
+        if allow.mask is not None:
+            better &= _allowed(allow, query, row, better & (query < queries.number)[None, :])
         best = tl.where(better, scores, best)
         winner = tl.where(better, row.to(tl.int32)[:, None], winner)
-    to = query.to(tl.int64)[None, :] * groups + group[:, None]
-    inside = (query < B)[None, :] & (group < groups)[:, None]
-    tl.store(to_scores + to, tl.where(best == 0, 0.0, best), mask=inside)
-    tl.store(to_positions + to, winner, mask=inside)
+    to = query.to(tl.int64)[None, :] * sampled.groups + group[:, None]
+    inside = (query < queries.number)[None, :] & (group < sampled.groups)[:, None]
+    tl.store(sampled.scores + to, tl.where(best == 0, 0.0, best), mask=inside)
+    tl.store(sampled.positions + to, winner, mask=inside)
 
 
 @triton.jit
 def _sampled_row(i, size, N):
-    """The row of sample i: in the i-th of `size` equal parts of the table, at a place that looks random."""
+    """The row of sample i: at a pseudo-random place in the i-th of `size` equal parts of the table."""
     i = tl.minimum(i, size - 1)
-    mixed = ((i.to(tl.uint32) + 1) * 0x9E3779B1).to(tl.int64)
+    mixed = ((i.to(tl.uint32) + 1) * 0x9E3779B1).to(tl.int64)  # 2^32 / golden ratio: Fibonacci hashing
     width = N // size
-    longer = N % size  # so many of the first parts are longer by one
+    longer = N % size  # the first `longer` parts have one row more
     place = (mixed * (width + (i < longer).to(tl.int64))) >> 32
     return i.to(tl.int64) * width + tl.minimum(i, longer) + place
 
 
 @triton.jit
-def scan(
-    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
-    allow, allow_row, allow_column, threshold_score, threshold_tie, count, to_scores, to_positions, row_size, k,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    BOUNDED: tl.constexpr, HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr,
-):  # fmt: skip
-    """Every row against every query: what reaches the query's threshold is emitted behind its k kept candidates.
+def scan(queries, rows, allow, lists, shape: tl.constexpr):
+    """Scores every row against every query, and emits the scores that reach their query's threshold.
 
-    Programs of one split and all query tiles run side by side, so that rows are read from memory once. Thresholds and
-    counters are padded to whole tiles.
+    The programs of one split and all query tiles run side by side, so that rows are read from memory once. The fields
+    of `lists` with one value per query are padded to whole tiles.
     """
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
+    query = tl.program_id(0) * shape.QUERIES + tl.arange(0, shape.QUERIES)
+    first = _load_queries(queries, query, tl.arange(0, shape.DEPTH), shape)
     _scan_tiles(
-        tl.program_id(1), tl.cdiv(N, ITEMS), tl.num_programs(1), first, queries, q_row, q_column,
-        query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
-        allow, allow_row, allow_column, threshold_score, threshold_tie,
-        count, to_scores, to_positions, row_size, k, row_size - k, tl.program_id(0) * QUERIES,
-        D, DEPTH, ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
+        tl.program_id(1), tl.cdiv(rows.number, shape.ITEMS), tl.num_programs(1), first, queries, rows, allow, lists,
+        tl.program_id(0) * shape.QUERIES, shape,
     )  # fmt: skip
 
 
 @triton.jit
-def rescore(
-    queries, q_row, q_column, B, items, item_stride, listed, listed_size, listed_count, bound, query_radius,
-    to_score, count, to_scores, to_positions, row_size, k,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Scores the listed rows of one query and puts those that it vouches for behind the query's k kept candidates.
+def rescore(queries, rows, listed, lists, shape: tl.constexpr):
+    """Scores the listed rows of a query exactly and writes the proven ones to its list, NaN for the others.
 
-    The list holds the rows of largest upper bounds; those that it leaves out have none above `bound`, the least in the
-    list, or are none (-inf). So scores above `bound` are all that there are above it, as if `scan` had emitted what
-    exceeds that threshold; the others become NaN. The bound says nothing of a query whose radius is NaN.
-    The product is that of `scan`, on 16 queries of which one is not zero: the same bits.
+    The rows that are not listed have upper bounds, and so scores, of at most `listed.bound`. Hence every score above
+    the bound is known: the list is as if `scan` had emitted all scores above that threshold. The bound proves nothing
+    for a query whose radius is NaN. The product is that of `scan`, with 16 queries of which 15 are zero: the same bits.
     """
     query = tl.program_id(0)
-    lane = tl.where(tl.arange(0, QUERIES) == 0, query, B)  # zeros beyond B
-    n = tl.load(listed_count + query)
-    entry = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
-    live = entry < n
-    place = tl.load(listed + query.to(tl.int64) * listed_size + entry, mask=live, other=0)
-    row = place.to(tl.int64) & 0xFFFFFFFF
-    first = _load_queries(queries, q_row, q_column, lane, tl.arange(0, DEPTH), B, D, COMPUTE)
-    products = _products(
-        first, queries, q_row, q_column, lane, B, items + row * item_stride, live, D, DEPTH, ITEMS, QUERIES, COMPUTE
-    )
+    lane = tl.where(tl.arange(0, shape.QUERIES) == 0, query, queries.number)  # queries beyond the last load as zeros
+    n = tl.load(listed.count + query)
+    entry = tl.program_id(1) * shape.ITEMS + tl.arange(0, shape.ITEMS)
+    row_mask = entry < n
+    position = tl.load(listed.positions + query.to(tl.int64) * listed.size + entry, mask=row_mask, other=0)
+    row = position.to(tl.int64) & 0xFFFFFFFF
+    first = _load_queries(queries, lane, tl.arange(0, shape.DEPTH), shape)
+    products = _products(first, queries, lane, rows.data + row * rows.stride, row_mask, shape)
     score = tl.sum(tl.where((lane == query)[None, :], products, 0.0), 1)
-    mine = query + tl.zeros((ITEMS,), tl.int32)
-    radius = tl.load(query_radius + mine)
-    bar = tl.where(radius == radius, tl.load(bound + mine), float("inf"))
-    vouched = live & ((score > bar) | (bar == -float("inf")))
-    to = query.to(tl.int64) * row_size + k + entry
-    tl.store(to_scores + to, tl.where(vouched, score, float("nan")), mask=live)
-    tl.store(to_positions + to, place, mask=live)
-    tl.store(count + mine, n, mask=entry == 0)
-    tl.store(to_score + mine, bar, mask=entry == 0)
+    list_index = query + tl.zeros((shape.ITEMS,), tl.int32)
+    radius = tl.load(listed.radius + list_index)
+    bar = tl.where(radius == radius, tl.load(listed.bound + list_index), float("inf"))
+    proven = row_mask & ((score > bar) | (bar == -float("inf")))
+    to = query.to(tl.int64) * lists.size + lists.first + entry
+    tl.store(lists.scores + to, tl.where(proven, score, float("nan")), mask=row_mask)
+    tl.store(lists.positions + to, position, mask=row_mask)
+    tl.store(lists.count + list_index, n, mask=entry == 0)
+    tl.store(lists.score + list_index, bar, mask=entry == 0)
 
 
 @triton.jit
 def _cut(
-    list_count, list_scores, list_positions, list_size, list_score, list_tie, mine, query, live, ids,
-    exclude_offsets, exclude_ids, E, k, to_scores, to_positions, to,
-    R: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
+    lists, list_index, k, query, query_mask, ids, exclude, best, to, R: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Copies the k best of R lists to `to`, raises the thresholds of lists that have so many; returns what was kept."""
-    lists = mine.to(tl.int64) * list_size
-    n = tl.load(list_count + mine)
-    if HAS_EXCLUDE:
-        drop_excluded(
-            list_scores, list_positions, ids, lists, n, exclude_offsets, exclude_ids, E, query, live, R, TILE, HAS_IDS
-        )
+    """Copies the k best of R lists to `best` from entry `to` on, and returns how many were copied.
+
+    The thresholds of lists with k entries or more rise to their k-th best.
+    """
+    start = list_index.to(tl.int64) * lists.size
+    n = tl.load(lists.count + list_index)
+    if exclude.ids is not None:
+        drop_excluded(lists, ids, start, n, exclude, query, query_mask, R, TILE)
     wanted = tl.zeros((R,), tl.int32) + k
-    score, tie, valid = kth_best(list_scores, list_positions, ids, lists, n, wanted, R, TILE, HAS_IDS)
-    kept = compact(
-        list_scores, list_positions, ids, lists, n, score, tie, to_scores, to_positions, to, R, TILE, HAS_IDS
-    )
-    raised = live & (valid >= k)
-    tl.store(list_score + mine, score, mask=raised)
-    tl.store(list_tie + mine, tie, mask=raised)
-    tl.store(list_count + mine, kept)
+    score, tie, valid = kth_best(lists, ids, start, n, wanted, R, TILE)
+    kept = compact(lists, ids, start, n, score, tie, best, to, R, TILE)
+    raised = query_mask & (valid >= k)
+    tl.store(lists.score + list_index, score, mask=raised)
+    tl.store(lists.tie + list_index, tie, mask=raised)
+    tl.store(lists.count + list_index, kept)
     return kept
 
 
 @triton.jit
 def collect(
-    queries, q_row, q_column, query_scale, query_radius, B, items, item_stride, row_scale, row_error, N, base, ids,
-    allow, allow_row, allow_column, exclude_offsets, exclude_ids, E,
-    threshold_score, threshold_tie, pending, list_count, list_score, list_tie, list_scores, list_positions, list_size,
-    to_scores, to_positions, row_size, k,
-    D: tl.constexpr, DEPTH: tl.constexpr, ITEMS: tl.constexpr, QUERIES: tl.constexpr, COMPUTE: tl.constexpr,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_ALLOW: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
+    queries, rows, allow, exclude, pending, lists, best, shape: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """The k best rows of each split for every pending query, whatever the data.
+    """Finds the k best rows of each split of the table for every pending query, whatever the data; k = `best.first`.
 
-    A program keeps a list of its own for each of its queries, list_size >= k + BLOCK ITEMS. It scans blocks of tiles,
-    one at first, then two, ... up to BLOCK; lists of 2 k entries, or without room for the next block, are cut to their
-    k best, which raises their thresholds. The k best of split s go to k + s k of the query's candidates. Nothing is
-    shared between programs, nothing can overflow.
+    A program has a list of its own in `lists` for each of its queries; a list holds k + BLOCK ITEMS entries or more.
+    The program scans blocks of tiles, one tile at first, then two, ... up to BLOCK. Lists with 2 k entries, or without
+    room for the next block, are cut to their k best, which raises their thresholds. The k best of split s are written
+    to entry k + s k of the query's list in `best`. No data is shared between programs, and no list can overflow.
     """
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    live = query < B
-    live &= tl.load(pending + query, mask=live, other=0) > 0
-    if tl.max(live.to(tl.int32), 0) > 0:
-        first = _load_queries(queries, q_row, q_column, query, tl.arange(0, DEPTH), B, D, COMPUTE)
-        mine = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * QUERIES
-        lane = tl.arange(0, QUERIES)
-        tl.store(list_score + mine + lane, tl.load(threshold_score + query, mask=live, other=float("inf")))
-        tl.store(list_tie + mine + lane, tl.load(threshold_tie + query, mask=live, other=-1))
-        tl.store(list_count + mine + lane, tl.zeros((QUERIES,), tl.int32))
-        tl.debug_barrier()
-        tiles = tl.cdiv(N, ITEMS)
+    query = tl.program_id(0) * shape.QUERIES + tl.arange(0, shape.QUERIES)
+    query_mask = query < queries.number
+    query_mask &= tl.load(pending + query, mask=query_mask, other=0) > 0
+    if tl.max(query_mask.to(tl.int32), 0) > 0:
+        first = _load_queries(queries, query, tl.arange(0, shape.DEPTH), shape)
+        list_index = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * shape.QUERIES
+        _clear_lists(lists, list_index + tl.arange(0, shape.QUERIES), best, query, query_mask)
+        tiles = tl.cdiv(rows.number, shape.ITEMS)
         tile = tl.program_id(1) + 0
         block = tile * 0 + 1
         while tile < tiles:
             stop = tl.minimum(tiles, tile + block * tl.num_programs(1))
             _scan_tiles(
-                tile, stop, tl.num_programs(1), first, queries, q_row, q_column, query_scale, query_radius, B,
-                items, item_stride, row_scale, row_error, N, base, ids, allow, allow_row, allow_column,
-                list_score, list_tie,
-                list_count, list_scores, list_positions, list_size, 0, list_size, mine,
-                D, DEPTH, ITEMS, QUERIES, COMPUTE, BOUNDED, HAS_IDS, HAS_ALLOW,
+                tile, stop, tl.num_programs(1), first, queries, rows, allow, lists, list_index, shape
             )  # fmt: skip
             tile += block * tl.num_programs(1)
             block = tl.minimum(2 * block, BLOCK)
             tl.debug_barrier()
             zero = tl.minimum(stop - 1, 0)  # hides addresses from the compiler, as in `_scan_tiles`
-            for some in range(0, QUERIES, R):
-                part = some + zero + tl.arange(0, R)
-                n = tl.max(tl.load(list_count + mine + part), 0)
-                if (n >= 2 * k) | (n > list_size - block * ITEMS):
-                    member = tl.program_id(0) * QUERIES + part
+            for part in range(0, shape.QUERIES, R):
+                member = part + zero + tl.arange(0, R)
+                n = tl.max(tl.load(lists.count + list_index + member), 0)
+                if (n >= 2 * best.first) | (n > lists.size - block * shape.ITEMS):
+                    cut_query = tl.program_id(0) * shape.QUERIES + member
                     _cut(
-                        list_count, list_scores, list_positions, list_size, list_score, list_tie, mine + part, member,
-                        member < B, ids, exclude_offsets, exclude_ids, E, k, list_scores, list_positions,
-                        (mine + part).to(tl.int64) * list_size, R, TILE, HAS_IDS, HAS_EXCLUDE,
+                        lists, list_index + member, best.first, cut_query, cut_query < queries.number, rows.ids,
+                        exclude, lists, (list_index + member).to(tl.int64) * lists.size, R, TILE,
                     )  # fmt: skip
             tl.debug_barrier()
-        entry = tl.arange(0, TILE)[None, :]
-        for some in range(0, QUERIES, R):
-            part = some + tl.arange(0, R)
-            member = tl.program_id(0) * QUERIES + part
-            chosen = member < B
-            chosen &= tl.load(pending + member, mask=chosen, other=0) > 0
-            to = member.to(tl.int64) * row_size + k + tl.program_id(1) * k
-            kept = _cut(
-                list_count, list_scores, list_positions, list_size, list_score, list_tie, mine + part, member,
-                chosen, ids, exclude_offsets, exclude_ids, E, k, to_scores, to_positions, to,
-                R, TILE, HAS_IDS, HAS_EXCLUDE,
+        for part in range(0, shape.QUERIES, R):
+            _write_best(
+                lists, list_index, part + tl.arange(0, R), queries, pending, rows.ids, exclude, best, shape, R, TILE
             )  # fmt: skip
-            for begin in range(0, k, TILE):
-                rest = chosen[:, None] & (begin + entry >= kept[:, None]) & (begin + entry < k)
-                nothing = tl.full((R, TILE), float("nan"), tl.float32)
-                tl.store(to_scores + to[:, None] + begin + entry, nothing, mask=rest)
-                tl.store(to_positions + to[:, None] + begin + entry, tl.zeros((R, TILE), tl.int32), mask=rest)
+
+
+@triton.jit
+def _clear_lists(lists, list_index, best, query, query_mask):
+    """Empties lists and sets their thresholds to those of their queries; nothing passes where `query_mask` is false."""
+    tl.store(lists.score + list_index, tl.load(best.score + query, mask=query_mask, other=float("inf")))
+    tl.store(lists.tie + list_index, tl.load(best.tie + query, mask=query_mask, other=-1))
+    tl.store(lists.count + list_index, tl.zeros_like(query))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _write_best(
+    lists, list_index, member, queries, pending, ids, exclude, best, shape: tl.constexpr,
+    R: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes the k best of a program's lists to its k entries of their queries' lists, NaN where there are fewer."""
+    k = best.first
+    query = tl.program_id(0) * shape.QUERIES + member
+    query_mask = query < queries.number
+    query_mask &= tl.load(pending + query, mask=query_mask, other=0) > 0
+    to = query.to(tl.int64) * best.size + k + tl.program_id(1) * k
+    kept = _cut(lists, list_index + member, k, query, query_mask, ids, exclude, best, to, R, TILE)
+    entry = tl.arange(0, TILE)[None, :]
+    nothing = tl.full((R, TILE), float("nan"), tl.float32)
+    for begin in range(0, k, TILE):
+        rest = query_mask[:, None] & (begin + entry >= kept[:, None]) & (begin + entry < k)
+        tl.store(best.scores + to[:, None] + begin + entry, nothing, mask=rest)
+        tl.store(best.positions + to[:, None] + begin + entry, tl.zeros((R, TILE), tl.int32), mask=rest)

@@ -1,8 +1,8 @@
-"""A search as a list of launches. Imports Triton; imported when the first search needs it."""
+"""The searches of the Triton backend as sequences of kernel launches. Imports Triton; imported by the first search."""
 
 import contextlib
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,25 +10,41 @@ import triton.language as tl
 
 from grank_kernels.backends.triton import mips_topk_kernels as kernels
 from grank_kernels.backends.triton import selection
+from grank_kernels.backends.triton.mips_topk_arguments import (
+    Allow,
+    Exclude,
+    Listed,
+    Lists,
+    ProductShape,
+    Progress,
+    Queries,
+    Rows,
+    Sample,
+)
 from grank_kernels.backends.triton.mips_topk_plan import (
     CertifiedPlans,
     Device,
     Plan,
+    Tile,
     make_certified_plans,
     make_plan,
+    power_of_2,
+    round_up,
     step_of_queries,
 )
 from grank_kernels.backends.triton.streaming import Chunk, chunk_rows, chunks
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+_SELECT_TILE = 1024  # entries that `threshold` and `select` look at together
+_WARPS = 4  # of kernels without matrix products
 
 
 def options(amd: bool) -> dict[str, Any]:
-    """Options of the compiler, beside warps and stages.
+    """Compiler options beside warps and stages.
 
-    float32 products are fused multiply-adds, which is stated here since Triton's default is about to change. ptxas,
-    left to itself, spills 40 registers of `collect` to keep to 128; told that it may use all, it takes 194 and spills
-    none. On AMD one shape of MFMA for all tiles keeps one order of accumulation.
+    float32 products are fused multiply-adds, stated here since Triton's default is about to change. ptxas on its own
+    spills 40 registers of `collect` to stay at 128; allowed all 255, it uses 194 and spills none. On AMD a single MFMA
+    shape for all tiles keeps a single order of accumulation.
     """
     return {"enable_fp_fusion": True, **({"matrix_instr_nonkdim": 16} if amd else {"maxnreg": 255})}
 
@@ -38,27 +54,24 @@ class Launch:
     """One launch of a kernel.
 
     Attributes:
-        kernel: the function.
+        kernel: the Triton function.
         grid: programs along each axis.
-        arguments: tensors (their addresses are passed), numbers, or None where the kernel has no use for one.
-        constants: what it is compiled for.
-        warps: warps a program.
+        arguments: by parameter name: groups of mips_topk_arguments, tensors, numbers; None for an absent tensor.
+        warps: warps per program.
         stages: stages of the software pipeline.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
+    warps: int = _WARPS
+    stages: int = 1
 
     def run(self) -> None:
-        """Enqueues it on the current stream."""
+        """Enqueues the launch on the current stream."""
         self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages,
-            **options(torch.version.hip is not None),
-        )  # fmt: skip
+            **self.arguments, num_warps=self.warps, num_stages=self.stages, **options(torch.version.hip is not None)
+        )
 
 
 @dataclass(frozen=True)
@@ -92,193 +105,188 @@ class Problem:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Found:
-    """The k best candidates of every query, in any order, and how they were found.
+class Search:
+    """The buffers of one search, and the launches that read and write them.
 
     Attributes:
-        scores: (B, row_size); the first `kept` of a row count.
-        positions: (B, row_size) of the rows.
-        kept: (B,).
-        threshold: (B,) or more, the score of the k-th best; -inf where there are fewer.
-        pending: (B,), 1 of queries that `collect` had to search for.
-        radius: (B,), where the scores are upper bounds.
+        queries: the query vectors as the kernels multiply them.
+        lists: one list of candidates per query; its first k entries are the best so far.
+        progress: how many of these are valid, and which queries `collect` must search again.
     """
 
-    scores: torch.Tensor
-    positions: torch.Tensor
-    kept: torch.Tensor
-    threshold: torch.Tensor
-    pending: torch.Tensor
-    radius: torch.Tensor | None
+    def __init__(self, problem: Problem, plan: Plan, device: Device) -> None:
+        self.problem, self.plan, self.device = problem, plan, device
+        p, (B, d) = problem, problem.queries.shape
+        data, scale = p.queries, p.query_scale
+        if self.quantises:
+            data, scale = self._empty(torch.int8, B, d), self._empty(torch.float32, B)
+        self.queries = Queries(data, data.stride(0), data.stride(1), B, scale, p.query_radius)
+        padded = round_up(B, plan.tile.queries)
+        count, kept, pending = self._empty(torch.int32, 3, B)
+        self.lists = self._lists(
+            B, p.k + plan.room, p.k, count, self._empty(torch.float32, padded), self._empty(torch.int64, padded)
+        )
+        self.progress = Progress(kept, pending, B)
+        self.sampled = Sample(
+            self._empty(torch.float32, B, plan.groups), self._empty(torch.int32, B, plan.groups),
+            plan.groups, plan.sampled,
+        )  # fmt: skip
+        number = plan.collected * round_up(B, plan.collect_tile.queries)
+        thresholds = self._empty(torch.float32, number), self._empty(torch.int64, number)
+        self.collected = self._lists(
+            number, plan.list_size, tl.constexpr(0), self._empty(torch.int32, number), *thresholds
+        )  # fmt: skip
+        self.allow = Allow(None, 0, 0)
+        if p.allow is not None:
+            row_stride = p.allow.stride(0) if p.allow.dim() == 2 else 0
+            self.allow = Allow(p.allow.view(torch.uint8), row_stride, p.allow.stride(-1))
+        self.exclude = Exclude(p.exclude_offsets, p.exclude_ids, 0 if p.exclude_ids is None else len(p.exclude_ids))
+
+    @property
+    def quantises(self) -> bool:
+        """Whether the queries are floats to be multiplied as int8."""
+        return self.problem.compute == torch.int8 and self.problem.query_scale is None
+
+    def _empty(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.problem.queries.device)
+
+    def _lists(self, number: int, size: int, first: Any, *state: torch.Tensor) -> Lists:
+        scores, positions = self._empty(torch.float32, number, size), self._empty(torch.int32, number, size)
+        return Lists(scores, positions, size, first, *state)
+
+    def _rows(self, chunk: Chunk) -> Rows:
+        rows = chunk.rows
+        return Rows(rows, rows.stride(0), len(rows), chunk.row_scale, chunk.row_error, chunk.base, self.problem.ids)
+
+    def _shape(self, tile: Tile) -> ProductShape:
+        d = self.problem.queries.shape[1]
+        return ProductShape(d, tile.depth, tile.items, tile.queries, _TYPES[self.problem.compute])
+
+    def _scoring(self, kernel: Any, tile: Tile, splits: int, chunk: Chunk, **arguments: Any) -> Launch:
+        """A launch of `splits` programs along the rows for each tile of queries."""
+        scored = {"queries": self.queries, "rows": self._rows(chunk), **arguments, "shape": self._shape(tile)}
+        return Launch(kernel, (-(-self.queries.number // tile.queries), splits), scored, tile.warps, tile.stages)
+
+    def quantise(self) -> Launch:
+        """int8 queries from the float ones."""
+        p, (B, d) = self.problem, self.problem.queries.shape
+        floats = Queries(p.queries, p.queries.stride(0), p.queries.stride(1), None, None, None)
+        block = min(1024, max(16, power_of_2(d)))
+        arguments = {"queries": floats, "quantised": self.queries._replace(number=None), "d": d, "BLOCK": block}
+        return Launch(kernels.quantise, (B,), arguments)
+
+    def sample(self, chunk: Chunk) -> Launch:
+        """The best of each group of sampled rows."""
+        tile = self.plan.sample_tile
+        groups = self.plan.groups // tile.items
+        return self._scoring(kernels.sample, tile, groups, chunk, allow=self.allow, sampled=self.sampled)
+
+    def threshold(self, N: int) -> Launch:
+        """The first thresholds: from the sample, or none."""
+        plan, rows, padded = self.plan, self.device.rows, len(self.lists.score)
+        arguments = {
+            "sampled": self.sampled, "ids": self.problem.ids, "rate": N / max(1, plan.sampled),
+            "exclude": self.exclude, "lists": self.lists, "progress": self.progress,
+            "all_pending": int(plan.splits == 0), "padded": padded, "R": rows, "TILE": _SELECT_TILE,
+        }  # fmt: skip
+        return Launch(selection.threshold, (-(-padded // rows),), arguments)
+
+    def scan(self, chunk: Chunk) -> Launch:
+        """Candidates: every score that reaches its query's threshold."""
+        return self._scoring(
+            kernels.scan, self.plan.tile, self.plan.splits, chunk, allow=self.allow, lists=self.lists
+        )  # fmt: skip
+
+    def rescore(self, listed: "Search", chunk: Chunk) -> Launch:
+        """Candidates: the rows that a search of the certified copy found, scored exactly."""
+        tile, found = self.plan.collect_tile, listed.lists
+        bounded = Listed(found.positions, found.size, listed.progress.kept, found.score, listed.queries.radius)
+        launch = self._scoring(kernels.rescore, tile, 1, chunk, listed=bounded, lists=self.lists)
+        return replace(launch, grid=(self.queries.number, -(-self.plan.room // tile.items)))
+
+    def select(self, room: int, collected: bool) -> Launch:
+        """The k best of the candidates, `room` of which are stored at most."""
+        rows = self.device.rows
+        arguments = {
+            "lists": self.lists, "ids": self.problem.ids, "exclude": self.exclude, "room": room,
+            "progress": self.progress, "R": rows, "TILE": _SELECT_TILE, "COLLECTED": collected,
+        }  # fmt: skip
+        return Launch(selection.select, (-(-self.queries.number // rows),), arguments)
+
+    def collect(self, chunk: Chunk) -> Launch:
+        """Candidates of the pending queries: the k best rows of each split."""
+        lists, entries = self.device.cut
+        return self._scoring(
+            kernels.collect, self.plan.collect_tile, self.plan.collected, chunk, allow=self.allow,
+            exclude=self.exclude, pending=self.progress.pending, lists=self.collected, best=self.lists,
+            BLOCK=self.plan.block, R=lists, TILE=entries,
+        )  # fmt: skip
+
+    def rank(self, values: torch.Tensor, indices: torch.Tensor) -> Launch:
+        """The k best in order."""
+        entries, others = self.device.rank
+        arguments = {
+            "lists": self.lists, "ids": self.problem.ids, "kept": self.progress.kept, "values": values,
+            "indices": indices, "TILE": entries, "OTHERS": others,
+        }  # fmt: skip
+        return Launch(selection.rank, (self.queries.number, -(-self.problem.k // entries)), arguments)
+
+    def best(self, table: Iterable[Chunk], listed: "Search | None" = None) -> Iterator[Launch]:
+        """Launches that find the k best, unordered.
+
+        threshold (from a sample, or none) -> scan, or rescore what is listed -> select -> collect the queries whose
+        threshold failed -> select those; for small k: threshold (none) -> collect -> select. int8 queries are quantised
+        first. With `rank` that is 8 launches at most for a table in one chunk; every further chunk goes on from the k
+        best so far and takes 2 to 4.
+        """
+        plan = self.plan
+        if self.quantises:
+            yield self.quantise()
+        for chunk in table:
+            if chunk.base == 0:
+                if plan.sampled:
+                    yield self.sample(chunk)
+                yield self.threshold(len(chunk.rows))
+            if listed is not None:
+                yield self.rescore(listed, chunk)
+                yield self.select(plan.room, False)
+            elif plan.splits:
+                yield self.scan(chunk)
+                yield self.select(plan.room, False)
+            if plan.collected:
+                yield self.collect(chunk)
+                yield self.select(plan.collected * self.problem.k, True)
 
 
 def launches(
     problem: Problem, table: Iterable[Chunk], plan: Plan, device: Device, values: torch.Tensor, positions: torch.Tensor
 ) -> Iterator[Launch]:
-    """The launches of one search, in order; buffers are allocated on the way."""
-    found = yield from _best(problem, table, plan, device)
-    yield _rank(problem, found, device, values, positions)
+    """The launches of one search, in order; buffers are allocated when the first is requested."""
+    search = Search(problem, plan, device)
+    yield from search.best(table)
+    yield search.rank(values, positions)
 
 
 def certified_launches(
     problem: Problem, copy: Problem, chunk: Chunk, plans: CertifiedPlans, device: Device,
     values: torch.Tensor, positions: torch.Tensor,
 ) -> Generator[Launch, None, torch.Tensor]:  # fmt: skip
-    """The same of a table with a certified copy, `chunk`: its best rows by upper bound are searched for, and rescored.
+    """The launches of one search of a table with a certified copy, `chunk`; 12 at most.
 
-    If these are all that reach the k-th best score, as the bounds show, they hold the k best rows; otherwise `collect`
-    searches the rows themselves, as it does when a sampled threshold fails. 12 launches at most. Returns how many rows
-    were rescored, (B,) int64.
+    The rows with the largest upper bounds are searched for and rescored. If the bounds show that no other row reaches
+    the k-th best score, they hold the k best rows; otherwise `collect` searches the rows themselves, as it does when a
+    sampled threshold fails.
+
+    Returns:
+        The number of rows rescored per query, (B,) int64.
     """
-    listed = yield from _best(copy, [chunk], plans.copy, device)
-    found = yield from _best(problem, [Chunk(0, problem.items, None)], plans.rescore, device, listed)
-    yield _rank(problem, found, device, values, positions)
-    return listed.kept.long().where(found.pending == 0, len(problem.items))
-
-
-def _rank(problem: Problem, found: Found, device: Device, values: torch.Tensor, positions: torch.Tensor) -> Launch:
-    B, row_size = found.scores.shape
-    return Launch(
-        selection.rank, (B, -(-problem.k // device.rank[0])),
-        {"scores": found.scores, "positions": found.positions, "ids": problem.ids, "row_size": row_size,
-         "kept": found.kept, "k": problem.k, "values": values, "indices": positions},
-        {"TILE": device.rank[0], "OTHERS": device.rank[1], "HAS_IDS": problem.ids is not None}, 4, 1,
-    )  # fmt: skip
-
-
-def _best(
-    problem: Problem, table: Iterable[Chunk], plan: Plan, device: Device, listed: Found | None = None
-) -> Generator[Launch, None, Found]:
-    """Launches that find the k best.
-
-    threshold (from a sample, or none) -> scan and emit, or rescore what is listed -> select -> collect what failed ->
-    select that; or, for small k, threshold (none) -> collect -> select. int8 queries are quantised first. With `rank`
-    these are 8 at most, for a table in one chunk. Later chunks go on from the k best so far and their threshold, by 2
-    to 4 launches each.
-    """
-    p, k = problem, problem.k
-    B, d = p.queries.shape
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=p.queries.device)
-
-    def candidates(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return empty(*shape, dtype=torch.float32), empty(*shape, dtype=torch.int32)
-
-    has_ids, has_allow, has_exclude = p.ids is not None, p.allow is not None, p.exclude_ids is not None
-    queries, query_scale = p.queries, p.query_scale
-    if p.compute == torch.int8 and query_scale is None:
-        queries, query_scale = empty(B, d, dtype=torch.int8), empty(B, dtype=torch.float32)
-        yield Launch(
-            kernels.quantise, (B,),
-            {"queries": p.queries, "row_stride": p.queries.stride(0), "column_stride": p.queries.stride(1), "d": d,
-             "numbers": queries, "scales": query_scale},
-            {"D": min(1024, 1 << max(4, (d - 1).bit_length()))}, 4, 1,
-        )  # fmt: skip
-    allow = p.allow if p.allow is None else p.allow.view(torch.uint8)
-    scoring = {
-        "queries": queries, "q_row": queries.stride(0), "q_column": queries.stride(1), "query_scale": query_scale,
-        "query_radius": p.query_radius, "B": B,
-        "allow": allow, "allow_row": 0 if allow is None or allow.dim() == 1 else allow.stride(0),
-        "allow_column": 0 if allow is None else allow.stride(-1),
-    }  # fmt: skip
-    excluding = {
-        "exclude_offsets": p.exclude_offsets, "exclude_ids": p.exclude_ids,
-        "E": 0 if p.exclude_ids is None else len(p.exclude_ids),
-    }  # fmt: skip
-
-    def shape_of(tile: Any) -> dict[str, Any]:
-        return {
-            "D": d, "DEPTH": tile.depth, "ITEMS": tile.items, "QUERIES": tile.queries,
-            "COMPUTE": _TYPES[p.compute], "BOUNDED": p.query_radius is not None, "HAS_ALLOW": has_allow,
-        }  # fmt: skip
-
-    row_size = k + plan.room
-    scores, places = candidates(B, row_size)
-    padded = -(-B // plan.tile.queries) * plan.tile.queries
-    score, tie = empty(padded, dtype=torch.float32), empty(padded, dtype=torch.int64)
-    count, kept, pending = empty(3, B, dtype=torch.int32)
-    per_query = {"R": device.rows, "TILE": 1024, "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude}
-    query_programs = (-(-B // device.rows),)
-
-    def threshold(N: int) -> Launch:
-        return Launch(
-            selection.threshold, (-(-padded // device.rows),),
-            {"scores": sampled_scores, "positions": sampled_places, "ids": p.ids, "groups": plan.groups,
-             "rate": N / max(1, plan.sampled), "k": k, "exclude_offsets": p.exclude_offsets, "E": excluding["E"],
-             "B": B, "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending,
-             "all_pending": int(plan.splits == 0), "padded": padded},
-            per_query, 4, 1,
-        )  # fmt: skip
-
-    def select(room: int, collected: bool) -> Launch:
-        return Launch(
-            selection.select, query_programs,
-            {"scores": scores, "positions": places, "ids": p.ids, "row_size": row_size, "room": room, "k": k,
-             **excluding, "B": B, "to_score": score, "to_tie": tie, "count": count, "kept": kept, "pending": pending},
-            {**per_query, "COLLECTED": collected}, 4, 1,
-        )  # fmt: skip
-
-    def rescore(listed: Found, rows: torch.Tensor) -> Launch:
-        tile, listed_size = plan.collect_tile, listed.positions.shape[1]
-        return Launch(
-            kernels.rescore, (B, -(-plan.room // tile.items)),
-            {"queries": queries, "q_row": queries.stride(0), "q_column": queries.stride(1), "B": B, "items": rows,
-             "item_stride": rows.stride(0), "listed": listed.positions, "listed_size": listed_size,
-             "listed_count": listed.kept, "bound": listed.threshold, "query_radius": listed.radius,
-             "to_score": score, "count": count, **row},
-            {name: value for name, value in shape_of(tile).items() if name not in ("BOUNDED", "HAS_ALLOW")},
-            tile.warps, tile.stages,
-        )  # fmt: skip
-
-    sampled_scores, sampled_places = candidates(B, plan.groups)
-    lists = plan.collected * -(-B // plan.collect_tile.queries) * plan.collect_tile.queries
-    list_scores, list_places = candidates(lists, plan.list_size)
-    listing = {
-        "list_count": empty(lists, dtype=torch.int32), "list_score": empty(lists, dtype=torch.float32),
-        "list_tie": empty(lists, dtype=torch.int64), "list_scores": list_scores, "list_positions": list_places,
-        "list_size": plan.list_size,
-    }  # fmt: skip
-    limits = {"threshold_score": score, "threshold_tie": tie}
-    row = {"to_scores": scores, "to_positions": places, "row_size": row_size, "k": k}
-    for base, rows, row_scale, row_error in table:
-        N = len(rows)
-        part = {"items": rows, "item_stride": rows.stride(0), "row_scale": row_scale, "row_error": row_error, "N": N}
-        if base == 0:
-            tile = plan.sample_tile
-            if plan.sampled:
-                yield Launch(
-                    kernels.sample, (-(-B // tile.queries), plan.groups // tile.items),
-                    {**scoring, **part, "size": plan.sampled, "to_scores": sampled_scores,
-                     "to_positions": sampled_places, "groups": plan.groups},
-                    shape_of(tile), tile.warps, tile.stages,
-                )  # fmt: skip
-            yield threshold(N)
-        if listed is not None:
-            yield rescore(listed, rows)
-            yield select(plan.room, False)
-        elif plan.splits:
-            tile = plan.tile
-            yield Launch(
-                kernels.scan, (-(-B // tile.queries), plan.splits),
-                {**scoring, **part, "base": base, "ids": p.ids, **limits, "count": count, **row},
-                {**shape_of(tile), "HAS_IDS": has_ids}, tile.warps, tile.stages,
-            )  # fmt: skip
-            yield select(plan.room, False)
-        if plan.collected:
-            tile = plan.collect_tile
-            yield Launch(
-                kernels.collect, (-(-B // tile.queries), plan.collected),
-                {**scoring, **part, "base": base, "ids": p.ids, **excluding, **limits, "pending": pending, **listing,
-                 **row},
-                {**shape_of(tile), "BLOCK": plan.block, "R": device.cut[0], "TILE": device.cut[1],
-                 "HAS_IDS": has_ids, "HAS_EXCLUDE": has_exclude},
-                tile.warps, tile.stages,
-            )  # fmt: skip
-            yield select(plan.collected * k, True)
-
-    return Found(scores, places, kept, score, pending, p.query_radius)
+    coarse = Search(copy, plans.copy, device)
+    yield from coarse.best([chunk])
+    exact = Search(problem, plans.rescore, device)
+    yield from exact.best([Chunk(0, problem.items, None)], coarse)
+    yield exact.rank(values, positions)
+    rescored: torch.Tensor = coarse.progress.kept.long().where(exact.progress.pending == 0, len(problem.items))
+    return rescored
 
 
 def search(problem: Problem, device: Device, values: torch.Tensor, positions: torch.Tensor) -> None:

@@ -64,8 +64,8 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     on d and the precision alone, as the order of accumulation does.
     stages: three of a tile's rows in shared memory, or two where they do not fit.
     """
-    width = max(16 if compute.itemsize > 1 else 32, _power_of_2(d))
-    needed = max(16, _power_of_2(B))
+    width = max(16 if compute.itemsize > 1 else 32, power_of_2(d))
+    needed = max(16, power_of_2(B))
     if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
@@ -122,7 +122,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     lists = choose_tile(device, d, compute, B, 16, warps=8)
     tiles = -(-N // tile.items)
     block = min(tiles, device.block)
-    list_size = _multiple(k + block * lists.items, 64)
+    list_size = round_up(k + block * lists.items, 64)
     lists_tiles = -(-B // lists.queries)
 
     def splits(programs: int, query_tiles: int) -> int:
@@ -138,8 +138,8 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     sampled = max(N // 64, min(N // 4, 8192))
     share = (k + excluded) * sampled / N
     r = share + 5 * math.sqrt(share) + 7
-    groups = _multiple(min(sampled, max(8192, 4 * int(r))), samples.items)
-    room = _power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
+    groups = round_up(min(sampled, max(8192, 4 * int(r))), samples.items)
+    room = power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
     collected = _rescuers(device, B, N, k, lists, list_size)
     return Plan(tile, samples, lists, sampled, groups, scanned, collected, block, list_size, max(room, collected * k))
 
@@ -170,7 +170,7 @@ def make_certified_plans(
     exact = make_plan(device, B, N, d, k, compute, excluded)
     lists = exact.collect_tile
     block = min(-(-N // lists.items), device.block)
-    list_size = _multiple(k + block * lists.items, 64)
+    list_size = round_up(k + block * lists.items, 64)
     collected = _rescuers(device, B, N, k, lists, list_size)
     rescore = replace(
         exact, sampled=0, groups=0, splits=1, collected=collected, block=block, list_size=list_size,
@@ -196,9 +196,11 @@ def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: tor
     return min(B, max(plan.tile.queries, step // plan.tile.queries * plan.tile.queries))
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
-def _multiple(n: int, of: int) -> int:
+def round_up(n: int, of: int) -> int:
+    """The smallest multiple of `of` that is at least n."""
     return -(-n // of) * of

@@ -1,9 +1,11 @@
-"""A GPU for the Triton backend to launch on: every launch is compiled to PTX and executed by the simulator."""
+"""A simulated GPU for the Triton backend: every launch is compiled to PTX and executed by the simulator."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from grank_kernels.backends.triton.compile_plan import specialise
 from grank_kernels.backends.triton.mips_topk_launches import Launch
 
 from .launch import Coverage, Run, launch
@@ -14,7 +16,7 @@ from .triton_compiler import Compiled, Compiler
 
 
 class Program:
-    """A kernel in one configuration, as Triton compiled it."""
+    """A compiled kernel in one configuration."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -27,12 +29,12 @@ class Program:
         return Program(Compiled(ptx, self.compiled.shared_bytes))
 
 
-Key = tuple[tuple, tuple[str, ...]]
-"""Configuration (target, kernel, types, constants, warps, stages), and which arguments 16 divides."""
+Key = tuple[tuple[Any, ...], str]
+"""Configuration (target, kernel, types, constants, warps, stages), and which integers are 1 or divisible by 16."""
 
 
 class Programs(dict[Key, Program]):
-    """Whatever was compiled, and the compiler."""
+    """The programs compiled so far, and the compiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,22 +55,43 @@ class TritonDevice:
         run = program.run(work, arguments, self.memory, self.seed)
         self.coverage.setdefault(key, Coverage(program.kernel)).add(run)
         self.runs.append(run)
-        self.memory.download([value for value in work.arguments.values() if isinstance(value, torch.Tensor)])
+        self.memory.download([x for x in leaves(tuple(work.arguments.values())) if isinstance(x, torch.Tensor)])
 
     def prepare(self, work: Launch) -> tuple[Key, Program, list[Any]]:
-        """The compiled kernel and its arguments, all tensors being on the device."""
-        names = [each for each in work.kernel.arg_names if each not in work.constants]
-        given = {each: work.arguments[each] for each in names if work.arguments[each] is not None}
-        types = tuple((each, type_of(x)) for each, x in given.items())
-        configuration = (self.target, work.kernel.fn.__name__, types, str(work.constants), work.warps, work.stages)
-        key = (configuration, tuple(each for each, x in given.items() if isinstance(x, int) and x % 16 == 0))
+        """The compiled kernel and its arguments, after all tensors were copied to the device."""
+        code = specialise(self.target, work)
+        types = tuple(type_of(x) for x in leaves(tuple(work.arguments[name] for name in code.signature)))
+        constants = tuple(str(work.arguments[name]) for name in work.kernel.fn.__annotations__)  # tl.constexpr, all
+        configuration = (code.target, code.name, types, constants, code.warps, code.stages)
+        key = (configuration, f"{code.constants} {code.attributes}")
         if key not in self.programs:
-            self.programs[key] = Program(self.programs.compiler.compile(self.target, work))
-        arguments = [self.memory.upload(each, x) if isinstance(x, torch.Tensor) else x for each, x in given.items()]
-        return key, self.programs[key], arguments
+            self.programs[key] = Program(self.programs.compiler.compile(code))
+        values = (work.arguments[name] for name in code.signature)
+        passed = [
+            (name, value)
+            for name, kinds, values in zip(code.signature, code.signature.values(), values, strict=True)
+            for kind, value in zip(
+                leaves(kinds), leaves(values) if isinstance(kinds, tuple) else (values,), strict=True
+            )
+            if kind != "constexpr"
+        ]
+        return (
+            key,
+            self.programs[key],
+            [self.memory.upload(name, x) if isinstance(x, torch.Tensor) else x for name, x in passed],
+        )
 
 
-def type_of(argument: torch.Tensor | int | float) -> str:
+def leaves(value: Any) -> Iterator[Any]:
+    """The values in nested tuples."""
+    if isinstance(value, tuple):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
+
+
+def type_of(argument: Any) -> str:
     if isinstance(argument, torch.Tensor):
         return str(argument.dtype)
-    return "float" if isinstance(argument, float) else "int32" if -(2**31) <= argument < 2**31 else "int64"
+    return type(argument).__name__
