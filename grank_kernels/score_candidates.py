@@ -1,4 +1,4 @@
-"""`score_candidates`: the public function validates its arguments and chooses the backend."""
+"""`score_candidates`: the public function. It validates its arguments and chooses the backend."""
 
 import torch
 
@@ -37,7 +37,7 @@ def score_candidates(
     activation: str = "relu",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Scores candidates by single-head cross-attention to their user's history and an MLP: ids in, scores out.
+    """Scores of candidates from single-head cross-attention to their user's history and an MLP: ids in, scores out.
 
     For user b and candidate c, with `e = items[candidate_ids[b, c]]` and the user's rows
     `K = keys[cu_seqlens[b]:cu_seqlens[b + 1]]` and V of `values`:
@@ -46,47 +46,50 @@ def score_candidates(
         hidden = a @ V + e @ item_weight + user_hidden[b]
         score  = out_weight @ act(hidden) + out_bias
 
-    That is GRank's Ranker after the query projection was moved into K and the head's first layer into V, which
-    `models.Ranker.fold` does once a request. Nothing of size C x d or C x L is written to memory. Scores are
-    accumulated in float32. There is no gradient: this is for serving, `candidate_cross_attention` for training.
+    This is GRank's Ranker with the query projection folded into K and the head's first layer into V, once a request
+    (`models.Ranker.fold`). Nothing of size C x d or C x L is written to memory. Sums are float32. There is no
+    gradient: this op serves, `candidate_cross_attention` trains.
+
+    Every tensor may also be a NumPy array or an object with `__dlpack__`; the result is a tensor.
 
     Args:
-        candidate_ids: (B, C) int64 or int32, what `mips_topk` returned: rows of `items`, or ids of a table that has ids
-            of its own. Negative: the score is -inf. Ids may repeat.
+        candidate_ids: (B, C) int64 or int32, as `mips_topk` returns them: rows of `items`, or ids of a table with ids
+            of its own. A negative id scores -inf. Ids may repeat.
         items: (N, d) float32, float16 or bfloat16, or an `ItemTable`, int8 included.
-        keys: (T, d) float32, float16 or bfloat16; values and the operands of the head are of the same dtype.
+        keys: (T, d) float32, float16 or bfloat16; the following tensors have the same dtype.
         values: (T, h).
-        cu_seqlens: (B + 1,) int64 or int32, not decreasing, in [0, T]: where each user's rows of keys and values begin,
-            and the last user's end. Without any, `a @ V` is 0.
-        user_hidden: (B, h), the user's share of the hidden layer, biases included.
-        item_weight: (d, h), the candidate's share.
+        cu_seqlens: (B + 1,) int64 or int32, not decreasing, in [0, T]: user b has the rows from `cu_seqlens[b]` to
+            `cu_seqlens[b + 1]` of keys and values. With an empty history `a @ V` is 0.
+        user_hidden: (B, h), the user's term of the hidden layer, biases included.
+        item_weight: (d, h), the weight of the candidate's term.
         out_weight: (h,).
         out_bias: a number.
         softmax_scale: None for `d ** -0.5`.
         activation: "relu", "silu" or "gelu" (with erf).
-        backend: None for the first that can run, or a name out of `show_config()`: a named backend runs or raises.
+        backend: None for the first that can run, or a name in `show_config()`: a named backend runs or raises.
 
     Returns:
-        (B, C) float32. What lies in rows that a user does not have, NaN included, does not show in the user's scores.
+        (B, C) float32. Values in other users' rows, NaN included, do not affect a user's scores.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: a dtype, shape, device, id, offset or backend that does not fit, or an argument that wants a
-            gradient; the message names the argument. On a GPU ids and offsets are not looked at, since that would cost
-            a synchronisation: an id that is not in `items` scores -inf, offsets are clamped to [0, T].
+        TypeError: an argument of the wrong type, or a tensor that is sparse, nested or a subclass with its own
+            operations (DTensor, ...).
+        ValueError: a wrong dtype, shape, device, id, offset or backend, or an argument that requires a gradient. On a
+            GPU, where reading ids and offsets would synchronise, an unknown id scores -inf and offsets are clamped.
+        NotImplementedError: forward-mode derivatives.
 
     Source: GRank (arXiv 2510.15299), the Ranker.
     """
-    check_tensor("candidate_ids", candidate_ids, INTEGERS, (2,))
+    candidate_ids = check_tensor("candidate_ids", candidate_ids, INTEGERS, (2,))
     version = version_of(items)
     rows, row_scale, ids, _ = version.operands()
-    check_tensor("values", values, FLOATS, (2,))
+    values = check_tensor("values", values, FLOATS, (2,))
     B, d, (T, h), dtypes = candidate_ids.shape[0], rows.shape[1], values.shape, (values.dtype,)
-    check_operand("keys", keys, dtypes, "(T, d)", (T, d))
-    check_operand("cu_seqlens", cu_seqlens, INTEGERS, "(B + 1,)", (B + 1,))
-    check_operand("user_hidden", user_hidden, dtypes, "(B, h)", (B, h))
-    check_operand("item_weight", item_weight, dtypes, "(d, h)", (d, h))
-    check_operand("out_weight", out_weight, dtypes, "(h,)", (h,))
+    keys = check_operand("keys", keys, dtypes, "(T, d)", (T, d))
+    cu_seqlens = check_operand("cu_seqlens", cu_seqlens, INTEGERS, "(B + 1,)", (B + 1,))
+    user_hidden = check_operand("user_hidden", user_hidden, dtypes, "(B, h)", (B, h))
+    item_weight = check_operand("item_weight", item_weight, dtypes, "(d, h)", (d, h))
+    out_weight = check_operand("out_weight", out_weight, dtypes, "(h,)", (h,))
     check_number("out_bias", out_bias)
     if softmax_scale is not None:
         check_number("softmax_scale", softmax_scale)
@@ -97,8 +100,8 @@ def score_candidates(
         check_device(name, x, "items", rows.device)
         if learns and x.requires_grad:
             raise ValueError(
-                f"score_candidates has no gradient, and {name} would get none: call it under torch.no_grad(); "
-                "candidate_cross_attention is for training"
+                f"{name} must not require a gradient, which score_candidates does not have: call it under "
+                "torch.no_grad(); candidate_cross_attention has a gradient"
             )
     positions = candidate_ids if ids is None else _positions(candidate_ids, version)
     name = choose("score_candidates", backend, rows, keys, values)
@@ -110,10 +113,10 @@ def score_candidates(
 
 
 def _positions(candidate_ids: torch.Tensor, version: Version) -> torch.Tensor:
-    """Of a table's own ids; those that it does not hold become `version.size`, out of range for the op too."""
+    """Positions of a table's own ids; `version.size`, which is out of range, for ids that the table does not hold."""
     positions = version.find(candidate_ids)
-    if candidate_ids.is_cpu and is_plain(candidate_ids):  # while the id is at hand
+    if candidate_ids.is_cpu and is_plain(candidate_ids):  # here the message can name the id
         unknown = (positions == version.size) & (candidate_ids >= 0)
         if bool(unknown.any()):
-            raise ValueError(f"candidate_ids: {int(candidate_ids[unknown][0])} is not in the table")
+            raise ValueError(f"candidate_ids must be in the table, got {int(candidate_ids[unknown][0])}")
     return positions.where(candidate_ids >= 0, -1)

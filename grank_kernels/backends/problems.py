@@ -108,4 +108,5 @@ class CandidateCrossAttentionProblem(NamedTuple):
 
 
 def _scale(softmax_scale: float | None, rows: torch.Tensor) -> float:
-    return float(rows.shape[-1] ** -0.5) if softmax_scale is None else float(softmax_scale)
+    """The given scale, or `D ** -0.5`; 1 for D = 0, where every product is 0."""
+    return float(max(rows.shape[-1], 1) ** -0.5) if softmax_scale is None else float(softmax_scale)

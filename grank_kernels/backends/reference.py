@@ -244,7 +244,7 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
         else:
             total = logits.logsumexp(-1)
             none = total == -torch.inf
-            weights = logits.softmax(-1).masked_fill(none[..., None], 0.0)
+            weights = _softmax(logits)
             lse[user_q] = total.masked_fill(none, torch.inf).T
         out[user_q] = torch.einsum("hcl,lhd->chd", weights, _wide(v[user_k])).to(out.dtype)
     return out, lse
@@ -271,7 +271,7 @@ def candidate_cross_attention_backward(
             weights = logits * gate / length
             grad_logits = grad_weights * gate * (1 + logits * (1 - gate)) / length
         else:
-            weights = (logits - lse[user_q].T[..., None]).exp()
+            weights = _softmax(logits)  # not exp(logits - lse): lse rounds to the largest logit from 2^24 on
             delta = (grad * _wide(out[user_q])).sum(-1).T[..., None]
             grad_logits = weights * (grad_weights - delta)
         grad_q[user_q] = (torch.einsum("hcl,lhd->chd", grad_logits, keys) * problem.scale).to(q.dtype)
@@ -280,6 +280,11 @@ def candidate_cross_attention_backward(
         if grad_bias is not None:
             grad_bias[user_k] = grad_logits.sum(1).T
     return grad_q, grad_k, grad_v, grad_bias
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension; zeros where every logit is -inf."""
+    return logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _sequences(

@@ -1,6 +1,6 @@
 """The torch ops `grank::candidate_cross_attention` and its gradient `grank::candidate_cross_attention_backward`."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -8,12 +8,14 @@ from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 from grank_kernels.common.checks import check_offsets
 from grank_kernels.ops.dispatch import is_plain
+from grank_kernels.ops.transforms import TransformableOp, dispatch, save_nothing
 
 
 def attend(problem: CandidateCrossAttentionProblem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` and `lse` of validated arguments, through torch's dispatcher where autograd or a transform needs it."""
-    plain = is_plain(*(x for x in problem if isinstance(x, torch.Tensor)))
-    out, lse = (_run if plain else torch.ops.grank.candidate_cross_attention.default)(*problem, backend)
+    """`out` and `lse` of validated arguments, by torch's dispatcher where autograd, a mode or a transform needs it."""
+    if is_plain(*(x for x in problem if isinstance(x, torch.Tensor))):
+        return _run(*problem, backend)
+    out, lse = dispatch(torch.ops.grank.candidate_cross_attention.default, _Attention, *problem, backend)
     return out, lse
 
 
@@ -45,15 +47,21 @@ def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
         used, L = problem.seqused_k, problem.k.shape[1]
         wrong = used[(used < 0) | (used > L)]
         if len(wrong):
-            raise ValueError(f"seqused_k: {int(wrong[0])} is out of range; it takes 0 to L = {L}")
+            raise ValueError(f"seqused_k must lie in [0, L] = [0, {L}], got {int(wrong[0])}")
     out, lse = BACKENDS[backend].candidate_cross_attention(problem)
     return out, lse
 
 
 def _run_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *operands: Any
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *operands: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    lse, *fields, backend = operands
+    *fields, backend = operands
     problem = CandidateCrossAttentionProblem(q, k, v, *fields)
     grad_q, grad_k, grad_v, grad_bias = BACKENDS[backend].candidate_cross_attention_backward(
         grad_out, problem, out, lse
@@ -61,18 +69,30 @@ def _run_backward(
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
 
 
-def _fake(q: torch.Tensor, *operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    activation = operands[-2]
-    lse_shape = q.shape[:-1] if activation == "softmax" else (0,)
+def _fake(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, _ = operands
+    problem = CandidateCrossAttentionProblem(*fields)
+    q = problem.q
+    lse_shape = q.shape[:-1] if problem.activation == "softmax" else (0,)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _fake_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *operands: Any
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *operands: Any,
 ) -> tuple[torch.Tensor, ...]:
-    bias_k = operands[-3]
+    *fields, _ = operands
+    bias_k = CandidateCrossAttentionProblem(q, k, v, *fields).bias_k
     grad_bias = q.new_empty(0) if bias_k is None else bias_k.new_empty(bias_k.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+
+
+# ---- derivatives ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -84,14 +104,38 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     *saved, bias_k = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_bias = torch.ops.grank.candidate_cross_attention_backward.default(
-        grad_out, *saved, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend
-    )
+    operands = (grad_out, *saved, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend)
+    op = torch.ops.grank.candidate_cross_attention_backward.default
+    grad_q, grad_k, grad_v, grad_bias = dispatch(op, _AttentionGradient, *operands)
     return grad_q, grad_k, grad_v, None, None, None, None, None if bias_k is None else grad_bias, None, None
 
 
-def _backward_of_backward(ctx: Any, *grads: torch.Tensor) -> None:
+def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     raise NotImplementedError("candidate_cross_attention has no second derivative")
+
+
+def _no_tangent(ctx: Any, *_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "candidate_cross_attention has no forward-mode derivative (jvp, jacfwd): reverse mode (grad, vjp, jacrev) works"
+    )
+
+
+class _Attention(TransformableOp):
+    """`grank::candidate_cross_attention` inside `torch.func` transforms."""
+
+    op = torch.ops.grank.candidate_cross_attention.default
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_no_tangent)
+
+
+class _AttentionGradient(TransformableOp):
+    """`grank::candidate_cross_attention_backward` inside `torch.func` transforms."""
+
+    op = torch.ops.grank.candidate_cross_attention_backward.default
+    setup_context = staticmethod(save_nothing)
+    backward = staticmethod(_no_second_derivative)
+    jvp = staticmethod(_no_second_derivative)
 
 
 torch.library.impl("grank::candidate_cross_attention", "default", _run)
@@ -99,4 +143,4 @@ torch.library.impl("grank::candidate_cross_attention_backward", "default", _run_
 torch.library.register_fake("grank::candidate_cross_attention", _fake)
 torch.library.register_fake("grank::candidate_cross_attention_backward", _fake_backward)
 torch.library.register_autograd("grank::candidate_cross_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("grank::candidate_cross_attention_backward", _backward_of_backward)
+torch.library.register_autograd("grank::candidate_cross_attention_backward", _no_second_derivative)

@@ -41,6 +41,10 @@ class TransformableOp(torch.autograd.Function):
         cls.forward, cls.vmap = staticmethod(forward), staticmethod(vmap)  # type: ignore[method-assign]
 
 
+def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """`setup_context` of an op without a derivative."""
+
+
 def each_slice(function: Any, size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> Any:
     """One call a slice of the mapped dimension, results stacked: for every combination of mapped operands."""
     results = [

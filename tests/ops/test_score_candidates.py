@@ -11,7 +11,7 @@ from ranker_oracle import FLOATS, HEAD, Scoring, allowed, backends_of, largest, 
 
 import grank_kernels as gk
 from grank_kernels.backends import BACKENDS as BY_NAME
-from grank_kernels.common import checks
+from grank_kernels.ops.requests import version_of
 
 INF = math.inf
 BACKENDS = backends_of("score_candidates")
@@ -345,51 +345,51 @@ GOOD: dict[str, Any] = {
 }
 TABLE = gk.ItemTable.from_rows(torch.ones(20, 8), ids=torch.arange(20) * 2)
 ERRORS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
-    ("ids list", TypeError, "candidate_ids must be a torch.Tensor, got list", {"candidate_ids": [[1]]}),
-    ("ids float", ValueError, "candidate_ids are torch.float32; they take torch.int64, torch.int32",
+    ("ids list", TypeError, "candidate_ids must be a torch.Tensor or an array, got list", {"candidate_ids": [[1]]}),
+    ("ids float", ValueError, "candidate_ids must be torch.int64 or torch.int32, got torch.float32",
      {"candidate_ids": torch.ones(1, 3)}),
-    ("ids 1-d", ValueError, r"candidate_ids have shape \(3,\); they take 2 dimensions",
+    ("ids 1-d", ValueError, r"candidate_ids must have 2 dimensions, got \(3,\)",
      {"candidate_ids": torch.arange(3)}),
-    ("id too large", ValueError, "candidate_ids: 20 is out of range; they take ids below 20",
+    ("id too large", ValueError, "candidate_ids must be below 20, negative for none, got 20",
      {"candidate_ids": torch.tensor([[1, 20]])}),
-    ("id not in the table", ValueError, "candidate_ids: 7 is not in the table",
+    ("id not in the table", ValueError, "candidate_ids must be in the table, got 7",
      {"candidate_ids": torch.tensor([[2, 7]]), "items": TABLE}),
-    ("items list", TypeError, "items must be a torch.Tensor or an ItemTable, got list",
+    ("items list", TypeError, "items must be a torch.Tensor, an array or an ItemTable, got list",
      {"items": torch.ones(20, 8).tolist()}),
-    ("items int8", ValueError, "items are torch.int8 without scales", {"items": torch.ones(20, 8, dtype=torch.int8)}),
-    ("items 1-d", ValueError, r"items have shape \(8,\); they take 2 dimensions", {"items": torch.ones(8)}),
-    ("items on another device", ValueError, "candidate_ids are on cpu and items on meta",
+    ("items int8", ValueError, "items must be .*, got torch.int8", {"items": torch.ones(20, 8, dtype=torch.int8)}),
+    ("items 1-d", ValueError, r"items must have 2 dimensions, got \(8,\)", {"items": torch.ones(8)}),
+    ("items on another device", ValueError, "candidate_ids must be on meta, the device of items, got cpu",
      {"items": torch.ones(20, 8, device="meta")}),
-    ("keys width", ValueError, r"keys have shape \(4, 9\); they take \(T, d\) = \(4, 8\)", {"keys": torch.ones(4, 9)}),
-    ("keys rows", ValueError, r"keys have shape \(5, 8\); they take \(T, d\) = \(4, 8\)", {"keys": torch.ones(5, 8)}),
-    ("keys dtype", ValueError, "keys are torch.float16; they take torch.float32", {"keys": torch.ones(4, 8).half()}),
-    ("keys on another device", ValueError, "keys are on meta and items on cpu",
+    ("keys width", ValueError, r"keys must be \(T, d\) = \(4, 8\), got \(4, 9\)", {"keys": torch.ones(4, 9)}),
+    ("keys rows", ValueError, r"keys must be \(T, d\) = \(4, 8\), got \(5, 8\)", {"keys": torch.ones(5, 8)}),
+    ("keys dtype", ValueError, "keys must be torch.float32, got torch.float16", {"keys": torch.ones(4, 8).half()}),
+    ("keys on another device", ValueError, "keys must be on cpu, the device of items, got meta",
      {"keys": torch.ones(4, 8, device="meta")}),
-    ("values None", TypeError, "values must be a torch.Tensor, got NoneType", {"values": None}),
-    ("values int64", ValueError, "values are torch.int64; they take torch.float32, torch.float16, torch.bfloat16",
+    ("values None", TypeError, "values must be a torch.Tensor or an array, got NoneType", {"values": None}),
+    ("values int64", ValueError, "values must be torch.float32, torch.float16 or torch.bfloat16, got torch.int64",
      {"values": torch.ones(4, 6).long()}),
-    ("values 3-d", ValueError, r"values have shape \(1, 4, 6\); they take 2 dimensions",
+    ("values 3-d", ValueError, r"values must have 2 dimensions, got \(1, 4, 6\)",
      {"values": torch.ones(1, 4, 6)}),
-    ("offsets length", ValueError, r"cu_seqlens have shape \(3,\); they take \(B \+ 1,\) = \(2,\)",
+    ("offsets length", ValueError, r"cu_seqlens must be \(B \+ 1,\) = \(2,\), got \(3,\)",
      {"cu_seqlens": torch.tensor([0, 2, 4])}),
-    ("offsets float", ValueError, "cu_seqlens are torch.float32", {"cu_seqlens": torch.tensor([0.0, 4.0])}),
-    ("offsets fall", ValueError, "cu_seqlens: offsets must not decrease", {"cu_seqlens": torch.tensor([4, 0])}),
-    ("offsets past the end", ValueError, "cu_seqlens: offsets run from 0 to 5; they take 0 to 4",
+    ("offsets float", ValueError, r"cu_seqlens must be .*, got torch.float32", {"cu_seqlens": torch.tensor([0.0, 4.0])}),
+    ("offsets fall", ValueError, "cu_seqlens must not decrease", {"cu_seqlens": torch.tensor([4, 0])}),
+    ("offsets past the end", ValueError, r"cu_seqlens must lie in \[0, 4\], got 0 to 5",
      {"cu_seqlens": torch.tensor([0, 5])}),
-    ("offsets negative", ValueError, "cu_seqlens: offsets run from -1 to 4", {"cu_seqlens": torch.tensor([-1, 4])}),
-    ("user_hidden", ValueError, r"user_hidden has shape \(2, 6\); it takes \(B, h\) = \(1, 6\)",
+    ("offsets negative", ValueError, r"cu_seqlens must lie in .*, got -1 to 4", {"cu_seqlens": torch.tensor([-1, 4])}),
+    ("user_hidden", ValueError, r"user_hidden must be \(B, h\) = \(1, 6\), got \(2, 6\)",
      {"user_hidden": torch.ones(2, 6)}),
-    ("item_weight transposed", ValueError, r"item_weight has shape \(6, 8\); it takes \(d, h\) = \(8, 6\)",
+    ("item_weight transposed", ValueError, r"item_weight must be \(d, h\) = \(8, 6\), got \(6, 8\)",
      {"item_weight": torch.ones(6, 8)}),
-    ("item_weight dtype", ValueError, "item_weight is torch.bfloat16; it takes torch.float32",
+    ("item_weight dtype", ValueError, "item_weight must be torch.float32, got torch.bfloat16",
      {"item_weight": torch.ones(8, 6).bfloat16()}),
-    ("out_weight", ValueError, r"out_weight has shape \(5,\); it takes \(h,\) = \(6,\)", {"out_weight": torch.ones(5)}),
+    ("out_weight", ValueError, r"out_weight must be \(h,\) = \(6,\), got \(5,\)", {"out_weight": torch.ones(5)}),
     ("out_bias", TypeError, "out_bias must be a float, got Tensor", {"out_bias": torch.ones(1)}),
     ("scale", TypeError, "softmax_scale must be a float, got str", {"softmax_scale": "1"}),
-    ("activation", ValueError, "activation is 'swish2'; it takes one of 'relu', 'silu', 'gelu'",
+    ("activation", ValueError, "activation must be 'relu', 'silu' or 'gelu', got 'swish2'",
      {"activation": "swish2"}),
-    ("backend", ValueError, "backend is 'nope'; it takes None or one of 'cpu'", {"backend": "nope"}),
-    ("gradient", ValueError, "score_candidates has no gradient, and keys would get none.*no_grad",
+    ("backend", ValueError, "backend must be None, 'cpu', ", {"backend": "nope"}),
+    ("gradient", ValueError, "keys must not require a gradient.*no_grad",
      {"keys": torch.ones(4, 8, requires_grad=True)}),
 ]  # fmt: skip
 
@@ -420,7 +420,7 @@ def test_no_gradient_is_wanted_under_no_grad(backend: str) -> None:
 
 
 def op_arguments(problem: Scoring, backend: str) -> tuple[Any, ...]:
-    rows, row_scale, *_ = checks.version_of(problem.items).operands()
+    rows, row_scale, *_ = version_of(problem.items).operands()
     given = (
         problem.candidate_ids,
         rows,
