@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PoisonedTorch
 from emulation.cuda.build import ROOT
 from emulation.cuda.emulator import Counters, Emulator, Output, Settings
+from memory import poisoned
 
 from grank_kernels.backends import BACKENDS, cuda
 
@@ -78,7 +78,7 @@ def with_emulator(
 ) -> Iterator[EmulatedModule]:
     """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
     module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
-    with standing_in(module, PoisonedTorch("torch")):
+    with poisoned(), standing_in(module, torch):
         yield module
 
 
@@ -100,9 +100,14 @@ def standing_in(module: Any, allocating: ModuleType) -> Iterator[None]:
         yield
 
 
-def contract_of(module: ModuleType, left_out: Collection[str]) -> dict[str, Any]:
-    """The tests of a module that take the fixture `backend`; a module that has one of its own can run them."""
-    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+def contract_of(modules: Collection[ModuleType], left_out: Collection[str]) -> dict[str, Any]:
+    """The tests of modules that take the fixture `backend`; a module that has one of its own can run them."""
+    tests = {
+        name: test
+        for module in modules
+        for name, test in vars(module).items()
+        if inspect.isfunction(test) and name.startswith("test_")
+    }
     assert set(left_out) <= set(tests)
     return {
         name: test

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +207,15 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def run_contract(isa: str, file: str, tests: str) -> None:
-    """Runs tests of a file once more under another instruction set, which is read once a process.
+def run_contract(isa: str, files: Sequence[str], tests: str) -> None:
+    """Runs tests of files once more under another instruction set, which is read once a process.
 
     New memory is full of 0x7f there: 3e38 as a float.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", tests]
     done = subprocess.run(
-        [*command, str(TESTS / "ops" / file), "--rootdir", str(TESTS.parent)],
+        [*command, *(str(TESTS / "ops" / file) for file in files), "--rootdir", str(TESTS.parent)],
         env={**env, "GRANK_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},
         cwd=Path(gk.__file__).resolve().parent.parent,
         text=True,

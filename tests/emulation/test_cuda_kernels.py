@@ -17,9 +17,8 @@ from emulation.cuda.build import ROOT
 from emulation.cuda.emulator import Counters, Rounding, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranker_checks import check_attention, check_scores
 from ranker_oracle import Attention, Scoring, allowed, attention, largest, offsets_of, scoring, true_gradients
-from test_candidate_cross_attention import check as check_attention
-from test_score_candidates import check as check_scores
 
 import grank_kernels as gk
 from grank_kernels.backends import cuda

@@ -1,15 +1,14 @@
 """Certified int8 tables: the bound holds for every row and query, and a search returns the bits of the exact one."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mips_topk_cases import Problem, both, fill, operands, problems, rows_like
 from oracle import assert_same, expected, run_contract, searching_isas
-from test_mips_topk_properties import Problem, fill, problems
 
 import grank_kernels as gk
 from grank_kernels.backends import BACKENDS, reference
@@ -21,43 +20,6 @@ SHAPES_OF_ROWS = (
     "normal", "heavy rows", "heavy columns", "spiky", "clusters", "duplicates", "unit", "decades", "low rank", "equal",
     "sorted",
 )  # fmt: skip
-
-
-def rows_like(shape: str, n: int, d: int) -> torch.Tensor:
-    x = torch.randn(n, d)
-    match shape:
-        case "heavy rows":
-            x *= torch.exp(torch.randn(n, 1) * 1.5)
-        case "heavy columns":
-            x *= torch.exp(torch.linspace(-4, 4, d))
-        case "spiky":
-            x *= torch.rand(n, d) < 0.03
-        case "clusters":
-            x = x[torch.randint(0, 50, (n,))] + 0.01 * torch.randn(n, d)
-        case "duplicates":
-            x = x[torch.randint(0, n // 20 + 1, (n,))]
-        case "unit":
-            x /= x.norm(dim=1, keepdim=True)
-        case "decades":
-            x *= 10.0 ** torch.empty(n, 1).uniform_(-6, 4)
-        case "low rank":
-            x = torch.randn(n, 3) @ torch.randn(3, d) + 1e-3 * x
-        case "equal":
-            x = x[:1].repeat(n, 1)
-        case "sorted":
-            x = x[(x @ torch.ones(d)).argsort()]
-    return x.clamp(-6e4, 6e4)
-
-
-def both(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, backend: str, **more: Any) -> gk.ItemTable:
-    """Searches with and without the int8 copy, which must agree; returns the table with it."""
-    ids = more.pop("ids", None)
-    dtype = getattr(torch, kind)
-    exact = gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype)
-    certified = gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype, coarse=torch.int8)
-    want = gk.mips_topk(queries, exact, k, backend=backend, **more)
-    assert_same(gk.mips_topk(queries, certified, k, backend=backend, **more), want)
-    return certified
 
 
 # ---- the inequality ----
@@ -285,15 +247,6 @@ def test_one_query_and_out(backend: str) -> None:
     assert gk.mips_topk(query, table, 3, backend=backend, out=out).values is out[0]
 
 
-def operands(backend: str) -> tuple[Any, ...]:
-    rows = rows_like("low rank", 300, 8)
-    table = gk.ItemTable.from_rows(rows, coarse=torch.int8)
-    assert table.current.coarse is not None
-    assert table.current.coarse.basis is not None
-    queries = torch.randn(3, 8, requires_grad=True)
-    return queries, rows, *table.current.coarse, None, 5, None, None, torch.rand(300) < 0.5, backend
-
-
 @pytest.mark.parametrize("backend", CERTIFYING)
 def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.grank.mips_topk_certified, operands(backend))
@@ -329,7 +282,7 @@ def test_radii_are_the_same_in_both_languages() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", searching_isas())
 def test_under_each_instruction_set(isa: str) -> None:
-    run_contract(isa, "test_certified.py", "result or batch or filters or infinities or every_bit")
+    run_contract(isa, ["mips_topk/test_certified.py"], "result or batch or filters or infinities or every_bit")
 
 
 @pytest.mark.slow

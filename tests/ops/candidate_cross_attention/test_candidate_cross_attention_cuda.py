@@ -5,10 +5,14 @@ from contextlib import nullcontext
 from functools import partial
 
 import pytest
-import test_candidate_cross_attention as contract
+import test_candidate_cross_attention_compile as compiling
+import test_candidate_cross_attention_errors as errors
+import test_candidate_cross_attention_gradients as gradients
+import test_candidate_cross_attention_inputs as inputs
+import test_candidate_cross_attention_privacy as privacy
+import test_candidate_cross_attention_scores as scores
 import torch
 from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
-from test_candidate_cross_attention import activation, form  # noqa: F401  fixtures of these tests
 
 LEFT_OUT = {
     "test_default_backend",  # on CPU tensors that is cpu
@@ -18,15 +22,16 @@ LEFT_OUT = {
     "test_whatever_the_process_has_set",  # the emulator itself makes tensors
     "test_whatever_hypothesis_comes_up_with",  # brings its own backends
 }
-globals().update(contract_of(contract, LEFT_OUT))
-pytestmark = contract.pytestmark
+CONTRACT = (scores, privacy, inputs, gradients, errors, compiling)
+globals().update(contract_of(CONTRACT, LEFT_OUT))
+pytestmark = scores.pytestmark
 
 
 @pytest.fixture(params=BACKENDS_OF_CUDA)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(
-        contract, "attention", partial(contract.attention, dtype=torch.float16)
-    )  # unless a test names it
+    in_half = partial(scores.attention, dtype=torch.float16)  # unless a test names the dtype
+    for module in CONTRACT:
+        monkeypatch.setattr(module, "attention", in_half, raising=False)
     with with_emulator() if request.param == "emulated" else nullcontext():
         yield request.param
 

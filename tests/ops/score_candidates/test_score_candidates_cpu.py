@@ -26,7 +26,8 @@ def _threads_restored() -> Iterator[None]:
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
 def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
-    run_contract(isa, "test_score_candidates.py", "cpu and (loses or widths or precision or nan or alone or empty)")
+    files = [f"score_candidates/test_score_candidates_{part}.py" for part in ("scores", "inputs")]
+    run_contract(isa, files, "cpu and (loses or widths or precision or nan or alone or empty)")
 
 
 SCORES = """

@@ -1,6 +1,5 @@
 """What only the cpu backend has: instruction sets, threads, a sampled threshold, addresses, processes."""
 
-import mmap
 import os
 import threading
 import time
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from mips_topk_cases import reserved
 from oracle import (
     KINDS,
     assert_same,
@@ -39,8 +39,8 @@ OTHERS = [] if cpu.unavailable() else [isa for isa in searching_isas() if isa !=
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
     """The tests of the contract once more; those of bits say what the instruction set must return."""
-    tests = "cpu and not (opcheck or compile or gradients or errors or exclude or allow or ties or order or loses)"
-    run_contract(isa, "test_mips_topk.py", tests)
+    tests = "cpu and not (ties or orders_of or loses)"
+    run_contract(isa, [f"mips_topk/test_mips_topk_{part}.py" for part in ("scores", "inputs", "order")], tests)
 
 
 def test_instruction_set_is_chosen_by_the_environment() -> None:
@@ -276,13 +276,6 @@ def test_a_sample_that_misleads(B: int, N: int, sample: int, external: bool, kin
 
 
 # ---- addresses ----
-
-
-def reserved(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are touched."""
-    size = count * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

