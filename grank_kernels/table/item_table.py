@@ -300,6 +300,7 @@ class ItemTable:
             ValueError: ids are not int64, or one is not in the table; or the table's file was changed in place.
         """
         ids = _ids("ids", ids)
+        check_device("ids", ids, "the table", self.device)
         version = self._version
         version.check_unchanged()
         positions = _known(version, ids)
