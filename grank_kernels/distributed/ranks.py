@@ -1,7 +1,7 @@
-"""The processes of a torch.distributed group, one step of which fails on all of them or on none.
+"""Collective steps of a torch.distributed group that fail on all ranks or on none.
 
-An exception on one rank would leave the others waiting for it. So it is caught, a mark of it takes the place of what
-the rank was to send, and every rank raises: the one that failed its own exception, the others a `ShardError`.
+An exception on one rank would leave the others waiting. So it is caught, and the rank sends a flag in place of its
+message; then every rank raises: the rank that failed its own exception, the others a `ShardError`.
 """
 
 import functools
@@ -13,42 +13,42 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
-FACTS = 6
+FACTS = 6  # numbers that a rank may send to an agreement
 
 
 class ShardError(RuntimeError):
-    """Another rank refused its arguments, failed, has ended or does not answer; the message says at which step.
+    """Another rank refused its arguments, failed, has ended, does not answer, or makes another call.
 
-    Where a rank refused or failed, the message names it too, all ranks have raised, and may go on. Where one is lost it
-    cannot be told which, and the group is of no more use: processes under `torchrun --max-restarts` end, and are
-    started anew.
+    The message names the step. If a rank refused, failed or makes another call, the message names it, all ranks have
+    raised, and the group can be used further. If a rank is lost, the message cannot say which, and the group cannot be
+    used further: `torchrun --max-restarts` ends and restarts its processes.
     """
 
 
 def leave() -> None:
-    """Destroys the process groups that this process is in, if any, and ends their threads; no mesh can be used again.
+    """Destroys all process groups of this process, with their threads, for the end of the process.
 
-    For the end of a process. A thread of gloo's that lets go of the last collective's tensors when the interpreter has
-    ended aborts the process. These threads end with their group, but PyTorch's meshes keep their groups, and DTensor's
-    caches keep the meshes.
+    A gloo thread that frees the last collective's tensors after the interpreter has ended aborts the process. Groups
+    end such threads when they are freed, but PyTorch's meshes hold groups, and DTensor's caches hold meshes.
     """
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
     for each in gc.get_objects():
         if type(each) is DeviceMesh:
-            vars(each).get("_pg_registry", {}).clear()  # not there in older versions of PyTorch
+            vars(each).get("_pg_registry", {}).clear()  # missing in older versions of PyTorch
     gc.collect()  # groups that are part of reference cycles
 
 
 def attempt(run: Callable[..., T], *arguments: object) -> T | Exception:
-    """What a function returns or raises."""
+    """The result of a function, or its exception."""
     try:
         return run(*arguments)
-    except Exception as error:  # to be raised when all ranks know of it
+    except Exception as error:  # raised once all ranks know
         return error
 
 
@@ -56,7 +56,7 @@ class Ranks:
     """A process group, or the group of a one-dimensional mesh."""
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh | None = None):
-        """Takes what `ShardedItemTable` does."""
+        """`group` is as for `ShardedItemTable`."""
         if not dist.is_initialized():
             raise ValueError(
                 "there is no process group: call torch.distributed.init_process_group first, under torchrun"
@@ -67,13 +67,13 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
-            raise ValueError("group: this process is not in it")
+            raise ValueError("group must contain this process, got a group without it")
         with_gpus = "nccl" in dist.get_backend_config(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if with_gpus else torch.device("cpu")
-        self.bytes_received = 0  # from other ranks, since this was made
+        self.bytes_received = 0  # from other ranks
 
     def start_gather(self, step: str, message: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Starts an all-gather of messages of one shape. What it returns waits, and gives them: (G, *shape)."""
+        """Starts an all-gather of messages of one shape; the function returned waits for them: (G, *shape)."""
         message = message.to(self.device)
         gathered = message.new_empty((self.size, *message.shape))
         with self._step(step):
@@ -88,11 +88,14 @@ class Ranks:
         return wait
 
     def gather(self, step: str, message: torch.Tensor) -> torch.Tensor:
-        """The messages of all ranks, of one shape: (G, *shape)."""
+        """The messages of all ranks, which have one shape: (G, *shape)."""
         return self.start_gather(step, message)()
 
     def deliver(self, step: str, messages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """To every rank its message, from every rank one of the shape that this rank sends itself: (G, length)."""
+        """Sends each rank its message, and returns the messages received: (G, length).
+
+        All messages to a rank have the length of the one that it sends to itself.
+        """
         received = messages[self.rank].new_empty((self.size, len(messages[self.rank])), device=self.device)
         sent = torch.cat(list(messages)).to(self.device)
         with self._step(step):
@@ -102,44 +105,56 @@ class Ranks:
         return received
 
     def start_agreeing(self, step: str, facts: Sequence[int] | Exception) -> Callable[[], list[list[int]]]:
-        """Starts to tell all ranks up to `FACTS` numbers, or that there is an error instead.
+        """Starts an exchange of up to `FACTS` numbers of every rank, or of the error that a rank has instead.
 
-        What it returns waits, and gives everybody's numbers, (G, FACTS), or raises.
+        Returns:
+            A function that waits and returns the numbers of all ranks, (G, FACTS), or raises: the error of this rank,
+            or a `ShardError` if another rank has one or is at another step.
         """
         error = facts if isinstance(facts, Exception) else None
         numbers = [] if isinstance(facts, Exception) else list(facts)
-        message = [int(error is not None), *numbers]
-        wait = self.start_gather(step, torch.tensor(message + [0] * (1 + FACTS - len(message))))
+        call = xxhash.xxh32_intdigest(step.encode())
+        first = 2 * call + int(error is not None)
+        wait = self.start_gather(step, torch.tensor([first, *numbers] + [0] * (FACTS - len(numbers))))
 
         @functools.cache
         def agreed() -> list[list[int]]:
             everybody = wait().tolist()
-            self.check(step, [numbers[0] for numbers in everybody], error)
+            firsts = [numbers[0] for numbers in everybody]
+            if any(first // 2 != call for first in firsts):
+                steps = self._texts(step, step)
+                raise ShardError(f"ranks must make the same calls in the same order, got by rank {steps}")
+            self.check(step, [first % 2 for first in firsts], error)
             return [numbers[1:] for numbers in everybody]
 
         return agreed
 
     def agree(self, step: str, facts: Sequence[int] | Exception) -> list[list[int]]:
-        """Everybody's numbers, (G, FACTS), or an exception where there is one on any rank."""
+        """The numbers of all ranks, (G, FACTS); as `start_agreeing`."""
         return self.start_agreeing(step, facts)()
 
     def together(self, step: str, run: Callable[[], T]) -> T:
-        """What a function returns, when it has returned on all ranks; if it raises on one, all raise."""
+        """The result of a function once it has returned on all ranks; if it raises on one, all raise."""
         result = attempt(run)
         self.agree(step, result if isinstance(result, Exception) else ())
-        return cast(T, result)  # or it would have been raised
+        return cast(T, result)  # an exception was raised by `agree`
 
     def check(self, step: str, failed: Sequence[int], error: Exception | None) -> None:
-        """Raises on all ranks if one of them has failed; of that, all know."""
+        """Raises on all ranks if a rank has failed; `failed` is the same on all ranks."""
         if not any(failed):
             return
-        texts: list[str] = [""] * self.size
-        with self._step(step):
-            dist.all_gather_object(texts, f"{type(error).__name__}: {error}", group=self.group)
+        texts = self._texts(step, f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         other = next(rank for rank, has in enumerate(failed) if has)
         raise ShardError(f"rank {self.rank} of {self.size}, {step}: rank {other} raised {texts[other]}")
+
+    def _texts(self, step: str, text: str) -> list[str]:
+        """The texts of all ranks."""
+        texts: list[str] = [""] * self.size
+        with self._step(step):
+            dist.all_gather_object(texts, text, group=self.group)
+        return texts
 
     @contextmanager
     def _step(self, step: str) -> Iterator[None]:
@@ -150,5 +165,5 @@ class Ranks:
             after = time.monotonic() - start
             raise ShardError(
                 f"rank {self.rank} of {self.size}, {step}: no answer after {after:.1f} s; a rank has ended, hangs or "
-                f"makes other calls ({error})"
+                f"makes another call ({error})"
             ) from error

@@ -1,22 +1,26 @@
-"""`ShardedItemTable`: one table over the processes of a torch.distributed group, each of which has a part of the rows.
+"""`ShardedItemTable`: one table in shards, one on every rank of a torch.distributed group.
 
-A score depends on its query and its row alone, so the best of all rows are the best of what the shards find. A search:
+A score depends on its query and its row alone, so the best rows of the table are among the best of the shards.
+A search:
 
-1. Every rank says what it was called with, or that it refuses: an all-gather of 56 bytes, under way during 2.
+1. All ranks exchange the facts of their call, or the error that an argument caused: an all-gather of 56 bytes,
+   concurrent with step 2. Arguments must agree.
 2. Every rank searches its shard for the k best.
-3. One all-gather of the first s of them, `s = k / G + 5 sqrt(k / G) + 6` for G shards: of rows that lie at random, one
-   shard has more than s of the k best with a probability below 1e-6. One merge, by (score descending, id ascending).
-4. Where the last of a shard's s is among the k best, more of its rows may be. All ranks see for which queries that is,
-   and exchange the rest of these lists. So the result is exact however the rows are spread.
+3. One all-gather of the first s results, `s = k / G + 5 sqrt(k / G) + 6` for G shards, and one merge by (score
+   descending, id ascending). If rows are spread at random, a shard has more than s of the k best with a probability
+   below 1e-6.
+4. If a shard's s-th row is in the merged top k, its rows s + 1, ... may be too. All ranks see for which queries, and
+   exchange the rest of these lists. So the result is exact however the rows are spread.
 
-With `scatter_queries` every rank brings queries of its own: all ranks receive all queries between 1 and 2, and in 3 an
-all-to-all brings every rank the lists of its own.
+With `scatter_queries` every rank brings its own queries: all ranks receive all queries between steps 1 and 2, and in
+step 3 an all-to-all brings every rank the lists of its queries.
 """
 
 import math
 import os
+import secrets
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +29,10 @@ import torch.nn.functional as F
 import xxhash
 from torch.distributed.device_mesh import DeviceMesh
 
+from grank_kernels.backends import BACKENDS
 from grank_kernels.common.checks import FLOATS, shape_of
-from grank_kernels.distributed.ranks import Ranks, ShardError, attempt
-from grank_kernels.ops.mapped_search import best_of, within
+from grank_kernels.distributed.ranks import FACTS, Ranks, ShardError, attempt
+from grank_kernels.ops.mapped_search import best_of, order_key, within
 from grank_kernels.ops.mips_topk import search
 from grank_kernels.ops.requests import SearchRequest
 from grank_kernels.table.item_table import ItemTable
@@ -35,18 +40,19 @@ from grank_kernels.table.item_table import ItemTable
 __all__ = ["ShardError", "ShardedItemTable"]
 
 _DTYPES = (*FLOATS, torch.int8)
-_MOST = (1 << 63) - 1  # what an int64 holds
+_BACKENDS = tuple(BACKENDS)
+_LAST = (1 << 63) - 1  # above all ids
 Lists = tuple[torch.Tensor, torch.Tensor]  # values and ids
 
 
 class ShardedItemTable:
-    """The rows of all ranks of a process group as one table: `items` of `mips_topk`, which every rank calls.
+    """One table in shards on the ranks of a process group: `items` of `mips_topk`, which every rank calls.
 
-    Every rank gets the result that one table of all rows gives, bit for bit. Calls are collective: all ranks of the
-    group make the same ones in the same order, one at a time.
+    Every rank gets the result of one table of all rows, bit for bit. Calls are collective: all ranks of the group make
+    the same calls in the same order, one at a time.
 
-    A search sees of every shard the version that is there when its rank begins. A rank may update its shard at any
-    time, if the shards have ids of their own. Searches have no gradient.
+    A search sees the version of each shard that is current when its rank starts. A rank may update its shard at any
+    time if the shards have ids. Searches have no gradient.
     """
 
     def __init__(
@@ -59,30 +65,33 @@ class ShardedItemTable:
         """Joins the ranks' tables.
 
         Args:
-            local_table: this rank's rows, any number of them, none included. Either all shards that have rows have ids
-                of their own, unique over all shards (which is not checked), or none has: then the rows are numbered
-                through in the order of the ranks, and take no updates.
-            group: a process group, a one-dimensional mesh (`mesh["shard"]` of one of replicas and shards), or None for
-                all processes. Its timeout is how long a rank waits for another.
-            scatter_queries: every rank brings queries of its own, as many as it has, and gets their result. If False,
-                all ranks search for the same queries.
+            local_table: the shard of this rank, which may be empty. Either all shards with rows have ids, unique over
+                all shards (which is not checked), or none has: then rows are numbered in the order of the ranks, and
+                take no updates.
+            group: a process group, a one-dimensional mesh (`mesh["shard"]` of a mesh of replicas and shards), or None
+                for all processes. Its timeout is how long a rank waits for another.
+            scatter_queries: every rank brings its own queries, any number of them, and gets their result. If False, all
+                ranks search for the same queries.
 
         Raises:
-            TypeError: local_table is no ItemTable.
-            ValueError: there is no process group; or, on every rank, the shards differ in width, dtype or having ids.
-            ShardError: another rank raised or is lost.
+            TypeError: local_table is not an ItemTable.
+            ValueError: there is no process group; or, on every rank, `scatter_queries`, or the shards' widths, dtypes
+                or having ids, differ.
+            ShardError: another rank raised, is lost, or makes another call.
         """
         self._ranks = Ranks(group)
         self._table = local_table
         self._scatters = scatter_queries
-        facts = self._ranks.agree("joining the shards", attempt(_facts, local_table))
-        lengths, widths, dtypes, have_ids, *_ = zip(*facts, strict=True)
-        _check_same("local_table: the shards' widths", widths)
-        _check_same("local_table: the shards' dtypes", [_DTYPES[code] for code in dtypes])
+        facts = self._ranks.agree("joining the shards", attempt(_facts, local_table, scatter_queries))
+        lengths, widths, dtypes, have_ids, scatters, numbers = zip(*facts, strict=True)
+        _check_same("local_table's widths", widths)
+        _check_same("local_table's dtypes", [_DTYPES[code] for code in dtypes])
+        _check_same("scatter_queries", list(map(bool, scatters)))
         with_ids = [bool(has) for has, length in zip(have_ids, lengths, strict=True) if length]
-        _check_same("local_table: whether the shards with rows have ids", with_ids)
+        _check_same("whether shards with rows have ids", with_ids)
+        self._number: int = numbers[0]  # of rank 0, at random: by it ranks see that they search the same table
         self._length: int = sum(lengths)
-        self._first = None if True in with_ids else sum(lengths[: self._ranks.rank])  # number of the shard's first row
+        self._first = None if True in with_ids else sum(lengths[: self._ranks.rank])  # the shard's first id
 
     @classmethod
     def load(
@@ -94,19 +103,19 @@ class ShardedItemTable:
         verify: bool = True,
         scatter_queries: bool = False,
     ) -> "ShardedItemTable":
-        """One saved table, of which each of G ranks takes a part: rank r the rows from N r // G to N (r + 1) // G.
+        """Loads a saved table, of N rows, in shards: rank r of G takes the rows N r // G to N (r + 1) // G.
 
         Args:
-            path: of a file that `ItemTable.save` or `ItemTable.write` has written; every rank must see it.
+            path: a file of `ItemTable.save` or `ItemTable.write`, which every rank can read.
             group: as for the constructor.
             mmap: leave the rows in the file, as for `ItemTable.load`.
-            verify: compare the checksums, for which every rank reads the whole file once.
+            verify: compare the checksums; every rank reads the whole file once.
             scatter_queries: as for the constructor.
 
         Raises:
-            OSError: there is no such file, or it cannot be read.
-            ValueError: the file is no table, or corrupted; the message says in what.
-            ShardError: another rank raised or is lost.
+            OSError: the file does not exist or cannot be read.
+            ValueError: the file is not a table, or corrupted; the message says why.
+            ShardError: another rank raised, is lost, or makes another call.
         """
         ranks = Ranks(group)
         part = (ranks.rank, ranks.size)
@@ -120,11 +129,11 @@ class ShardedItemTable:
 
     @property
     def bytes_received(self) -> int:
-        """From other ranks, by all searches so far."""
+        """Bytes received from other ranks by all searches."""
         return self._ranks.bytes_received
 
     def __len__(self) -> int:
-        """Rows of all shards, as they were when they were joined."""
+        """Number of rows of all shards at the time they were joined."""
         return self._length
 
     def __repr__(self) -> str:
@@ -140,18 +149,21 @@ class ShardedItemTable:
         """The result of `mips_topk`, without a gradient.
 
         Args:
-            request: the validated arguments of this rank, `allow` one entry a row of this rank's shard; or the
-                exception that one of them caused, which is then raised on this rank.
+            request: the validated arguments of this rank, of which `allow` is by position of this rank's shard; or the
+                exception that an argument caused, which is raised.
 
         Raises:
-            ValueError: on every rank, if k or the queries differ; on this rank, what a sharded search cannot take.
-            ShardError: another rank raised or is lost.
+            ValueError: on every rank, if `items`, `k`, `queries`, `exclude`, `allow` being given, or the backend
+                differ; on this rank, if a sharded search does not support an argument.
+            ShardError: another rank raised, is lost, or makes another call.
         """
         step, call = "comparing the arguments", attempt(self._call, request)
-        agreed = self._ranks.start_agreeing(step, call.facts if isinstance(call, _Call) else call)
-        if isinstance(call, _Call) and self._scatters:
-            call = self._joint(call, self._compared(agreed()))
-        found = attempt(self._local, call.request) if isinstance(call, _Call) else call
+        agreed = self._ranks.start_agreeing(step, call.facts.packed() if isinstance(call, _Call) else call)
+        if isinstance(call, _Call):
+            joint = self._joint(call.request, self._compared(agreed())) if self._scatters else call.request
+            found = attempt(self._local, joint)
+        else:
+            found = call
         calls = self._compared(agreed())
         values, ids = self._merged(found, calls)
         return (values[0], ids[0]) if isinstance(request, SearchRequest) and request.one else (values, ids)
@@ -159,7 +171,7 @@ class ShardedItemTable:
     # ---- before the search ----
 
     def _call(self, request: SearchRequest | Exception) -> "_Call":
-        """The request as a shard takes it."""
+        """The request, checked for what a sharded search does not support, and its facts."""
         if isinstance(request, Exception):
             raise request
         queries, version = request.queries, request.version
@@ -172,22 +184,29 @@ class ShardedItemTable:
             raise ValueError(f"allow must be (n,) where each rank brings its queries, got {shape_of(request.allow)}")
         if self._first is not None and version.num_rows and version.columns.ids is not None:
             raise ValueError("items must have ids of their own to be updated, got a shard without, updated")
-        return _Call(request._replace(one=False))
+        return _Call(request._replace(one=False), _Facts.of(request, self._number))
 
     def _compared(self, facts: list[list[int]]) -> list["_Facts"]:
-        """What all ranks were called with, which must agree; all see the same, so all raise or none."""
-        calls = [_Facts(*of_rank) for of_rank in facts]
+        """The facts of all ranks, checked to agree. All ranks see the same facts, so all raise or none."""
+        calls = [_Facts.unpacked(of_rank) for of_rank in facts]
+        if len({call.table for call in calls}) > 1:
+            raise ValueError("items must be the same table on all ranks, got different ones")
         _check_same("k", [call.k for call in calls])
+        _check_same("backend", [_BACKENDS[call.backend] for call in calls])
         _check_same("the queries' dtypes", [_DTYPES[call.dtype] for call in calls])
+        _check_same("whether allow is given", [call.has_allow for call in calls])
         if not self._scatters:
             _check_same("the numbers of queries", [call.num_queries for call in calls])
-            if len({call.checksum for call in calls}) > 1:
-                raise ValueError("queries differ between ranks; tables with scatter_queries=True take that")
+            if len({call.queries for call in calls}) > 1:
+                raise ValueError("queries must be the same on all ranks, or the table made with scatter_queries=True")
+            _check_same("exclude's numbers of ids", [call.num_excluded for call in calls])
+            if len({call.exclude for call in calls}) > 1:
+                raise ValueError("exclude must be the same on all ranks, got different ids")
         return calls
 
-    def _joint(self, call: "_Call", calls: Sequence["_Facts"]) -> "_Call":
-        """The queries of all ranks, in their order, and what each excludes."""
-        queries, offsets, excluded = call.request.queries, call.request.exclude_offsets, call.request.exclude_ids
+    def _joint(self, request: SearchRequest, calls: Sequence["_Facts"]) -> SearchRequest:
+        """The request for the queries of all ranks, in the order of the ranks, with the exclusions of each."""
+        queries, offsets, excluded = request.queries, request.exclude_offsets, request.exclude_ids
         B, d = queries.shape
         if offsets is None or excluded is None:
             offsets, excluded = torch.zeros(B + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -205,15 +224,13 @@ class ShardedItemTable:
             joint_excluded.append(excluded)
             before += of.num_excluded
         ends = torch.cat([*joint_offsets, offsets.new_tensor([before])])
-        joint = call.request._replace(queries=torch.cat(joint_queries), exclude_offsets=None, exclude_ids=None)
-        if before:
-            joint = joint._replace(exclude_offsets=ends, exclude_ids=torch.cat(joint_excluded))
-        return _Call(joint)
+        joint = request._replace(queries=torch.cat(joint_queries), exclude_offsets=None, exclude_ids=None)
+        return joint._replace(exclude_offsets=ends, exclude_ids=torch.cat(joint_excluded)) if before else joint
 
     # ---- the search and after it ----
 
     def _local(self, request: SearchRequest) -> Lists:
-        """The best of this shard, as many as it may have."""
+        """The k best of this shard, or all its rows."""
         n, first, excluded = request.version.num_rows, self._first, request.exclude_ids
         if excluded is not None and first is not None:
             excluded = within(excluded, slice(first, first + n))
@@ -221,7 +238,7 @@ class ShardedItemTable:
         return values, ids if first is None else torch.where(ids >= 0, ids + first, -1)
 
     def _merged(self, found: Lists | Exception, calls: Sequence["_Facts"]) -> Lists:
-        """The best of all shards, or the exception that is on any rank."""
+        """The k best of all shards; raises if a rank has an exception."""
         counts = [call.num_queries for call in calls] if self._scatters else [calls[0].num_queries]
         error = None
         if isinstance(found, Exception):
@@ -237,7 +254,7 @@ class ShardedItemTable:
         return _columns(top, 0, k)
 
     def _exchanged(self, lists: Lists, counts: list[int], error: Exception | None = None) -> Lists:
-        """Of every query of this rank the lists of all shards, (B, G s) each."""
+        """The lists of all shards for every query of this rank, (B, G s) each."""
         values, ids = lists
         step, failed = "exchanging results", error is not None
         by_rank = zip(torch.split(values, counts), torch.split(ids, counts), strict=True)
@@ -248,12 +265,12 @@ class ShardedItemTable:
         return _unpacked(received.to(values.device), B, values.shape[1])
 
     def _complete(self, top: Lists, first: Lists, rest: Lists, counts: list[int]) -> None:
-        """Puts in order, within `top`, the queries for which `rest` may hold rows that belong there."""
+        """Corrects `top` in place for queries of which `rest` may hold rows of the top k."""
         (values, ids), (best_values, best_ids) = first, top
         s = values.shape[1] // self._ranks.size
-        last_value, last_id = values[:, s - 1 :: s], ids[:, s - 1 :: s]
-        kth_value, kth_id = best_values[:, -1:], best_ids[:, -1:]
-        reached = (last_value > kth_value) | ((last_value == kth_value) & ((last_id <= kth_id) | (kth_id < 0)))
+        last, last_id = order_key(values[:, s - 1 :: s]), ids[:, s - 1 :: s]
+        kth, kth_id = order_key(best_values[:, -1:]), best_ids[:, -1:]
+        reached = (last > kth) | ((last == kth) & ((last_id <= kth_id) | (kth_id < 0)))
         own = ((last_id >= 0) & reached).any(1)
         masks = [own]
         if self._scatters:
@@ -270,86 +287,129 @@ class ShardedItemTable:
 
 
 class _Facts(NamedTuple):
-    """What a rank was called with, in numbers.
+    """The call of a rank, in `FACTS` numbers of 8 bytes. Digests are 0 on a GPU: reading would cost a synchronisation.
 
     Attributes:
-        num_rows: of its shard.
-        num_queries: that it brings.
-        k: as it was called.
-        dtype: of the queries, an index into `_DTYPES`.
-        checksum: of the queries; 0 on a GPU, for which one would have to wait.
-        num_excluded: ids, of all its queries.
+        num_rows: rows of the shard.
+        num_queries: queries of this rank.
+        k: argument of the search.
+        num_excluded: excluded ids of all queries of this rank.
+        table: number of the table.
+        queries: digest.
+        exclude: digest of offsets and ids; 0 for None.
+        dtype: of the queries, an index of `_DTYPES`.
+        backend: index of `_BACKENDS`.
+        has_allow: whether `allow` was given.
     """
 
     num_rows: int
     num_queries: int
     k: int
-    dtype: int
-    checksum: int
     num_excluded: int
+    table: int
+    queries: int
+    exclude: int
+    dtype: int
+    backend: int
+    has_allow: bool
+
+    @staticmethod
+    def of(request: SearchRequest, table: int) -> "_Facts":
+        """The facts of a request."""
+        offsets, excluded = request.exclude_offsets, request.exclude_ids
+        return _Facts(
+            num_rows=request.version.num_rows,
+            num_queries=len(request.queries),
+            k=request.k,
+            num_excluded=0 if excluded is None else len(excluded),
+            table=table,
+            queries=_digest(request.queries),
+            exclude=_digest(offsets, excluded),
+            dtype=_DTYPES.index(request.queries.dtype),
+            backend=_BACKENDS.index(request.backend),
+            has_allow=request.has_allow,
+        )
+
+    def packed(self) -> tuple[int, ...]:
+        """As `FACTS` int64."""
+        return struct.unpack(f"<{FACTS}q", struct.pack(_FACTS, *self))
+
+    @staticmethod
+    def unpacked(numbers: Sequence[int]) -> "_Facts":
+        """From `FACTS` int64."""
+        return _Facts(*struct.unpack(_FACTS, struct.pack(f"<{FACTS}q", *numbers)))
 
 
-@dataclass
-class _Call:
-    """A request, of one rank or of all of them, and the facts that the other ranks receive."""
+_FACTS = "<4q3I2B?x"  # the fields of `_Facts`
+
+
+class _Call(NamedTuple):
+    """The request of this rank and the facts that the other ranks receive."""
 
     request: SearchRequest
+    facts: _Facts
 
-    def __post_init__(self) -> None:
-        """Computes the facts."""
-        queries, excluded = self.request.queries, self.request.exclude_ids
-        checksum = xxhash.xxh3_64_intdigest(_bytes(queries).numpy().data) & _MOST if queries.is_cpu else 0
-        code, num_excluded = _DTYPES.index(queries.dtype), 0 if excluded is None else len(excluded)
-        self.facts = _Facts(self.request.version.num_rows, len(queries), self.request.k, code, checksum, num_excluded)
+
+def _digest(*tensors: torch.Tensor | None) -> int:
+    """32 bits of the bytes of tensors on the CPU."""
+    digest = xxhash.xxh3_64()
+    for x in tensors:
+        if x is not None and x.is_cpu:
+            digest.update(_bytes(x).numpy().data)
+    return digest.intdigest() & 0xFFFFFFFF
 
 
 def short_list(k: int, num_shards: int) -> int:
-    """How many of its best a shard sends at first: k / G of the k best are expected there, not 5 deviations more."""
+    """Results that a shard sends at first: the k / G that are expected in the top k, and 5 standard deviations."""
     expected = k / num_shards
     return min(k, math.ceil(expected + 5 * math.sqrt(expected) + 6))
 
 
 def merge(values: torch.Tensor, ids: torch.Tensor, k: int) -> Lists:
-    """`best_of`, with one sort instead of two for queries of which no two scores are equal.
+    """`best_of`, with one sort instead of two for queries without equal scores.
 
-    A stable sort by score is the right order if ids ascend wherever scores are equal; where they do not, both sort.
+    A stable sort by score is the right order if ids ascend wherever scores are equal; otherwise `best_of` sorts.
     """
-    by_value, order = values.sort(dim=1, descending=True, stable=True)
-    by_value_ids = ids.gather(1, order)
-    ranks = by_value_ids.where(by_value_ids >= 0, _MOST)  # what is none comes last
-    wrong = ((by_value[:, 1:] == by_value[:, :-1]) & (ranks[:, 1:] < ranks[:, :-1])).any(1)
-    top_values, top_ids = by_value[:, :k].contiguous(), by_value_ids[:, :k].contiguous()
+    by_key, order = order_key(values).sort(dim=1, descending=True, stable=True)
+    by_key_ids = ids.gather(1, order)
+    ranks = by_key_ids.where(by_key_ids >= 0, _LAST)  # fillers come last
+    wrong = ((by_key[:, 1:] == by_key[:, :-1]) & (ranks[:, 1:] < ranks[:, :-1])).any(1)
+    top_values, top_ids = values.gather(1, order[:, :k]), by_key_ids[:, :k].contiguous()
     if bool(wrong.any()):
         top_values[wrong], top_ids[wrong] = best_of(values[wrong], ids[wrong], k)
     return top_values, top_ids
 
 
-def _facts(table: Any) -> tuple[int, int, int, int]:
-    """Of a shard: rows, width, dtype, whether it has ids."""
+def _facts(table: Any, scatter_queries: bool) -> tuple[int, ...]:
+    """A shard for the other ranks: rows, width, dtype, having ids; scatter_queries; a number for the table."""
     if not isinstance(table, ItemTable):
         raise TypeError(f"local_table must be an ItemTable, got {type(table).__name__}")
-    return len(table), table.dim, _DTYPES.index(table.dtype), int(table.operands()[2] is not None)
+    if not isinstance(scatter_queries, bool):
+        raise TypeError(f"scatter_queries must be a bool, got {type(scatter_queries).__name__}")
+    have_ids = table.operands()[2] is not None
+    return len(table), table.dim, _DTYPES.index(table.dtype), have_ids, scatter_queries, secrets.randbits(32)
 
 
 def _check_same(what: str, by_rank: Sequence[object]) -> None:
+    """That all ranks have the same; all raise or none."""
     if len(set(by_rank)) > 1:
         raise ValueError(f"{what} must be the same on all ranks, got by rank {list(by_rank)}")
 
 
 def _columns(lists: Lists, begin: int, end: int) -> Lists:
-    """Places of every list, those that it does not have being -infinity and -1."""
+    """Places `begin` to `end` of every list, filled up with -infinity and -1."""
     values, ids = (x[:, begin:end] for x in lists)
     missing = (0, end - begin - values.shape[1])
     return F.pad(values, missing, value=-torch.inf), F.pad(ids, missing, value=-1)
 
 
 def _packed(values: torch.Tensor, ids: torch.Tensor, failed: bool) -> torch.Tensor:
-    """Lists (B, s) in one message of int64."""
+    """Lists (B, s) as one int64 message."""
     return torch.cat([ids.new_tensor([failed]), ids.reshape(-1), _words(values)])
 
 
 def _unpacked(messages: torch.Tensor, B: int, s: int) -> Lists:
-    """The lists of G messages, (B, G s) each."""
+    """The lists in G messages, (B, G s) each."""
     G = len(messages)
     ids, values = messages[:, 1 : 1 + B * s], messages[:, 1 + B * s :].view(torch.float32)[:, : B * s]
     values, ids = (x.reshape(G, B, s).transpose(0, 1).reshape(B, G * s) for x in (values, ids))
@@ -361,11 +421,11 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor as int64, filled up with zeros."""
+    """The bytes of a tensor as int64, padded with zeros."""
     data = _bytes(x)
     return F.pad(data, (0, -len(data) % 8)).view(torch.int64)
 
 
 def _num_words(num_queries: int, queries: torch.Tensor) -> int:
-    """Words that as many queries of this width and dtype take."""
+    """Int64 words of `num_queries` queries of this width and dtype."""
     return -(-num_queries * queries.shape[1] * queries.itemsize // 8)

@@ -20,7 +20,7 @@ def search(request: SearchRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
     Of one query the results have no dimension B.
     """
-    queries, version, k, offsets, excluded, allow, backend, progress, one = request
+    queries, version, k, offsets, excluded, allow, backend, progress, one, _ = request
     rows, row_scale, ids, coarse = version.operands()
     if ids is not None and ids.device != queries.device:  # rows in pinned host memory
         ids = ids.to(queries.device, non_blocking=True)

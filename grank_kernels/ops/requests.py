@@ -42,6 +42,7 @@ class SearchRequest(NamedTuple):
         backend: name of the chosen backend, a key of `BACKENDS`.
         progress: called with (rows done, rows in all) while a mapped table is streamed; or None.
         one: whether the caller passed one query (d,), so that the result has no batch dimension.
+        has_allow: whether the caller passed `allow`.
     """
 
     queries: torch.Tensor
@@ -53,6 +54,7 @@ class SearchRequest(NamedTuple):
     backend: str
     progress: Progress | None = None
     one: bool = False
+    has_allow: bool = False
 
 
 def search_request(
@@ -94,7 +96,7 @@ def search_request(
             check_exclude(offsets, excluded, None if version.columns.ids is not None else num_ids or version.size)
     eligible = _eligible(allow, version, B, queries.device)
     name = choose("mips_topk", backend, queries, rows)
-    return SearchRequest(queries, version, k, offsets, excluded, eligible, name, progress, one)
+    return SearchRequest(queries, version, k, offsets, excluded, eligible, name, progress, one, allow is not None)
 
 
 def version_of(items: Any) -> Version:

@@ -215,10 +215,63 @@ def ranks_call_with_different_arguments(rank: int, world: int, folder: Path) -> 
         gk.mips_topk(queries, sharded, 5 + rank)
     with raises(ValueError, "numbers of queries must be the same"):
         gk.mips_topk(queries[: 1 + rank % 2], sharded, 5)
-    with raises(ValueError, "queries differ between ranks"):
+    with raises(ValueError, "queries must be the same on all ranks, or the table made with scatter_queries=True"):
         gk.mips_topk(queries + rank, sharded, 5)
     with raises(ValueError, "dtypes must be the same"):
         gk.mips_topk(queries.half() if rank else queries, sharded, 5)
+
+
+@case
+def filters_differ(rank: int, world: int, folder: Path) -> None:
+    one, sharded = tables(torch.randn(60, 4), parts(60, world))
+    queries, best = torch.randn(3, 4), torch.arange(6).repeat(3, 1)
+    with raises(ValueError, "exclude's numbers of ids must be the same on all ranks, got by rank [0, 18"):
+        gk.mips_topk(queries, sharded, 5, exclude=best if rank else None)
+    with raises(ValueError, "exclude must be the same on all ranks, got different ids"):
+        gk.mips_topk(queries, sharded, 5, exclude=best + rank)
+    with raises(ValueError, "whether allow is given must be the same on all ranks, got by rank [False, True"):
+        gk.mips_topk(queries, sharded, 5, allow=torch.ones(len(sharded.local), dtype=torch.bool) if rank else None)
+    with raises(ValueError, "backend must be the same on all ranks, got by rank ['reference', 'cpu'"):
+        gk.mips_topk(queries, sharded, 5, backend="cpu" if rank else "reference")
+    assert_same(gk.mips_topk(queries, sharded, 5), gk.mips_topk(queries, one, 5), "the group goes on")
+
+
+@case
+def ranks_make_different_calls(rank: int, world: int, folder: Path) -> None:
+    one, sharded = tables(torch.randn(60, 4), parts(60, world))
+    _, other = tables(torch.randn(60, 4), parts(60, world))
+    queries = torch.randn(3, 4)
+    with raises(ValueError, "items must be the same table on all ranks"):
+        gk.mips_topk(queries, other if rank else sharded, 5)
+    with raises(ShardError, "ranks must make the same calls", "['comparing the arguments', 'joining the shards'"):
+        gk.ShardedItemTable(sharded.local) if rank else gk.mips_topk(queries, sharded, 5)
+    with raises(ValueError, "scatter_queries must be the same on all ranks, got by rank [False, True"):
+        gk.ShardedItemTable(sharded.local, scatter_queries=rank > 0)
+    assert_same(gk.mips_topk(queries, sharded, 5), gk.mips_topk(queries, one, 5), "the group goes on")
+
+
+@case
+def subnormal_scores_are_ordered(rank: int, world: int, folder: Path) -> None:
+    """Also where the process takes subnormal numbers for 0."""
+    n = 40 * world
+    one, sharded = tables(torch.randperm(n)[:, None] * 1e-44, parts(n, world))
+    torch.set_flush_denormal(True)
+    try:
+        assert_same(gk.mips_topk(torch.ones(1, 1), sharded, 30), gk.mips_topk(torch.ones(1, 1), one, 30))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@case
+def masks_by_id(rank: int, world: int, folder: Path) -> None:
+    rows, ids = torch.randn(80, 4), torch.arange(80) * 3
+    shards = parts(80, world)
+    one, sharded = tables(rows, shards, ids)
+    mask, gone = sharded.local.mask(ids[::2]), [ids[shard][:1] for shard in shards]
+    sharded.local.remove(gone[rank])
+    one.remove(torch.cat(gone))
+    got = gk.mips_topk(torch.ones(2, 4), sharded, 50, allow=mask)
+    assert_same(got, gk.mips_topk(torch.ones(2, 4), one, 50, allow=one.mask(ids[::2])))
 
 
 @case

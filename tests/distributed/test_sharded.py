@@ -160,7 +160,7 @@ def test_a_lost_rank_is_an_error_on_the_others(fault: str, timeout: int, table: 
     assert ranks[0].returncode == 3, output
     message = (table / "lost.0").read_text()
     assert message.startswith("rank 0 of 2, ")
-    assert "a rank has ended, hangs or makes other calls" in message
+    assert "a rank has ended, hangs or makes another call" in message
 
 
 def launched(
