@@ -1,14 +1,14 @@
-"""Causal transformer blocks of three families, which more tokens can join later.
+"""Causal transformer blocks of three families, with a second path for candidates.
 
-Every block does two things with the same weights:
+A block has two entry points with the same weights:
 
-- `block(x)`, x (B, T, d) the history: row t sees the rows up to t. It returns the outputs and a `Memory` of the rows;
-- `block.join(tokens, visible, memory)`, tokens (B, C, d): token c sees the first `visible[b, c]` rows of the history
-  and itself. Tokens never see each other, and the history has been and gone: it cannot see them, and its outputs are
-  the same, bit for bit, whoever joins.
+- `block(x)`, x (B, T, d) the history: row t attends to rows 0 to t. Returns the outputs and the rows' keys and values;
+- `block.join(tokens, visible, cache)`, tokens (B, C, d): token c attends to the first `visible[b, c]` rows of the
+  history and to itself. Tokens never attend to each other, and the history never attends to a token, so its outputs
+  are the same bits with and without them.
 
-That is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. It scores many
-candidates after one pass over a history, in training as in serving.
+This is GRank's decomposed attention (arXiv 2510.15299): `O(T^2 d + C T d)` instead of `O((T + C)^2 d)`. Many candidates
+are scored after one pass over a history, in training as in serving.
 """
 
 from typing import NamedTuple
@@ -18,40 +18,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Memory(NamedTuple):
-    """What tokens that join a block look at: keys and values of the history's rows, (B, heads, T, d / heads) each."""
+class KVCache(NamedTuple):
+    """Keys and values of the history's rows in one block, (B, heads, T, d / heads) each."""
 
     keys: Tensor
     values: Tensor
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head causal softmax attention, with rotary positions if asked for (RoFormer, arXiv 2104.09864)."""
+    """Multi-head causal softmax attention, optionally with rotary positions (RoFormer, arXiv 2104.09864)."""
 
     def __init__(self, dim: int, heads: int, *, rotary: bool) -> None:
         super().__init__()
         if dim % heads or (rotary and dim // heads % 2):
-            raise ValueError(
-                f"dim must be a multiple of heads{' to an even quotient' if rotary else ''}, got dim={dim}, "
-                f"heads={heads}"
-            )
+            of = "2 * heads, for rotary positions" if rotary else "heads"
+            raise ValueError(f"dim must be a multiple of {of}, got dim={dim}, heads={heads}")
         self.heads, self.rotary = heads, rotary
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
-        """See the module."""
+    def forward(self, x: Tensor) -> tuple[Tensor, KVCache]:
+        """See the module's docstring."""
         q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
-        return self._merge(_causal_attention(q, k, v)), Memory(k, v)
+        return self._merge(_causal_attention(q, k, v)), KVCache(k, v)
 
-    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
-        """See the module."""
+    def join(self, tokens: Tensor, visible: Tensor, cache: KVCache) -> Tensor:
+        """See the module's docstring."""
         q, k, v = self._project(tokens, visible)
         q = q * q.shape[-1] ** -0.5
-        hidden = torch.arange(memory.keys.shape[2], device=q.device) >= visible[:, None, :, None]
-        logits = (q @ memory.keys.mT).masked_fill(hidden, float("-inf"))
+        hidden = torch.arange(cache.keys.shape[2], device=q.device) >= visible[:, None, :, None]
+        logits = (q @ cache.keys.mT).masked_fill(hidden, float("-inf"))
         weights = torch.cat([logits, (q * k).sum(-1, keepdim=True)], -1).softmax(-1)
-        return self._merge(weights[..., :-1] @ memory.values + weights[..., -1:] * v)
+        return self._merge(weights[..., :-1] @ cache.values + weights[..., -1:] * v)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, d = x.shape
@@ -67,11 +65,11 @@ class SoftmaxAttention(nn.Module):
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of every row to the rows up to it, all (B, heads, T, width).
+    """Causal softmax attention; all tensors are (B, heads, T, width).
 
-    PyTorch's fused attention for CPUs does not multiply in bfloat16 when float32 products may be made of it. At T = 64
-    plain products take a seventh of its time, at T = 200 half, at T = 400 nine tenths (measured on a processor with
-    AMX, forward and backward), and the logits of histories this short are small.
+    On a CPU it is plain matrix products: PyTorch's fused CPU attention ignores
+    `torch.set_float32_matmul_precision("medium")`. On a processor with AMX the plain products take 1/7 of its time at
+    T = 64, 1/2 at T = 200 and 9/10 at T = 400, forward and backward; the (T, T) logits are small at these lengths.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -103,14 +101,14 @@ class _PreNormBlock(nn.Module):
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
-        """See the module."""
-        attended, memory = self.attention(self.attention_norm(x))
-        return self._finish(x, attended), memory
+    def forward(self, x: Tensor) -> tuple[Tensor, KVCache]:
+        """See the module's docstring."""
+        attended, cache = self.attention(self.attention_norm(x))
+        return self._finish(x, attended), cache
 
-    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
-        """See the module."""
-        return self._finish(tokens, self.attention.join(self.attention_norm(tokens), visible, memory))
+    def join(self, tokens: Tensor, visible: Tensor, cache: KVCache) -> Tensor:
+        """See the module's docstring."""
+        return self._finish(tokens, self.attention.join(self.attention_norm(tokens), visible, cache))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(attended)
@@ -119,7 +117,7 @@ class _PreNormBlock(nn.Module):
 
 
 class TransformerBlock(_PreNormBlock):
-    """Softmax attention and a GELU feed-forward layer, as in SASRec (arXiv 1808.09781), with the norm in front."""
+    """Softmax attention and a GELU feed-forward layer as in SASRec (arXiv 1808.09781), in pre-norm form."""
 
     def __init__(self, dim: int, heads: int, dropout: float, length: int) -> None:
         feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -139,20 +137,20 @@ class _SwiGLU(nn.Module):
 
 
 class LlamaBlock(_PreNormBlock):
-    """RMSNorm, rotary positions, SwiGLU: Llama's block (arXiv 2302.13971), one of UniGRF's two backbones."""
+    """Llama's block (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU. One of UniGRF's two backbones."""
 
     def __init__(self, dim: int, heads: int, dropout: float, length: int) -> None:
         super().__init__(SoftmaxAttention(dim, heads, rotary=True), _SwiGLU(dim, 8 * dim // 3), dim, dropout)
 
 
 class HSTUBlock(nn.Module):
-    """HSTU's block (arXiv 2402.17152, equations 1 to 3), without the bias by time.
+    """HSTU's block (arXiv 2402.17152, equations 1 to 3), without the relative time bias.
 
         U, V, Q, K = SiLU(norm(X) W)        A = SiLU(Q K^T + r) / length, causal
         Y = X + (norm(A V) * U) Wo
 
-    `r` is one learned number for each distance between positions and head. No softmax: what a row attends to adds up,
-    so the strength of an interest counts, not only its share.
+    `r` is a learned bias for each distance between positions and each head. There is no softmax: weights do not sum to
+    1, so the number of related items counts, not only their share.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, length: int) -> None:
@@ -168,25 +166,25 @@ class HSTUBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.uvqk.weight, std=0.02)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Memory]:
-        """See the module."""
+    def forward(self, x: Tensor) -> tuple[Tensor, KVCache]:
+        """See the module's docstring."""
         places = torch.arange(x.shape[1], device=x.device)
         u, v, q, k = self._project(x)
         logits = (q @ k.mT).add_(self._bias(places[:, None] - places))
-        return self._finish(x, F.silu(logits) @ v, u), Memory(k, v)
+        return self._finish(x, F.silu(logits) @ v, u), KVCache(k, v)
 
-    def join(self, tokens: Tensor, visible: Tensor, memory: Memory) -> Tensor:
-        """See the module."""
+    def join(self, tokens: Tensor, visible: Tensor, cache: KVCache) -> Tensor:
+        """See the module's docstring."""
         u, v, q, k = self._project(tokens)
-        # A token stands right behind the last row that it sees.
-        behind = visible[..., None] - torch.arange(memory.keys.shape[2], device=q.device)
+        # A token's position is the one after the last row that it attends to.
+        behind = visible[..., None] - torch.arange(cache.keys.shape[2], device=q.device)
         bias = self._bias(behind.masked_fill(behind == 0, -1)).transpose(0, 1)
         own = F.silu((q * k).sum(-1, keepdim=True) + self.distance[:, :1, None])
-        attended = F.silu((q @ memory.keys.mT).add_(bias)) @ memory.values + own * v
+        attended = F.silu((q @ cache.keys.mT).add_(bias)) @ cache.values + own * v
         return self._finish(tokens, attended, u)
 
     def _bias(self, behind: Tensor) -> Tensor:
-        """The bias r by distance, (heads, *behind); so low in front that SiLU makes exactly 0 of any logit there."""
+        """The bias r by distance, (heads, *behind). At negative distances it is -1e4, whose SiLU is exactly 0."""
         return self.distance[:, behind.clamp(min=0)].masked_fill(behind < 0, -1e4)
 
     def _project(self, x: Tensor) -> list[Tensor]:
@@ -208,15 +206,15 @@ BLOCKS: dict[str, type[TransformerBlock] | type[LlamaBlock] | type[HSTUBlock]] =
 
 
 class Backbone(nn.Module):
-    """Positions, dropout, a stack of blocks and a last norm.
+    """Position embeddings, dropout, a stack of blocks and a final norm.
 
     Args:
         kind: "transformer", "llama" or "hstu". Llama's positions are rotary; the others add a learned vector.
-        dim: width.
-        blocks: how many.
-        heads: of each.
-        dropout: of inputs and outputs of blocks.
-        length: rows that a history may have.
+        dim: width d.
+        blocks: number of blocks.
+        heads: number of heads of each block.
+        dropout: dropout rate of the blocks' inputs and outputs.
+        length: largest number of rows of a history.
     """
 
     def __init__(self, kind: str, *, dim: int, blocks: int, heads: int, dropout: float, length: int) -> None:
@@ -227,24 +225,24 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Memory]]:
-        """Histories (B, T, d), T up to `length`, to their outputs and a memory of each block."""
+    def forward(self, x: Tensor) -> tuple[Tensor, list[KVCache]]:
+        """The outputs of histories (B, T, d), T up to `length`, and the cache of each block."""
         if self.position is not None:
             x = x + self.position[: x.shape[1]]
         x = self.dropout(x)
-        memories = []
+        caches = []
         for block in self.blocks:
-            x, memory = block(x)
-            memories.append(memory)
-        return self.norm(x), memories
+            x, cache = block(x)
+            caches.append(cache)
+        return self.norm(x), caches
 
-    def join(self, tokens: Tensor, visible: Tensor, memories: list[Memory]) -> Tensor:
-        """Outputs of tokens that join histories already read.
+    def join(self, tokens: Tensor, visible: Tensor, caches: list[KVCache]) -> Tensor:
+        """The outputs of tokens that attend to histories.
 
         Args:
             tokens: (B, C, d).
-            visible: (B, C) int64 in [0, T]: how many rows of the history each sees; it stands right behind them.
-            memories: what `forward` returned.
+            visible: (B, C) int64 in [0, T]: number of history rows that each token attends to, and its position.
+            caches: what `forward` returned for the histories.
 
         Returns:
             (B, C, d).
@@ -252,7 +250,7 @@ class Backbone(nn.Module):
         if self.position is not None:
             tokens = tokens + F.embedding(visible, self.position)
         tokens = self.dropout(tokens)
-        for block, memory in zip(self.blocks, memories, strict=True):
-            tokens = block.join(tokens, visible, memory)  # type: ignore[operator]  # torch types it as a tensor
+        for block, cache in zip(self.blocks, caches, strict=True):
+            tokens = block.join(tokens, visible, cache)  # type: ignore[operator]  # torch types it as a tensor
         joined: Tensor = self.norm(tokens)
         return joined

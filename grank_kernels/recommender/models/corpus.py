@@ -1,4 +1,4 @@
-"""What a retrieval's softmax runs over: every item, or those that the batches of all ranks ask for."""
+"""The items that a softmax runs over: the whole corpus, or the targets of a joint batch as a sample of it."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ from grank_kernels.recommender.models.losses import softmax_loss
 
 
 class Corpus(NamedTuple):
-    """The M items of a softmax, which models speak of by their columns in its logits.
+    """The M items that a softmax runs over. Losses address an item by its column in the logits.
 
     Attributes:
         vectors: (M, d) float32.
-        ids: (M,) int64, ascending: the item number of each column; None where they are the same.
-        bias: (M,) float32, added to the logits of all but the target: the logarithm of how many items a column stands
-            for; None for 0.
+        ids: (M,) int64, ascending: the item number of each column; None for all items, whose columns are their numbers.
+        bias: (M,) float32, added to the logits of all items but the target: the logarithm of the number of items that a
+            column represents; None for 0.
     """
 
     vectors: Tensor
@@ -25,7 +25,7 @@ class Corpus(NamedTuple):
     bias: Tensor | None = None
 
     def columns(self, items: Tensor) -> Tensor:
-        """Columns of item numbers, any shape; M for items that have none, and for -1."""
+        """The columns of item numbers, any shape; M for an item without a column and for -1."""
         M = len(self.vectors)
         if self.ids is None:
             return items.where(items >= 0, M)
@@ -33,11 +33,11 @@ class Corpus(NamedTuple):
         return places.where(self.ids[places] == items, M)
 
     def items(self, columns: Tensor) -> Tensor:
-        """Item numbers of columns in [0, M), any shape."""
+        """The item numbers of columns in [0, M), any shape."""
         return columns if self.ids is None else self.ids[columns]
 
     def logits(self, queries: Tensor, targets: Tensor) -> Tensor:
-        """(..., M) of queries (..., d), each of which asks for a column, (...)."""
+        """Logits (..., M) of queries (..., d) whose targets are columns (...)."""
         logits = queries @ self.vectors.T
         if self.bias is None:
             return logits
@@ -50,13 +50,13 @@ class Corpus(NamedTuple):
         Args:
             queries: (n, d) float32.
             targets: (n,) columns.
-            seen: (n, S) columns that are no alternative to the target; M for none.
+            seen: (n, S) columns left out of the softmax, padded with M; the target always stays in.
         """
         return softmax_loss(queries, self.vectors, targets, seen, self.bias)
 
 
 def gathered(ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The ids (n,) of all ranks of a group, each with an n of its own; without a group those of this process."""
+    """The ids of all ranks of a group, (sum of n,), where each rank has its own n; without a group the ids given."""
     if group is None:
         return ids
     size = dist.get_world_size(group)
@@ -69,9 +69,9 @@ def gathered(ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def joint_mean(mean: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
-    """A mean over `count` entries so weighed that its average over the ranks of a group is the mean over all entries.
+    """A mean over `count` entries, weighted so that its average over the ranks is the mean over all ranks' entries.
 
-    Data-parallel training averages gradients over the ranks, whose batches ask for different numbers of items.
+    Data-parallel training averages gradients over the ranks, whose batches have different numbers of targets.
     """
     if group is None:
         return mean
@@ -81,7 +81,7 @@ def joint_mean(mean: Tensor, count: int, group: dist.ProcessGroup | None) -> Ten
 
 
 def average(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean of the ranks' tensors, of one shape; without a gradient."""
+    """The mean over the ranks of tensors of equal shape, without a gradient."""
     if group is None:
         return x
     total = x.clone()

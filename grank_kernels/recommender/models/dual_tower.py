@@ -1,4 +1,4 @@
-"""DSSM's dual tower (Huang et al., CIKM 2013), the baseline that reads a history without its order."""
+"""DSSM's dual tower (Huang et al., CIKM 2013): a baseline that ignores the order of the history."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class DualTowerConfig(Settings):
     Attributes:
         dim: width of item and user vectors.
         hidden: width of the hidden layer of each tower.
-        history: items that the user tower reads.
-        dropout: of the user tower's inputs.
-        temperature: user and item vectors are normalised, and logits are their products over this.
-        softmax: over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
-        horizon: the target of a moment is one of this many items that follow it, at random. 1 is the next item.
+        history: number of newest items that the user tower reads.
+        dropout: dropout rate of the user tower's inputs.
+        temperature: logits are inner products of normalised user and item vectors over this.
+        softmax: "corpus" for all items, "batch" for a sample of them; see `EmbeddingModel`.
+        horizon: a target is drawn from this many next items; 1 is the next item.
     """
 
     dim: int = takes(64, least=1)
@@ -37,10 +37,10 @@ class DualTowerConfig(Settings):
 
 
 class DualTower(EmbeddingModel):
-    """An MLP for users and one for items, which meet in an inner product only.
+    """An MLP for users and an MLP for items, combined by an inner product only.
 
-    The user tower reads the mean of the history's items, the mean of the liked ones and the newest item. DSSM draws
-    negatives; here the softmax is over the whole corpus, as it is for the models compared with it.
+    The user tower reads the mean of the history's items, the mean of the liked items and the newest item. DSSM draws
+    negatives; here the softmax runs over the whole corpus, as for the models that it is compared with.
     """
 
     def __init__(self, num_items: int, config: DualTowerConfig) -> None:
@@ -52,12 +52,12 @@ class DualTower(EmbeddingModel):
         self.dropout = nn.Dropout(config.dropout)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32, of norm 1 / temperature: the queries for `mips_topk` over `item_vectors()`."""
+        """(B, d) float32 of norm 1 / temperature: the queries for `mips_topk` over `item_vectors()`."""
         history = batch.newest(self.history)
         return self._users(history, history.lengths.unsqueeze(1)).squeeze(1)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of an item after each moment of the windows, over all items not seen in the window."""
+        """Cross-entropy of an item after each position of the windows, over all items not seen before it."""
         window = batch.newest(self.history + 1)
         history, asked = Batch(window.items[:, :-1], window.feedback[:, :-1]), window.valid[:, 1:]
         visible = torch.arange(1, asked.shape[1] + 1, device=asked.device).expand(asked.shape)
@@ -70,7 +70,7 @@ class DualTower(EmbeddingModel):
         return F.normalize(self.item_tower(rows), dim=-1)
 
     def _users(self, history: Batch, visible: Tensor) -> Tensor:
-        """User vectors (B, M, d) of the moments at which `visible` (B, M) items of the history have been seen."""
+        """User vectors (B, M, d) after the first `visible` (B, M) items of the history."""
         x = self.rows_of(history.items.clamp(min=0))
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         newest = F.pad(x, (0, 0, 1, 0)).gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[2]))

@@ -1,4 +1,4 @@
-"""What the models of the package share: a table of item embeddings, a softmax over all items or a sample."""
+"""`EmbeddingModel`: base class of models with an embedding table and a softmax over all items or a sample."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ SOFTMAXES = ("corpus", "batch")
 
 
 class EmbeddingModel(Recommender):
-    """A recommender whose item vectors are made of one row of a table each.
+    """A recommender whose item vectors are each computed from one row of an embedding table.
 
     Attributes:
-        items: (N, d) float32, what it learns of every item.
-        softmax: what the retrieval's softmax runs over. "corpus": all items. "batch": the items that the batches of all
-            ranks ask for, as a sample of the corpus (see `corpus`); `observe` must have been called.
+        items: (N, d) float32, the embedding table; a `DTensor` when it is sharded among ranks.
+        softmax: items that the retrieval's softmax runs over. "corpus": all items. "batch": the targets of all ranks'
+            batches as a sample of the corpus (see `corpus`), which needs a call of `observe` first.
     """
 
     log_share: Tensor | None
@@ -36,47 +36,49 @@ class EmbeddingModel(Recommender):
         self.popularity = torch.zeros(num_items, dtype=torch.int32)
 
     def observe(self, histories: Histories) -> None:
-        """See `Recommender.observe`: how often training asks for each item."""
+        """Store `popularity` and, for a sampled softmax, the share of each item in the training rows."""
         super().observe(histories)
         if self.softmax == "batch":
             counts = torch.bincount(histories.items, minlength=len(self.items)).clamp(min=1)
             self.log_share = (counts / counts.sum()).log().to(self.items.device)
 
     def item_vectors(self) -> Tensor:
-        """(N, d) float32, of norm 1: the table to search. Of a model split among ranks, all of it comes together."""
+        """(N, d) float32 of norm 1: the table to search. A sharded model gathers all rows."""
         return self._vectors(self.items.full_tensor() if is_split(self.items) else self.items)
 
     def searchable(self) -> Tensor | ShardedItemTable:
-        """See `Recommender.searchable`: split among ranks, each searches for queries of its own."""
+        """`item_vectors()`, or a table sharded among the ranks in which each rank searches for its own queries."""
         if not is_split(self.items):
             return self.item_vectors()
         local = ItemTable.from_rows(self._vectors(self.items.to_local()))
         return ShardedItemTable(local, group=self.group, scatter_queries=True)
 
     def corpus(self, targets: Tensor) -> Corpus:
-        """What a softmax runs over in which all ranks together ask for these items, (n,) int64 of this rank.
+        """The items that a softmax runs over for targets (n,) int64 of this rank; collective in a group.
 
-        "batch" takes each item that is asked for once, with logQ correction (arXiv 2510.15299): where n are asked for,
-        one that comes c times and has the share q of all training items stands for `c / (n q)` items, so that the sum
-        over the columns has the sum over the corpus for its expectation. A query's own target is no draw and stands for
-        itself alone (arXiv 2507.09331).
+        "batch" takes each distinct target of all ranks once, with the logQ correction (arXiv 2510.15299): of n targets,
+        an item that occurs c times and has the share q of the training rows represents `c / (n q)` items, so that the
+        sum over the columns is an unbiased estimate of the sum over the corpus. A query's own target is not drawn and
+        represents itself alone (arXiv 2507.09331).
         """
         if self.softmax == "corpus":
             return Corpus(self.item_vectors())
         if self.log_share is None:
-            raise RuntimeError('a model of softmax="batch" must observe the histories that it is trained on first')
+            raise RuntimeError(
+                'a model with softmax="batch" must observe its training histories first: call .observe()'
+            )
         targets = gathered(targets, self.group)
         ids, counts = torch.unique(targets, return_counts=True)
         return Corpus(self.vectors_of(ids), ids, (counts / len(targets)).log() - self.log_share[ids])
 
     def retrieval_loss(self, queries: Tensor, targets: Tensor, windows: Tensor, asked: Tensor) -> tuple[Tensor, Corpus]:
-        """Mean cross-entropy of the targets, each against the items not seen before it, and what the softmax ran over.
+        """Mean cross-entropy of the targets, and the corpus of its softmax, from which items seen before are left out.
 
         Args:
-            queries: (n, d) float32, one for each entry of `asked`.
+            queries: (n, d) float32, one for each True of `asked`.
             targets: (n,) int64 item numbers.
             windows: (B, W) int64 item numbers, padded with -1.
-            asked: (B, W - 1) bool: whether a target is asked for behind the item there; n times True.
+            asked: (B, W - 1) bool: whether the position predicts a target; n entries are True.
         """
         corpus = self.corpus(targets)
         seen = seen_before(corpus.columns(windows), asked, len(corpus.vectors))
@@ -84,15 +86,15 @@ class EmbeddingModel(Recommender):
         return self.joint_mean(loss, len(targets)), corpus
 
     def vectors_of(self, ids: Tensor) -> Tensor:
-        """Rows (..., d) of `item_vectors()` for ids (...) in [0, N)."""
+        """Rows (..., d) of `item_vectors()` for item numbers (...) in [0, N)."""
         return self._vectors(self.rows_of(ids))
 
     def rows_of(self, ids: Tensor) -> Tensor:
-        """Rows (..., d) of `items` for ids (...) in [0, N)."""
+        """Rows (..., d) of `items` for item numbers (...) in [0, N)."""
         return rows_of(self.items, ids)
 
     def joint_mean(self, mean: Tensor, count: int) -> Tensor:
-        """A mean over `count` entries, so weighed that its average over the ranks is the mean over theirs."""
+        """A mean over `count` entries, weighted so that its average over the ranks is the mean over all entries."""
         return joint_mean(mean, count, self.group)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -101,5 +103,5 @@ class EmbeddingModel(Recommender):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _vectors(self, rows: Tensor) -> Tensor:
-        """What is searched, from rows (..., d) of `items`."""
+        """Item vectors (..., d) from rows (..., d) of `items`."""
         return F.normalize(rows, dim=-1)

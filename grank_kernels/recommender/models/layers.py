@@ -1,4 +1,4 @@
-"""Layers that the models share."""
+"""Layers shared by the models."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,15 +10,15 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def prefix_means(x: Tensor, counts: Tensor, visible: Tensor) -> Tensor:
-    """Means over the beginnings of histories.
+    """Masked means over prefixes of histories.
 
     Args:
         x: (B, T, d).
-        counts: (B, T) bool: the rows of x that count.
-        visible: (B, M) int64 in [0, T]: lengths of the beginnings.
+        counts: (B, T) bool: the rows of x to average.
+        visible: (B, M) int64 in [0, T]: lengths of the prefixes.
 
     Returns:
-        (B, M, d): of the first `visible` rows the mean of those that count, 0 where none does.
+        (B, M, d): the mean of the counted rows among the first `visible` rows, 0 where there is none.
     """
     sums = F.pad((x * counts.unsqueeze(-1)).cumsum(1), (0, 0, 1, 0))
     numbers = F.pad(counts.cumsum(1), (1, 0)).gather(1, visible).clamp(min=1)

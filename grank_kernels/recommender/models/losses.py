@@ -1,4 +1,4 @@
-"""Losses over the whole corpus, without the matrix of logits."""
+"""Cross-entropy over the whole corpus without the matrix of logits."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = 128 * 4096
-"""Logits of a chunk: 2 MiB of float32, so that every pass over them but the first finds them in the L2 cache."""
+"""Logits of a chunk: 2 MiB of float32, which stay in the L2 cache from the first pass over them to the last."""
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Mean cross-entropy of `users @ items.T`; the gradient is made with the loss, chunk by chunk."""
+    """Mean cross-entropy of `users @ items.T`; the forward pass computes the gradient with the loss, by chunks."""
 
     @staticmethod
     def forward(
         ctx: Any, users: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         n, N = len(users), len(items)
-        wide = N + 1 if seen is not None else N  # the last column takes what is no item
+        wide = N + 1 if seen is not None else N  # the last column takes the padding of `seen`
         user_grad = torch.empty_like(users)
         item_grad = torch.zeros_like(items)
         total = users.new_zeros((), dtype=torch.float64)
@@ -36,7 +36,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             if seen is not None:
                 logits[:, N] = float("-inf")
                 logits.scatter_(1, seen[rows], float("-inf"))
-            scores.scatter_(1, target, at_target)  # without bias, and an item that comes again may be seen and wanted
+            scores.scatter_(1, target, at_target)  # without bias, and unmasked: a repeated item is both seen and target
             top = scores.amax(1, keepdim=True)
             scores.sub_(top).exp_()
             mass = scores.sum(1, keepdim=True)
@@ -60,16 +60,16 @@ def softmax_loss(
 ) -> Tensor:
     """Mean of `-log softmax(users @ items.T)[target]`: cross-entropy over the whole corpus.
 
-    The (n, N) logits exist in pieces of 2 MiB only, and each piece becomes the gradient while it lies in the cache: a
-    third of the time of `F.cross_entropy(users @ items.T, targets)` and of its backward at N = 3,706, and none of its
-    memory. Only the first derivative can be taken.
+    The (n, N) logits exist only in chunks of 2 MiB, each of which becomes its gradient while it is in the cache.
+    Forward and backward take a third of the time of `F.cross_entropy(users @ items.T, targets)` at N = 3,706, without
+    memory for the logits. Differentiable once.
 
     Args:
         users: (n, d) float32.
         items: (N, d) float32.
         targets: (n,) int64 in [0, N).
-        seen: (n, S) int64 in [0, N]: items that are no alternative to the target, N for none; the target always is one.
-        bias: (N,) float32 without a gradient, added to the logits of all but the target.
+        seen: (n, S) int64 in [0, N]: items left out of the softmax, padded with N; the target always stays in.
+        bias: (N,) float32 without a gradient, added to the logits of all items but the target.
 
     Returns:
         A scalar; 0 for n = 0.

@@ -1,4 +1,4 @@
-"""Baselines that learn nothing: item-kNN by co-occurrence, and popularity."""
+"""Baselines without training: item-kNN by co-occurrence, and popularity."""
 
 from typing import Any
 
@@ -9,35 +9,33 @@ from torch import Tensor
 from grank_kernels.mips_topk import TopK, mips_topk
 from grank_kernels.recommender.data.histories import Histories
 
-_ENTRIES = 1 << 24  # of a sparse product at a time, if it were full: 200 MB
+_ENTRIES = 1 << 24  # of a chunk of a sparse product, at most 200 MB if no entry is zero
 
 
 class ItemKNN:
-    """Items that were met by the same users as the items of a history.
+    """Scores items by their co-occurrence with the items of a history (Deshpande and Karypis, TOIS 2004, section 4).
 
-    The similarity of two items is the cosine of their columns in the matrix of who met what, `|A and B| / sqrt(|A|
-    |B|)` with A and B the sets of their users. Every item keeps its nearest neighbours, and an item's score for a
-    history is the sum of its similarities to the items there whose neighbour it is.
-
-    Source: Deshpande and Karypis, TOIS 2004, section 4.
+    The similarity of two items is the cosine of their columns in the user-item matrix, `|A and B| / sqrt(|A| |B|)` with
+    A and B the sets of their users. Every item keeps its nearest neighbours. An item's score for a history is the sum
+    of its similarities to those items of the history that have it as a neighbour.
     """
 
     def __init__(self, similarities: Any) -> None:
-        """Takes a scipy CSR matrix (N, N) float32: row j holds the neighbours of item j. See `fit`."""
+        """From a SciPy CSR matrix (N, N) float32 whose row j holds the neighbours of item j; `fit` makes it."""
         self._similarities = similarities
 
     @classmethod
     def fit(cls, histories: Histories, num_items: int, *, neighbours: int = 100) -> "ItemKNN":
-        """Count who met what.
+        """Count co-occurrences.
 
         Args:
-            histories: of the training users.
+            histories: histories of the training users.
             num_items: size of the corpus, N.
-            neighbours: that an item keeps.
+            neighbours: number of neighbours that an item keeps.
 
         Raises:
-            ImportError: scipy is not installed.
-            ValueError: no items, fewer than one neighbour, or an item outside [0, num_items).
+            ImportError: SciPy is not installed.
+            ValueError: `num_items` or `neighbours` is below 1, or an item is outside [0, num_items).
         """
         for name, value in (("num_items", num_items), ("neighbours", neighbours)):
             if value < 1:
@@ -56,15 +54,15 @@ class ItemKNN:
         return cls(_sparse().vstack(parts, format="csr"))
 
     def recommend(self, histories: Histories, k: int) -> TopK:
-        """The k items of largest score that are not in the history.
+        """The k items of largest score outside the history.
 
         Args:
-            histories: of B users.
+            histories: B histories.
             k: 1 or more.
 
         Returns:
-            `TopK(values, indices)`, (B, k) float32 and int64; -inf and -1 where no more items have a score. Equal
-            scores: the smaller index first.
+            `TopK(values, indices)`, (B, k) float32 and int64, padded with -inf and -1 after the last item with a
+            positive score. Equal scores: the smaller index first.
         """
         if k < 1:
             raise ValueError(f"k must be 1 or more, got {k}")
@@ -84,23 +82,23 @@ class ItemKNN:
 
 
 class Popularity:
-    """The items that most users met; for every user the same, less what is in the history.
+    """The most frequent items outside the history.
 
-    Also an inner-product search: every item is its count, every user the number one.
+    Also an inner-product search: an item's vector is its count, every user's vector is 1.
     """
 
     def __init__(self, counts: Tensor) -> None:
-        """Takes the number of users that met each item, (N,) float32. See `fit`."""
+        """From the number of training rows of each item, (N,) float32; `fit` counts them."""
         self.counts = counts
 
     @classmethod
     def fit(cls, histories: Histories, num_items: int) -> "Popularity":
-        """Count the rows of every item. `histories`: of the training users; `num_items`: size of the corpus."""
+        """Count the rows of every item of a corpus of `num_items` in the training users' histories."""
         _check_items(histories, num_items)
         return cls(torch.bincount(histories.items, minlength=num_items).float())
 
     def recommend(self, histories: Histories, k: int) -> TopK:
-        """As `ItemKNN.recommend`; items that nobody met are last, with 0."""
+        """As `ItemKNN.recommend`; items without a training row are last, with value 0."""
         ones = torch.ones(len(histories), 1)
         return mips_topk(ones, self.counts.unsqueeze(1), k, exclude=(histories.offsets, histories.items))
 
@@ -109,11 +107,11 @@ def _check_items(histories: Histories, num_items: int) -> None:
     if len(histories.items):
         low, high = (int(x) for x in histories.items.aminmax())
         if low < 0 or high >= num_items:
-            raise ValueError(f"histories hold items from {low} to {high}; they take 0 to {num_items - 1}")
+            raise ValueError(f"histories must hold items from 0 to {num_items - 1}, got {low} to {high}")
 
 
 def _incidence(histories: Histories, num_items: int) -> Any:
-    """Who met what, as a scipy CSR matrix (U, N) float32 of ones."""
+    """The user-item matrix, SciPy CSR (U, N) float32 of ones."""
     _check_items(histories, num_items)
     items, offsets = histories.items.numpy(), histories.offsets.numpy()
     ones = np.ones(len(items), np.float32)
@@ -124,7 +122,7 @@ def _incidence(histories: Histories, num_items: int) -> Any:
 
 
 def _best(matrix: Any, k: int) -> Any:
-    """The k largest positive entries of each row of a CSR matrix, largest first; equal ones by column."""
+    """The k largest positive entries of each row of a CSR matrix, in descending order; equal ones by column."""
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     order = np.lexsort((matrix.indices, -matrix.data, rows))
     rows, data = rows[order], matrix.data[order]

@@ -1,4 +1,4 @@
-"""What every model of the package can be asked for."""
+"""`Recommender`: the interface of every model."""
 
 from abc import ABC, abstractmethod
 
@@ -47,50 +47,50 @@ class Recommender(nn.Module, ABC):
 
     @abstractmethod
     def item_vectors(self) -> Tensor:
-        """(N, d) float32: the table to search."""
+        """(N, d) float32: the item vectors, the table to search."""
 
     def searchable(self) -> Tensor | ShardedItemTable:
-        """The same as `items` of `mips_topk`, wherever it lies."""
+        """The item vectors as `items` of `mips_topk`: a tensor, or a table sharded among ranks."""
         return self.item_vectors()
 
     @abstractmethod
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32: the queries, from histories of up to `history` items."""
+        """(B, d) float32: the users' vectors, the queries, from histories of up to `history` items."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar losses by name, from training windows of up to `history + 1` items."""
+        """Scalar losses by name, from training windows of up to `longest_window` items."""
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
-        """What training minimises, from what `losses` returned: their sum."""
+        """The scalar that training minimises, from the result of `losses`: their sum."""
         return sum(losses.values(), start=next(iter(losses.values())) * 0)
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """Second-stage scores of retrieved candidates.
 
         Args:
-            batch: histories, of any length; the model reads what it can.
+            batch: histories of any length; the model reads the newest items.
             users: (B, d) from `user_vectors`.
-            candidates: (B, C) int64, the indices that `mips_topk` returned; -1 scores `-inf`.
-            logits: (B, C) float32, the values that it returned.
+            candidates: (B, C) int64, indices from `mips_topk`; -1 scores `-inf`.
+            logits: (B, C) float32, values from `mips_topk`.
 
         Returns:
-            (B, C) float32. Here: the logits, the order of the retrieval.
+            (B, C) float32. Here: the logits, i.e. the order of the retrieval.
         """
         return logits
 
     def with_fallback(self, found: TopK, lengths: Tensor) -> tuple[TopK, Tensor]:
-        """Retrieved items with the lists of users without a history replaced by the most popular items.
+        """Retrieved items, with the most popular items for users with an empty history.
 
-        Only for a model that `needs_history`; the lists of other models stay.
+        Changes nothing for a model that does not `needs_history`.
 
         Args:
             found: (B, k) values and indices that `mips_topk` returned.
             lengths: (B,) int64, the length of each user's whole history.
 
         Returns:
-            The lists, and (B,) bool: which users got the most popular items. Their values are numbers of training
-            rows, equal ones ordered by item number; `-inf` and -1 where the corpus has fewer than k items.
+            The lists, and a (B,) bool mask of the users with the most popular items. Their values are numbers of
+            training rows; equal ones are ordered by item number; padded with `-inf` and -1.
         """
         empty = lengths == 0 if self.needs_history else torch.zeros_like(lengths, dtype=torch.bool)
         if self.popularity is None or not bool(empty.any()):
@@ -102,23 +102,23 @@ class Recommender(nn.Module, ABC):
         return TopK(popular.values.where(replaced, values), popular.indices.where(replaced, indices)), empty
 
     def rank_rows(self, table: ItemTable, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
-        """`rank` as it is served: items are the rows of the table that was searched, where the model can take them.
+        """`rank` for serving: with the rows of the searched table as item vectors, in a model that can use them.
 
         Args:
-            table: made of `item_vectors()`, perhaps with rows that were replaced since.
-            batch: as for `rank`, and so are `users`, `candidates` and `logits`.
-            users: (B, d).
-            candidates: (B, C) int64.
-            logits: (B, C) float32.
+            table: table of `item_vectors()`, in which rows may have been replaced.
+            batch: as for `rank`.
+            users: (B, d), as for `rank`.
+            candidates: (B, C) int64, as for `rank`.
+            logits: (B, C) float32, as for `rank`.
 
         Returns:
-            (B, C) float32. Here: what `rank` returns, which knows the model's own items alone.
+            (B, C) float32. Here: the result of `rank`, with the model's own item vectors.
         """
         return self.rank(batch, users, candidates, logits)
 
 
 def at_newest(outputs: Tensor, batch: Batch) -> Tensor:
-    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 of an empty one, which likes all alike."""
+    """The outputs (B, L, d) at the newest item of every history, (B, d); 0 for an empty history."""
     lengths = batch.lengths
     rows = torch.arange(len(lengths), device=lengths.device)
     return outputs[rows, (lengths - 1).clamp(min=0)].masked_fill((lengths == 0).unsqueeze(1), 0.0)

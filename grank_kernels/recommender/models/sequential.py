@@ -1,4 +1,4 @@
-"""SASRec and HSTU: the next item from a history, one pass for every moment of it."""
+"""SASRec and HSTU: next-item prediction at every position of a history in one pass."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ class SequentialConfig(Settings):
     """Settings of a `Sequential` model.
 
     Attributes:
-        backbone: "transformer" is SASRec (arXiv 1808.09781), "hstu" is HSTU (arXiv 2402.17152), "llama" a Llama block.
+        backbone: "transformer" is SASRec (arXiv 1808.09781), "hstu" is HSTU (arXiv 2402.17152); or "llama".
         dim: width of item and user vectors.
-        blocks: attention blocks.
-        heads: heads of each.
-        history: items that the model reads.
-        dropout: of inputs and outputs of blocks.
-        temperature: user and item vectors are normalised, and logits are their products over this.
-        softmax: over the "corpus", or a "batch" as a sample of it; see `EmbeddingModel`.
+        blocks: number of attention blocks.
+        heads: number of heads of each block.
+        history: number of newest items that the model reads.
+        dropout: dropout rate of the blocks' inputs and outputs.
+        temperature: logits are inner products of normalised user and item vectors over this.
+        softmax: "corpus" for all items, "batch" for a sample of them; see `EmbeddingModel`.
     """
 
     backbone: str = takes("transformer", choices=tuple(BLOCKS))
@@ -38,10 +38,10 @@ class SequentialConfig(Settings):
 
 
 class Sequential(EmbeddingModel):
-    """A causal backbone over item vectors whose output at each item is a query for the item after it.
+    """A causal backbone over item vectors whose output at each item is a query for the next item.
 
-    Trained on the softmax over the whole corpus where it is small enough, where the papers draw negatives, less the
-    items that the user has seen by then, which are never asked for.
+    The papers draw negatives; here the softmax runs over the whole corpus (or a sample of it), without the items that
+    the user has met before, which retrieval excludes too.
     """
 
     needs_history = True
@@ -61,11 +61,11 @@ class Sequential(EmbeddingModel):
         )
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, d) float32: the queries, from up to `history` items; of norm 1 / temperature, 0 for an empty history."""
+        """(B, d) float32 of norm 1 / temperature, 0 for an empty history; see `Recommender.user_vectors`."""
         return self._queries(at_newest(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of every item of the windows but the first, given those before it."""
+        """Cross-entropy of every item of the windows except the first, given the items before it."""
         asked = batch.valid[:, 1:]
         queries = self._queries(self._outputs(batch.items[:, :-1])[asked])
         loss, _ = self.retrieval_loss(queries, batch.items[:, 1:][asked], batch.items, asked)

@@ -1,10 +1,10 @@
-"""Item tables beyond one device's memory: every rank trains a part of the rows.
+"""Embedding tables larger than one device's memory: each rank trains a part of the rows.
 
-The rows are a `DTensor`, split among the ranks, so that AdamW, gradient clipping and checkpoints are PyTorch's own; the
-other weights are split by FSDP2. What PyTorch lacks is the look-up: its row-wise embedding (`RowwiseParallel`) makes a
-gradient of the whole table on every rank, and gathering the table, as FSDP2 would, makes the table itself. TorchRec has
-both, but is built for one version of PyTorch at a time and for NVIDIA's GPUs. So a look-up here asks the rows of the
-ranks that have them, by two all-to-alls, and its gradient goes back the same way.
+The table is a `DTensor` sharded by rows, so AdamW, gradient clipping and checkpoints are PyTorch's own; FSDP2 shards
+the other weights. PyTorch has no suitable lookup: its row-wise embedding (`RowwiseParallel`) makes a gradient of the
+whole table on every rank, and FSDP2 would gather the whole table. TorchRec has one, but each release needs one version
+of PyTorch and NVIDIA GPUs. So a lookup here fetches rows from the ranks that hold them by two all-to-alls, and its
+gradient takes the same way back.
 """
 
 import sys
@@ -29,10 +29,10 @@ def is_split(x: Tensor) -> "TypeGuard[DTensor]":
 
 
 def shard(model: "EmbeddingModel", mesh: "DeviceMesh") -> None:
-    """Splits a model's weights among the ranks of a one-dimensional mesh, all of which call this.
+    """Shard a model's weights among the ranks of a one-dimensional mesh; collective.
 
-    From then on its methods are collective: every rank calls them, with a batch of its own, in the same order. The
-    gradients are means over the ranks, as those of data-parallel training.
+    Afterwards the model's methods are collective: every rank calls them in the same order, each with its own batch.
+    Gradients are means over the ranks, as in data-parallel training.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -47,14 +47,14 @@ def shard(model: "EmbeddingModel", mesh: "DeviceMesh") -> None:
 
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows (..., d) of a table (N, d), which may be split among ranks, for ids (...) in [0, N); differentiable."""
+    """Rows (..., d) of a table (N, d), sharded or not, for ids (...) in [0, N); differentiable."""
     if not is_split(table):
         return F.embedding(ids, table)
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     group, rank = table.device_mesh.get_group(), table.device_mesh.get_local_rank()
     ranks = dist.get_world_size(group)
-    step = -(-table.shape[0] // ranks)  # rows of a rank; the last ranks have fewer
+    step = -(-table.shape[0] // ranks)  # rows of a rank; the last ranks may have fewer
     wanted, places = torch.unique(ids, return_inverse=True)
     asked = torch.bincount(wanted // step, minlength=ranks)
     answered = torch.empty_like(asked)

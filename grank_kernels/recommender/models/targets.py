@@ -1,4 +1,4 @@
-"""What training windows ask at their moments: which item is wanted, among which others, and which are known by then."""
+"""Targets and negatives of training windows, and the items seen before each position."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from grank_kernels.recommender.data.histories import Batch
 
 
 def later_targets(window: Batch, horizon: int) -> Tensor:
-    """For each item of a window but the last, one of the `horizon` items that follow it, at random.
+    """For each item of a window except the last, one of the next `horizon` items, at random.
 
     Args:
         window: (B, W).
-        horizon: 1 or more; 1 is the next item. Where fewer follow, one of those.
+        horizon: 1 or more; 1 is the next item. Near the end of a window it shrinks to the items left.
 
     Returns:
-        (B, W - 1) int64; -1 where nothing follows.
+        (B, W - 1) int64; -1 where no item follows.
     """
     moments = torch.arange(window.items.shape[1] - 1, device=window.items.device)
     left = (window.lengths.unsqueeze(1) - 1 - moments).clamp(1, horizon)
@@ -23,45 +23,42 @@ def later_targets(window: Batch, horizon: int) -> Tensor:
 
 
 def draw_moments(window: Batch, number: int) -> Tensor:
-    """Some moments of each window: (B, number) int64 columns, at random, behind each of which there is an item.
-
-    Windows have at least two items.
-    """
+    """Random positions of each window with a next item: (B, number) int64 columns. Windows have two items or more."""
     choice = torch.rand(len(window.items), number, device=window.items.device)
     return (choice * (window.lengths - 1).unsqueeze(1)).long()
 
 
 def draw_candidates(targets: Tensor, logits: Tensor, barred: Tensor, number: int) -> Tensor:
-    """Each target with negatives drawn from a softmax, without repetition.
+    """Each target with negatives drawn from a softmax without replacement (Gumbel top-k).
 
     Args:
         targets: (R,) int64.
-        logits: (R, N) float, whose softmax is drawn from.
-        barred: (R, S) int64, items that are not drawn; the target is not, either way.
-        number: of negatives.
+        logits: (R, N) float, logits of the softmax.
+        barred: (R, S) int64, items that are not drawn; nor is the target.
+        number: number of negatives.
 
     Returns:
-        (R, 1 + number) int64, the target first; -1 where the negatives run out.
+        (R, 1 + number) int64, the target first, padded with -1 where fewer items can be drawn.
     """
     left = logits.scatter(1, barred, float("-inf")).scatter_(1, targets.unsqueeze(1), float("-inf"))
-    noisy = left - torch.rand_like(left).log_().neg_().log_()  # Gumbel's noise makes of topk a draw
+    noisy = left - torch.rand_like(left).log_().neg_().log_()  # plus Gumbel noise
     drawn = noisy.topk(min(number, logits.shape[1]))
     negatives = drawn.indices.where(drawn.values > float("-inf"), -1)
     return F.pad(torch.cat([targets.unsqueeze(1), negatives], 1), (0, number - negatives.shape[1]), value=-1)
 
 
 def until(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
-    """The first `stops[i]` items of row i of (n, L), and `padding` behind them."""
+    """The first `stops[i]` items of row i of (n, L), padded with `padding`."""
     return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), padding)
 
 
 def seen_before(windows: Tensor, asked: Tensor, padding: int | Tensor) -> Tensor:
-    """What stands in a window before each item that is asked for.
+    """The items of a window before each target.
 
     Args:
         windows: (B, W).
-        asked: (B, W - 1) bool: whether `windows[:, 1:]` is asked for there; n times True.
-        padding: of the rows.
+        asked: (B, W - 1) bool: whether the item in `windows[:, 1:]` is a target; n entries are True.
+        padding: value after the last item.
 
     Returns:
         (n, W).

@@ -1,4 +1,4 @@
-"""Causality, and the side stream of candidates, for every family of blocks."""
+"""Every family of blocks: causality, and the path of the candidates."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ B, T, C, D = 3, 9, 5, 16
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     torch.manual_seed(0)
     model = Backbone(request.param, dim=D, blocks=3, heads=2, dropout=0.1, length=12).double().eval()
-    for parameter in model.parameters():  # positions and the like start too small to matter
+    for parameter in model.parameters():  # some start too small to matter
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -33,7 +33,7 @@ def test_rows_see_the_past_only(backbone: Backbone) -> None:
     z = backbone(changed)[0]
     assert torch.equal(z[:, :5], y[:, :5])
     assert (z[:, 5:] != y[:, 5:]).any(-1).all()
-    torch.testing.assert_close(backbone(x[:, :5])[0], y[:, :5])  # what is behind, padding included, changes nothing
+    torch.testing.assert_close(backbone(x[:, :5])[0], y[:, :5])  # later rows, padding included, change nothing
 
 
 def test_order_matters(backbone: Backbone) -> None:
@@ -44,11 +44,11 @@ def test_order_matters(backbone: Backbone) -> None:
 
 def test_history_does_not_notice_candidates(backbone: Backbone) -> None:
     x = rows(B, T)
-    alone, memories = backbone(x)
-    before = [part.clone() for memory in memories for part in memory]
-    backbone.join(rows(B, C), torch.randint(0, T + 1, (B, C)), memories)
+    alone, caches = backbone(x)
+    before = [part.clone() for cache in caches for part in cache]
+    backbone.join(rows(B, C), torch.randint(0, T + 1, (B, C)), caches)
     assert torch.equal(alone, backbone(x)[0])
-    assert all(torch.equal(a, part) for a, part in zip(before, (p for m in memories for p in m), strict=True))
+    assert all(torch.equal(a, part) for a, part in zip(before, (p for cache in caches for p in cache), strict=True))
 
 
 def test_a_candidate_is_what_it_would_be_as_the_next_row(backbone: Backbone) -> None:
@@ -66,9 +66,9 @@ def test_a_candidate_is_what_it_would_be_as_the_next_row(backbone: Backbone) -> 
 def test_permuting_candidates_permutes_outputs(backbone: Backbone) -> None:
     x, candidates, visible = rows(B, T), rows(B, C), torch.randint(0, T + 1, (B, C))
     order = torch.randperm(C)
-    memories = backbone(x)[1]
-    expected = backbone.join(candidates, visible, memories)[:, order]
-    torch.testing.assert_close(backbone.join(candidates[:, order], visible[:, order], memories), expected)
+    caches = backbone(x)[1]
+    expected = backbone.join(candidates, visible, caches)[:, order]
+    torch.testing.assert_close(backbone.join(candidates[:, order], visible[:, order], caches), expected)
 
 
 def test_softmax_attention_is_masked_full_attention() -> None:
@@ -82,8 +82,8 @@ def test_softmax_attention_is_masked_full_attention() -> None:
     both = torch.cat([x, candidates], 1)
     q, k, v = attention.qkv(both).view(B, T + C, 3, 2, -1).permute(2, 0, 3, 1, 4)
     full = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2).flatten(2)
-    y, memory = attention(x)
-    torch.testing.assert_close(torch.cat([y, attention.join(candidates, visible, memory)], 1), attention.out(full))
+    y, cache = attention(x)
+    torch.testing.assert_close(torch.cat([y, attention.join(candidates, visible, cache)], 1), attention.out(full))
 
 
 def test_hstu_by_its_equations() -> None:
@@ -113,7 +113,14 @@ def test_rotary_logits_depend_on_distance_alone() -> None:
     assert not torch.allclose(logits[:, 0, 0], logits[:, 1, 0])
 
 
-def test_settings_that_do_not_fit_are_refused() -> None:
-    for kind in BLOCKS:
-        with pytest.raises(ValueError, match=r"dim must be a multiple of heads.*got dim=9, heads=2"):
-            Backbone(kind, dim=9, blocks=1, heads=2, dropout=0.0, length=4)
+@pytest.mark.parametrize(
+    ("kind", "dim", "message"),
+    [
+        ("transformer", 9, "dim must be a multiple of heads, got dim=9, heads=2"),
+        ("hstu", 9, "dim must be a multiple of heads, got dim=9, heads=2"),
+        ("llama", 6, "dim must be a multiple of 2 [*] heads, for rotary positions, got dim=6, heads=2"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(kind: str, dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backbone(kind, dim=dim, blocks=1, heads=2, dropout=0.0, length=4)

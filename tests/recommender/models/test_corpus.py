@@ -88,5 +88,5 @@ def test_a_batch_of_every_item_learns_as_the_corpus_does() -> None:
 
 
 def test_a_sample_needs_the_shares() -> None:
-    with pytest.raises(RuntimeError, match="must observe the histories"):
+    with pytest.raises(RuntimeError, match="must observe its training histories"):
         model("batch").corpus(torch.tensor([1]))

@@ -83,16 +83,16 @@ def test_popularity() -> None:
 
 def test_bad_arguments_are_named() -> None:
     histories = Histories.from_lists([[0, 7]])
-    with pytest.raises(ValueError, match="histories hold items from 0 to 7; they take 0 to 6"):
+    with pytest.raises(ValueError, match="histories must hold items from 0 to 6, got 0 to 7"):
         ItemKNN.fit(histories, ITEMS)
     with pytest.raises(ValueError, match="neighbours must be 1 or more, got 0"):
         ItemKNN.fit(histories, 8, neighbours=0)
     with pytest.raises(ValueError, match="num_items must be 1 or more, got 0"):
         ItemKNN.fit(histories, 0)
     model = ItemKNN.fit(histories, 8)
-    with pytest.raises(ValueError, match="histories hold items from 0 to 8; they take 0 to 7"):
+    with pytest.raises(ValueError, match="histories must hold items from 0 to 7, got 0 to 8"):
         model.recommend(Histories.from_lists([[8, 0]]), 1)
     with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
         model.recommend(histories, 0)
-    with pytest.raises(ValueError, match="histories hold items from 0 to 7; they take 0 to 6"):
+    with pytest.raises(ValueError, match="histories must hold items from 0 to 6, got 0 to 7"):
         Popularity.fit(histories, 7)

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from grank_kernels.recommender.data import Batch, Histories
 from grank_kernels.recommender.models import Sequential, SequentialConfig, UniGRF, UniGRFConfig
-from grank_kernels.recommender.models.blocks import Memory
+from grank_kernels.recommender.models.blocks import KVCache
 from grank_kernels.recommender.models.unigrf import _Weighter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,12 +95,12 @@ def test_the_enhancer_by_hand() -> None:
     unigrf = model("llama", favourite=0.9, favourite_weight=0.25, **settings)
     batch = Histories.from_lists([[0, 1]]).pad()
     vectors = unigrf.item_vectors()
-    outputs, memories = unigrf._read(batch)
+    outputs, caches = unigrf._read(batch)
     queries = unigrf._queries(outputs[:, 1:-1:2])
     logits = vectors @ queries[0, 0]
     disliked, loved = logits.index_fill(0, torch.tensor([0, 1]), -torch.inf).topk(2).indices.tolist()
 
-    def judged(candidates: torch.Tensor, visible: torch.Tensor, memories: list[Memory]) -> torch.Tensor:
+    def judged(candidates: torch.Tensor, visible: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
         assert (visible == 2).all()  # behind the first item and its feedback
         return torch.where(candidates == loved, 5.0, -5.0)
 
@@ -108,7 +108,7 @@ def test_the_enhancer_by_hand() -> None:
     mass = logits[1:].exp()  # the first has been seen
     mass[disliked - 1] *= 3
     expected = mass.sum().log() - 0.75 * logits[1] - 0.25 * logits[loved]
-    torch.testing.assert_close(unigrf._enhanced(batch, queries, unigrf.corpus(batch.items), memories), expected)
+    torch.testing.assert_close(unigrf._enhanced(batch, queries, unigrf.corpus(batch.items), caches), expected)
 
 
 @pytest.mark.parametrize("length", [N - 1, N])
