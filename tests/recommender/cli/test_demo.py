@@ -42,10 +42,16 @@ def test_demo_end_to_end(
     assert "Epoch 19: 100%" in out  # the progress bar
     assert err == ""
 
-    scores = [line for line in out.splitlines() if re.search(r"^  (popularity|stage|recommended)", line)]
-    assert main(arguments) == 0
-    again = capsys.readouterr().out.splitlines()
-    assert [line for line in again if re.search(r"^  (popularity|stage|recommended)", line)] == scores
+
+@pytest.mark.slow
+def test_the_demo_repeats_its_figures(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for _ in range(2):
+        assert main(["--data", str(data), "--epochs", "3", "--k1", "60", "--table", "3000", "--seed", "1"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        lines.append([line for line in out if re.search(r"^  (popularity|stage|recommended)", line)])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 6
 
 
 def test_demo_without_data_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from launches import environment
 from oracle import run_python
 from pyarrow import dataset
@@ -19,6 +20,7 @@ from test_experiment import write_circle
 from test_retriever import IDS, MODELS_SERVED, N, build, experiment_of, retriever_of
 from typer.testing import CliRunner
 
+from grank_kernels.distributed.ranks import Ranks, leave
 from grank_kernels.recommender.cli.commands import app
 from grank_kernels.recommender.data.histories import Histories
 from grank_kernels.recommender.data.interactions import Interactions
@@ -318,6 +320,21 @@ def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=300)
 
 
+def test_a_group_of_one_process_writes_the_same_bytes(exported: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """The collective steps, without the start of processes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        retriever = Retriever.load(exported, mmap=True)
+        assert retriever.experiment is not None
+        everybody = Users.of(retriever.experiment.data.read(), retriever.catalogue, 4.0)
+        request = Request(k1=20, k2=5, users_per_part=8, batch=3)
+        retrieve_all(retriever, everybody, tmp_path, request, ranks=Ranks())
+    finally:
+        leave()
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(exported: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """Also where one process had begun; the second part of one of them is then none."""
     for name in (MANIFEST, "part-000001.parquet"):
