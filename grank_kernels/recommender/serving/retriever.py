@@ -330,11 +330,7 @@ class Retriever:
         _check_export(folder)
         experiment = Experiment.load(folder / EXPERIMENT)
         catalogue = Catalogue.load(folder / _ITEMS)
-        model = experiment.build(len(catalogue))
-        try:
-            model.load_state_dict(_tensors(folder / _WEIGHTS))
-        except RuntimeError as error:
-            raise ValueError(f"{folder / _WEIGHTS}: {error}") from None
+        model = _model(experiment, len(catalogue), folder / _WEIGHTS)
         table = ItemTable.load(folder / _TABLE, mmap=mmap)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
@@ -391,8 +387,32 @@ def _check_export(folder: Path) -> None:
         raise FileNotFoundError(f"folder must be one that Retriever.save or `grank export` wrote, got {got}{hint}")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _model(experiment: Experiment, num_items: int, path: Path) -> Recommender:
+    """The model of an experiment with the weights of a file.
+
+    It is built on the meta device and takes the file's tensors: settings in a file cannot make it allocate more.
+    """
     try:
-        return load_file(path)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file, got {error}") from None
+    settings = path.with_name(EXPERIMENT)
+    if getattr(experiment.settings, "blocks", 0) > len(weights):
+        raise ValueError(f"{settings}: settings.blocks must be at most the {len(weights)} tensors in {path.name}")
+    try:
+        with torch.device("meta"):
+            model = experiment.build(num_items)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{settings}: no model can have these settings: {error}") from None
+    for name, wanted in model.state_dict().items():
+        if name in weights and weights[name].dtype != wanted.dtype:
+            raise ValueError(f"{path}: {name} must be {wanted.dtype}, got {weights[name].dtype}")
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        first, *others = str(error).splitlines()[1:]  # after a line that says no more
+        more = f" (and {len(others)} more)" if others else ""
+        raise ValueError(
+            f"{path} must hold the weights of the model of {EXPERIMENT}, got {first.strip()}{more}"
+        ) from None
+    return model
