@@ -7,7 +7,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm  # the usual bar; Lightning's subclass of it writes to standard output
 
-_FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+_FORMAT = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress(Callback):

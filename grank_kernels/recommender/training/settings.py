@@ -39,8 +39,8 @@ class TrainingConfig(Settings):
     targets: int = takes(200, least=1)
     context: int = takes(0, least=0)
     batch_items: int = takes(4096, least=1)
-    learning_rate: float = takes(2e-3, above=0)
-    weight_decay: float = takes(0.01, least=0)
+    learning_rate: float = takes(2e-3, above=0, most=1e30)  # within float32, with which the optimizer multiplies
+    weight_decay: float = takes(0.01, least=0, most=1e6)
     clip: float = takes(10.0, above=0)
     precision: str = takes("32-true", choices=("32-true", "bf16-mixed", "16-mixed"))
     matmul: str = takes("highest", choices=("highest", "high", "medium"))

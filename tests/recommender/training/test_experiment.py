@@ -1,43 +1,15 @@
-"""Experiments: what YAML may say, and a whole run from a file of arrays to a report."""
+"""Experiments: YAML files and overrides, and the errors of what does not fit."""
 
-import json
 from pathlib import Path
+from random import Random
 
-import numpy as np
 import pytest
 
 from grank_kernels.recommender.models import GRankConfig
-from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.run import evaluate, run
-from grank_kernels.recommender.training.run_folder import load_model
 from grank_kernels.recommender.training.settings import TrainingConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def write_circle(path: Path, users: int = 30, items: int = 40, length: int = 16) -> Path:
-    """Users who take the items in turns, each from a start of their own, and like every third."""
-    who = np.arange(users).repeat(length)
-    what = (7 * who + np.tile(np.arange(length), users)) % items
-    np.savez(path, user=who + 100, item=what + 1, timestamp=np.arange(len(who)), rating=np.where(what % 3, 2.0, 5.0))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    data = write_circle(tmp_path / "circle.npz")
-    path = tmp_path / "grank.yaml"
-    path.write_text(
-        f"""
-model: grank
-settings: {{dim: 16, short_history: 8, long_history: 12, hidden: 16, negatives: 8}}
-data: {{name: arrays, path: {data}}}
-training: {{epochs: 2, targets: 8, context: 4, batch_items: 256, learning_rate: 0.01}}
-k1: [20]
-"""
-    )
-    return path
+PATHS = ["20241129_0101", "007", "1e3", "0x10", "1:30", "yes", "${oc.env:HOME}"]
 
 
 def test_yaml_and_overrides(config: Path) -> None:
@@ -95,6 +67,8 @@ def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Pa
         ("settings.temperature=0", r"settings\.temperature must be above 0, got 0\.0"),
         ("settings.backbone=gru", r"settings\.backbone must be one of transformer, llama, hstu, got 'gru'"),
         ("settings.softmax=sampled", r"settings\.softmax must be one of corpus, batch, got 'sampled'"),
+        ("training.learning_rate=1e38", r"training\.learning_rate must be above 0 and at most 1e\+30, got 1e\+38"),
+        ("training.weight_decay=1e38", r"training\.weight_decay must be 0 or more and at most 1000000\.0, got 1e\+38"),
         ("training.epochs=-1", r"training\.epochs must be 1 or more, got -1"),  # the trainer's word for endless
         ("training.validate_every=3", r"training\.validate_every must be at most epochs, got 3 of 2"),
         ("training.monitor=hr@7", r"training\.monitor must be one of hr@10, .*, ranked_mrr, got 'hr@7'"),
@@ -133,22 +107,65 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         Experiment.load(tmp_path / "nothing.yaml")
 
 
-def test_a_whole_run(config: Path, tmp_path: Path) -> None:
-    experiment, folder = Experiment.load(config), tmp_path / "run"
-    report = run(experiment, folder, progress=False)
-    assert json.loads((folder / "report.json").read_text()) == report
-    assert set(report) >= {"users", "retrieved", "ranked_20", "auc", "seconds", "threads", "machine"}
-    assert Experiment.load(folder / "experiment.yaml") == experiment
-    split = experiment.data.split(experiment.data.read())
-    model = load_model(folder, split.num_items)
-    found = recommend(model, split.test, 20)
-    assert found.ranked is not None
-    assert metrics(found.ranked, split.test.targets, (10,))["hr@10"] == report["ranked_20"]["hr@10"]
-    assert evaluate(experiment, model, split)["retrieved"] == report["retrieved"]
+@pytest.mark.parametrize(
+    "path", ["20241129_0101", "007", "1e3", "0x10", "1:30", "yes", "null", "${oc.env:HOME}", "a #1", "[x]"]
+)
+def test_a_path_is_taken_as_it_is(path: str, config: Path, tmp_path: Path) -> None:
+    experiment = Experiment.load(config, [f"data.path={path}"])
+    assert experiment.data.path == path
+    experiment.save(tmp_path / "saved.yaml")
+    assert Experiment.load(tmp_path / "saved.yaml") == experiment
 
-    # The same again finds everything done; another experiment is refused, and the folder is as it was.
-    again = run(experiment, folder, progress=False)
-    assert again["retrieved"] == report["retrieved"]
-    with pytest.raises(ValueError, match=r"run with another one: training.epochs is 2 there, 3 here"):
-        run(Experiment.load(config, ["training.epochs=3"]), folder, progress=False)
-    assert Experiment.load(folder / "experiment.yaml") == experiment
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_in_a_file_needs_no_quotes(path: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"model: grank\ndata:\n  name: arrays\n  path: {path}\n")
+    assert Experiment.load(tmp_path / "x.yaml").data.path == path
+
+
+def test_numbers_are_read_as_they_are_written_in_yaml_and_elsewhere(config: Path) -> None:
+    for text, value in (("1e-3", 1e-3), ("0.001", 1e-3), ("1", 1.0), ("2.5E-2", 0.025)):
+        assert Experiment.load(config, [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+def read_or_refused(path: Path) -> Experiment | None:
+    try:
+        return Experiment.load(path)
+    except ValueError as error:
+        if str(path) not in str(error):
+            raise
+        return None
+
+
+@pytest.mark.slow
+def test_damaged_experiment_files_are_refused_or_read_as_settings(config: Path, tmp_path: Path) -> None:
+    """A fuzz target: no other error, no hang, whatever the bytes."""
+    Experiment.load(config).save(tmp_path / "whole.yaml")
+    whole, path, random = (tmp_path / "whole.yaml").read_bytes(), tmp_path / "fuzzed.yaml", Random(1)
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(whole)
+        for _ in range(random.choice([1, 1, 2, 8])):
+            at = random.randrange(len(data))
+            action = random.randrange(4)
+            if action == 0:
+                data[at] = random.randrange(256)
+            elif action == 1:
+                del data[at : at + random.randrange(40)]
+            elif action == 2:
+                data[at:at] = random.choice(
+                    [b"{", b"[", b"&a ", b"*a", b"!!python/name:os.system ", b"\0", b": ", b"? ", b"<<: "]
+                )
+            else:
+                other = random.randrange(len(data))
+                data[at:at] = data[other : other + 30]
+            if not data:
+                break
+        path.write_bytes(data)
+        loaded = read_or_refused(path)
+        if loaded is None:
+            refused += 1
+        else:
+            loaded.save(tmp_path / "again.yaml")
+            assert Experiment.load(tmp_path / "again.yaml") == loaded
+    assert 0 < refused < 3000
