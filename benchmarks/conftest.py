@@ -36,7 +36,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Limits of the machine, measured by the same process as the contenders."""
+    """Limits of the machine, measured by the same process as the methods."""
     output_json["limits"] = limits.measured()
 
 

@@ -1,6 +1,6 @@
 """How every benchmark is timed, and what is written of a case.
 
-Contenders take turns: within a case each is timed `TURNS` times in a few rounds, one contender after the other, so that
+Methods take turns: within a case each is timed `TURNS` times in a few rounds, one method after the other, so that
 whatever else the machine does falls on all of them. A report puts the rounds of a case's turns together.
 """
 
@@ -57,7 +57,7 @@ def measure(
         device: `cpu` or `cuda`.
         nbytes: that the call must move at least.
         operations: multiplications and additions.
-        facts: `op`, `contender`, `case`, `dtype` and whatever else tells the case.
+        facts: `op`, `method`, `case`, `dtype` and whatever else tells the case.
     """
     run = limits.finished(run, device)
     start = time.perf_counter()
@@ -78,6 +78,6 @@ def measure(
     }
     shown = "".join(f", {name} {facts[name]:.4g}" for name in ("recall", "error") if name in facts)
     print(
-        f"{facts['op']} {facts['case']} {facts['contender']}: {median * 1e3:.3g} ms measured, {nbytes / MB:.1f} MB at "
+        f"{facts['op']} {facts['case']} {facts['method']}: {median * 1e3:.3g} ms measured, {nbytes / MB:.1f} MB at "
         f"{nbytes / median / 1e9:.1f} GB/s, {operations / median / 1e9:.0f} Gop/s{shown}"
     )

@@ -1,16 +1,18 @@
-"""The pictures of a benchmark run. The same run gives the same files, byte for byte."""
+"""Pictures of a benchmark run, as PNG. The same run and the same matplotlib give the same bytes."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from PIL import Image
 
 from benchmarks.runs import ROW_GROUPS, Case, Run, middle, ours
 
-mpl.use("svg")
-mpl.rcParams |= {"svg.hashsalt": "grank", "font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none"}
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of where to draw
+mpl.use("agg")
+mpl.rcParams |= {"font.size": 9, "font.family": "DejaVu Sans", "savefig.dpi": 110}
+from matplotlib import pyplot as plt  # noqa: E402 - the renderer must be chosen first
 
 COLOURS = {"ours": "#1f5fa8", "peer": "#b8bec6"}
 BLUES = ("#0b3c78", "#1f77c4", "#2ca8c2", "#7a5fd0", "#5f8fd8")
@@ -20,17 +22,20 @@ Styles = dict[str, dict[str, Any]]
 
 
 def save(figure: Any, path: Path) -> None:
+    """Writes a PNG of at most 256 colours: a third of the bytes of full colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", facecolor="white")
     plt.close(figure)
-    # matplotlib leaves blanks at line ends
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+    with Image.open(drawn) as picture:
+        reduced = picture.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    reduced.save(path, optimize=True)
 
 
 def bars(path: Path, run: Run, cases: list[Case], names: list[str], batches: list[int]) -> None:
-    """Times of the searches of one table, k = 100: one panel a batch size, one bar a contender."""
+    """Times of the searches of one table, k = 100: one panel per batch size, one bar per method."""
     figure, panels = plt.subplots(1, len(batches), figsize=(10, 0.3 * len(names) + 1.2), sharey=True)
-    found = {(case["contender"], case["B"]): case["median"] * 1e3 for case in cases if case["k"] == 100}
+    found = {(case["method"], case["B"]): case["median"] * 1e3 for case in cases if case["k"] == 100}
     for panel, B in zip(panels, batches, strict=True):
         times = [found.get((name, B), 0) for name in names]
         colours = [COLOURS["ours" if name.startswith("mips_topk") else "peer"] for name in names]
@@ -55,16 +60,16 @@ def where(run: Run, case: Case) -> str:
 
 
 def roofline(path: Path, run: Run) -> None:
-    """Operations a second over operations a byte: every contender and op, under what the machine can do."""
+    """Operations a second over operations a byte of every method and op, with the limits of the machine."""
     cases = [case for case in run.of("mips_topk") if (case["N"], case["d"]) == middle(run.of("mips_topk"))]
     cases = [case for case in cases if case["k"] == 100] + run.of("score_candidates", "candidate_cross_attention")
-    cases = [case for case in cases if "compiled" not in case["contender"] and case["device"] == "cpu"]
+    cases = [case for case in cases if "compiled" not in case["method"] and case["device"] == "cpu"]
     names, read, multiply = styles(cases), *(run.limits["cpu"][kind] for kind in ("read GB/s", "matmul Gop/s"))
     figure, panels = plt.subplots(1, len(ROW_GROUPS), figsize=(11, 4.6), sharey=True, layout="constrained")
     for panel, (group, dtypes) in zip(panels, ROW_GROUPS.items(), strict=True):
         some = [case for case in cases if case["dtype"] in dtypes]
         _roofs(panel, read, {t: multiply[t] for t in multiply if t in ("float32", *dtypes)})
-        for name, points in _by_contender(some).items():
+        for name, points in _by_method(some).items():
             x = [case["operations"] / case["bytes"] for case in points]
             y = [case["operations"] / case["median"] / 1e9 for case in points]
             line = "-" if points[0]["op"] == "mips_topk" else ""
@@ -77,11 +82,11 @@ def roofline(path: Path, run: Run) -> None:
 
 
 def _roofs(panel: Any, read: dict[str, float], multiply: dict[str, float]) -> None:
-    """Slopes: bytes a second, from memory and from caches. Levels: what torch's matrix product reaches."""
+    """Slopes: read bandwidth of memory and of the fastest cache. Levels: rates of torch's matrix product."""
     panel.set(xscale="log", yscale="log", xlim=(0.3, 3000), ylim=(0.5, 10_000))
     for name in (min(read, key=read.__getitem__), max(read, key=read.__getitem__)):
         panel.plot([0.3, 3000], [0.3 * read[name], 3000 * read[name]], color="#9aa3ad", linewidth=0.8)
-        edge = 9000 / read[name]  # where the slope leaves the panel
+        edge = 9000 / read[name]  # x where the slope reaches the top of the panel
         text = f"read {name}: {read[name]:.0f} GB/s "
         panel.text(edge, 9000, text, fontsize=6, rotation=90, ha="right", va="top", color="#606870")
     for name, rate in multiply.items():
@@ -90,7 +95,7 @@ def _roofs(panel: Any, read: dict[str, float], multiply: dict[str, float]) -> No
 
 
 def recall_curves(path: Path, run: Run) -> None:
-    """Queries a second over recall: a row of panels a set of vectors, a column a batch size."""
+    """Queries a second over recall: one row of panels per set of vectors, one column per batch size."""
     cases = run.of("recall")
     sets, batches = (list(dict.fromkeys(case[name] for case in cases)) for name in ("vectors", "B"))
     names = styles(cases)
@@ -100,7 +105,7 @@ def recall_curves(path: Path, run: Run) -> None:
     for row, vectors in zip(panels, sets, strict=True):
         for panel, B in zip(row, batches, strict=True):
             some = [case for case in cases if case["vectors"] == vectors and case["B"] == B]
-            for name, points in _by_contender(some).items():
+            for name, points in _by_method(some).items():
                 x, y = [case["recall"] for case in points], [case["queries"] / case["median"] for case in points]
                 panel.plot(x, y, linestyle="-", linewidth=1, label=name, **names[name])
             panel.set(yscale="log", xlim=(min(0.5, *(c["recall"] for c in some)) - 0.02, 1.02))
@@ -112,7 +117,7 @@ def recall_curves(path: Path, run: Run) -> None:
 
 
 def axes(path: Path, run: Run) -> None:
-    """Time of a search over N, d, B and k, one at a time, the others as in the middle."""
+    """Time of a search over each of N, d, B and k, the other three fixed."""
     cases = [case for case in run.of("mips_topk") if case["device"] == "cpu"]
     N, d = middle(cases)
     fixed = {"N": N, "d": d, "B": 16, "k": 100}
@@ -121,7 +126,7 @@ def axes(path: Path, run: Run) -> None:
     for panel, axis in zip(panels, fixed, strict=True):
         others = {name: value for name, value in fixed.items() if name != axis}
         some = [case for case in cases if all(case[name] == value for name, value in others.items())]
-        for name, points in _by_contender(some).items():
+        for name, points in _by_method(some).items():
             points.sort(key=lambda case: case[axis])
             x, y = [case[axis] for case in points], [case["median"] * 1e3 for case in points]
             if len(x) > 1:
@@ -135,17 +140,17 @@ def axes(path: Path, run: Run) -> None:
     save(figure, path)
 
 
-def _by_contender(cases: list[Case]) -> dict[str, list[Case]]:
+def _by_method(cases: list[Case]) -> dict[str, list[Case]]:
     found: dict[str, list[Case]] = {}
     for case in cases:
-        found.setdefault(case["contender"], []).append(case)
+        found.setdefault(case["method"], []).append(case)
     return found
 
 
 def styles(cases: Iterable[Case]) -> Styles:
-    """Colour and mark of every contender, in the order of the run: blues are ours."""
-    names = list(dict.fromkeys(case["contender"] for case in cases))
-    mine = [name for name in names if ours({"contender": name})]
+    """Colour and mark of every method, in the order of the run; ours are blue."""
+    names = list(dict.fromkeys(case["method"] for case in cases))
+    mine = [name for name in names if ours({"method": name})]
     found = {}
     for group, colours in ((mine, BLUES), ([name for name in names if name not in mine], WARM)):
         for i, name in enumerate(group):
@@ -154,7 +159,7 @@ def styles(cases: Iterable[Case]) -> Styles:
 
 
 def _finish(figure: Any, panels: Iterable[Any], title: str) -> None:
-    """Grids, a title, and one legend below all panels."""
+    """Adds grids, a title, and one legend below all panels."""
     handles: dict[str, Any] = {}
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)

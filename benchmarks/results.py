@@ -1,7 +1,7 @@
 """The figures of docs/results.md: trains every row, several seeds of the headline rows, and writes the tables.
 
 python -m benchmarks.results train --data ml-1m=DIR [--only unigrf] [--seeds 0 1 2] [--runs build/runs]
-python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] [--svg docs/results.svg]
+python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] [--picture docs/results.png]
 
 `train` goes on where it was stopped and skips what is done; rows land one by one. One thread each: start it twice, with
 different rows, on two cores. `write` adds the reports of the runs to docs/results.json, where those of earlier runs
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.report import markdown_table, write_readme
+from benchmarks.report import markdown_table, write_section
 from benchmarks.runs import few_digits
 from grank_kernels.recommender.data import read
 from grank_kernels.recommender.models.neighbours import ItemKNN, Popularity
@@ -236,13 +236,13 @@ def draw(path: Path, reports: Reports) -> None:
 def write(page: Path, reports: Reports) -> None:
     for table, rows in TABLES.items():
         if table.endswith("leave-one-out"):
-            write_readme(page, table, leave_one_out_table(reports, rows))
+            write_section(page, table, leave_one_out_table(reports, rows))
         else:
             for first in ("retrieved", "ranked_100", "ranked_200", "ranked_500"):
-                write_readme(page, f"{table} {first}", half_and_half_table(reports, rows, first))
+                write_section(page, f"{table} {first}", half_and_half_table(reports, rows, first))
     for name in SYSTEMS:
         if name in reports:
-            write_readme(page, name, systems_table(reports[name]))
+            write_section(page, name, systems_table(reports[name]))
 
 
 def main() -> None:
@@ -258,7 +258,7 @@ def main() -> None:
         else:
             command.add_argument("--record", type=Path, default=Path("docs/results.json"))
             command.add_argument("--page", type=Path, default=Path("docs/results.md"))
-            command.add_argument("--svg", type=Path)
+            command.add_argument("--picture", type=Path)
     options = parser.parse_args()
     if options.command == "train":
         train(options.runs, dict(entry.split("=", 1) for entry in options.data), options.only, options.seeds)
@@ -266,8 +266,8 @@ def main() -> None:
         reports = known(options.record, options.runs)
         save(options.record, reports)
         write(options.page, reports)
-        if options.svg is not None:
-            draw(options.svg, reports)
+        if options.picture is not None:
+            draw(options.picture, reports)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def read(path: Path) -> Run:
 
 
 def together(benchmarks: list[dict[str, Any]]) -> list[Case]:
-    """The turns of a contender at a case as one case, with the statistics of all their rounds."""
+    """The turns of a method at a case as one case, with the statistics of all their rounds."""
     found: dict[tuple[Any, ...], tuple[Case, list[float]]] = {}
     for each in benchmarks:
         case = each["extra_info"]
-        if "contender" in case:
-            key = tuple(case.get(name) for name in ("op", "case", "contender", "setting"))
+        if "method" in case:
+            key = tuple(case.get(name) for name in ("op", "case", "method", "setting"))
             found.setdefault(key, (case, []))[1].extend(each["stats"]["data"])
     return [case | statistics(times) for case, times in found.values()]
 
@@ -63,7 +63,7 @@ def few_digits(value: Any, digits: int = 4) -> str:
 
 
 def ours(case: Case) -> bool:
-    return case["contender"].startswith(OPS)
+    return case["method"].startswith(OPS)
 
 
 def middle(cases: list[Case]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Starts, for every number of ranks, so many processes with a thread each over gloo, and measures a whole search and its
 parts: the search of a shard, the exchange alone (the same messages), the merge alone; and the search of the whole table
 by one process with as many threads as all ranks have, while the others wait. Every result is compared with that of the
-one table, and the bytes exchanged with those of the model on paper. Medians; contenders take turns, each with caches
+one table, and the bytes exchanged with those of the model on paper. Medians; methods take turns, each with caches
 that hold other memory than the rows.
 
 What the model predicts stands beside: the search of one process divided among the cores there are, and exchange and
@@ -66,7 +66,7 @@ def rank_main(options: argparse.Namespace) -> None:
                 torch.set_num_threads(1)
                 return top
 
-            contenders: dict[str, Callable[[], object]] = {
+            methods: dict[str, Callable[[], object]] = {
                 "search": lambda queries=queries, k=k: gk.mips_topk(queries, sharded, k),
                 "shard": lambda queries=queries, k=k: gk.mips_topk(queries, local, k),
                 "exchange": exchange,
@@ -82,9 +82,9 @@ def rank_main(options: argparse.Namespace) -> None:
                 torch.equal(top.values, want.values) and torch.equal(top.indices, want.indices)
             ):
                 raise AssertionError("the result is not that of one table")
-            times: dict[str, list[float]] = {name: [] for name in contenders}
+            times: dict[str, list[float]] = {name: [] for name in methods}
             for _ in range(options.rounds):
-                for name, run in contenders.items():
+                for name, run in methods.items():
                     other += 1
                     dist.barrier()
                     times[name].append(seconds(run))

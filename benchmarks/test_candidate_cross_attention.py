@@ -83,7 +83,7 @@ def compiled(attend: Attend) -> Attend:
     return lambda *inputs: once()(*inputs)
 
 
-def contenders() -> dict[str, tuple[torch.dtype, Attend]]:
+def methods() -> dict[str, tuple[torch.dtype, Attend]]:
     found: dict[str, tuple[torch.dtype, Attend]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         attends: dict[str, Attend] = {"candidate_cross_attention": ours}
@@ -98,7 +98,7 @@ def contenders() -> dict[str, tuple[torch.dtype, Attend]]:
     return found
 
 
-CONTENDERS = contenders()
+METHODS = methods()
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def problems() -> Callable[[Shape, torch.dtype], Problem]:
         for shape in SHAPES
         for gradient in ("", "gradient")
         for turn in TURNS
-        for name in CONTENDERS
+        for name in METHODS
     ],
 )
 def test_candidate_cross_attention(
@@ -125,7 +125,7 @@ def test_candidate_cross_attention(
     turn: int,
     name: str,
 ) -> None:
-    dtype, attend = CONTENDERS[name]
+    dtype, attend = METHODS[name]
     problem = problems(shape, dtype)
     B, C, L, H, D = shape
 
@@ -149,7 +149,7 @@ def test_candidate_cross_attention(
         benchmark,
         run,
         op="candidate_cross_attention",
-        contender=name,
+        method=name,
         case=f"{shape} {'forward and backward' if gradient else 'forward'}",
         dtype=str(dtype).removeprefix("torch."),
         device=DEVICE,

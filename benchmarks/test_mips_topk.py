@@ -1,7 +1,7 @@
 """`mips_topk` beside what else finds the k largest inner products: same table, same queries, same threads, one run.
 
 Around a case in the middle, N x d rows, 16 queries and k = 100, one of N, d, B and k is varied at a time. Where torch
-sees a GPU, B and k are varied there too, on a larger table. Every contender's answer is checked against torch's float32
+sees a GPU, B and k are varied there too, on a larger table. Every method's answer is checked against torch's float32
 scores before it is timed. One that is exact for float32 rows must return the true scores; for the others the share of
 the true k is reported as recall.
 """
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import limits
-from benchmarks.contenders import CONTENDERS, Search
+from benchmarks.methods import METHODS, Search
 from benchmarks.measure import TURNS, Latest, available_bytes, measure
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def cases(device: str, N: int, d: int) -> list[tuple[Case, bool]]:
-    """Every case, those over the same rows side by side, and whether only the contenders of the axes take part."""
+    """Every case, those over the same rows side by side, and whether only the methods of the axes take part."""
     middle = [Case(device, N, d, B) for B in BATCHES[device]] + [Case(device, N, d, k=k) for k in KS if k != 100]
     axes = [Case(device, n, d) for n in (N // 100, N // 10, 10 * N)] + [Case(device, N, w) for w in (d // 4, 4 * d)]
     return [(case, False) for case in middle] + [(case, True) for case in axes if device == "cpu"]
@@ -57,14 +57,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(case, name, turn, id=f"{case.id()}-{name}-{turn}")
             for case, axis in found
             for turn in TURNS
-            for name, contender in CONTENDERS[case.device].items()
-            if contender.max_batch >= case.B and (contender.axes or not axis)
+            for name, method in METHODS[case.device].items()
+            if method.max_batch >= case.B and (method.axes or not axis)
         ],
     )
 
 
 class Problem:
-    """One table, its queries, the true answer, and every contender's search over it, built at first use."""
+    """One table, its queries, the true answer, and every method's search over it, built at first use."""
 
     def __init__(self, device: str, N: int, d: int):
         if device == "cpu" and 8 * N * d > available_bytes():
@@ -84,7 +84,7 @@ class Problem:
     def _search(self, name: str) -> Search:
         if self.device == "cpu" and 4 * self.N * self.d > available_bytes():
             pytest.skip(f"{name} over {self.N} x {self.d} rows needs more memory than there is")
-        return CONTENDERS[self.device][name].build(self.items)
+        return METHODS[self.device][name].build(self.items)
 
     def _recall(self, name: str, B: int, k: int) -> float:
         """By score: a tie with the k-th is no miss. What is exact for float32 rows must return the true scores."""
@@ -93,7 +93,7 @@ class Problem:
         assert all(len(row.unique()) == k for row in indices), "an index stands twice in one answer"
         true = self.true_scores(B, k)
         scores = torch.einsum("bkd,bd->bk", self.items[indices], self.queries[:B]).sort(1, descending=True).values
-        if CONTENDERS[self.device][name].dtype == torch.float32:
+        if METHODS[self.device][name].dtype == torch.float32:
             torch.testing.assert_close(scores, true, rtol=0, atol=TOLERANCE)
         recall = (scores >= true[:, -1:] - TOLERANCE).float().mean().item()
         assert recall > 0.9
@@ -102,7 +102,7 @@ class Problem:
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[str, int, int], Problem]:
-    """One at a time, with its contenders' copies."""
+    """One at a time, with its methods' copies."""
     return Latest(Problem)
 
 
@@ -117,19 +117,19 @@ def test_mips_topk(
     device, N, d, B, k = case
     if k > N:
         pytest.skip(f"k is {k}, the table has {N} rows")
-    problem, contender = problems(device, N, d), CONTENDERS[device][name]
+    problem, method = problems(device, N, d), METHODS[device][name]
     try:
         recall = problem.recall(name, B, k)
     except torch.OutOfMemoryError as error:  # a (B, N) score matrix, for those who make one
         pytest.skip(f"{name} needs more memory than the GPU has: {error}")
-    nbytes = N * d * contender.bytes_a_number
+    nbytes = N * d * method.bytes_a_number
     measure(
         benchmark,
         partial(problem.search(name), problem.queries[:B], k),
         op="mips_topk",
-        contender=name,
+        method=name,
         case=str(case),
-        dtype=str(contender.dtype).removeprefix("torch."),
+        dtype=str(method.dtype).removeprefix("torch."),
         device=device,
         nbytes=nbytes,
         operations=2 * B * N * d,

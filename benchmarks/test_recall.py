@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks.contenders import CONTENDERS, THREADS, Search, peer, scann_builder, scann_search
+from benchmarks.methods import METHODS, THREADS, Search, peer, scann_builder, scann_search
 from benchmarks.indexes import FaissIVFPQ
 from benchmarks.measure import TURNS, Latest, measure
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
@@ -65,7 +65,7 @@ def scann_tree(items: torch.Tensor) -> Tunable:
     return lambda visited: partial(scann_search, searcher, leaves_to_search=min(visited, leaves))
 
 
-EXACT = {name: each for name, each in CONTENDERS["cpu"].items() if "compiled" not in name and "SQ" not in name}
+EXACT = {name: each for name, each in METHODS["cpu"].items() if "compiled" not in name and "SQ" not in name}
 INDEXES = {
     "HNSW (hnswlib)": Index(hnsw, "efSearch", (100, 200, 400, 800, 1600)),
     "IVF-PQ (FAISS)": Index(ivf_pq, "nprobe", (1, 4, 16, 64, 256)),
@@ -152,7 +152,7 @@ def test_recall(
         benchmark,
         run,
         op="recall",
-        contender=name,
+        method=name,
         case=f"{comparison.vectors.name} B={B}",
         dtype=str(dtype).removeprefix("torch."),
         device="cpu",

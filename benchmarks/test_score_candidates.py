@@ -2,7 +2,7 @@
 
 The chain is index_select, attention, linear head: with SDPA, and on a GPU with `varlen_attn` and flash-attn (where it
 is installed), eager, compiled and as a CUDA graph. It gets the folded operands too, and the histories as a dense batch
-made beforehand; it needs no mask where they are of equal length. Every contender's scores are checked against float64
+made beforehand; it needs no mask where they are of equal length. Every method's scores are checked against float64
 before they are timed, by the rule of the tests: at most twice the error of the eager chain in its dtype.
 """
 
@@ -137,13 +137,13 @@ def _ragged(problem: Problem, e: torch.Tensor, attention: Callable[..., torch.Te
     return attention(e.reshape(B * C, 1, -1), keys, values, *offsets, C, L)[:, 0].reshape(B, C, -1)
 
 
-class Contender(NamedTuple):
+class Method(NamedTuple):
     dtype: torch.dtype  # of the operands
     table: torch.dtype  # of the rows
     build: Callable[[Problem, Any], Run]
 
 
-def contenders() -> dict[str, Contender]:
+def methods() -> dict[str, Method]:
     """By name; those with a graph, `varlen_attn` or flash-attn only where there is a GPU."""
     sdpa, varlen, flash = (partial(chain, attend=attend) for attend in (attend_sdpa, attend_varlen, attend_flash))
     found = {}
@@ -160,13 +160,13 @@ def contenders() -> dict[str, Contender]:
                 "flash-attn eager": flash,
             }
         name = str(dtype).removeprefix("torch.")
-        found |= {f"{build} {name}": Contender(dtype, dtype, builds[build]) for build in builds}
+        found |= {f"{build} {name}": Method(dtype, dtype, builds[build]) for build in builds}
         if dtype == torch.bfloat16:
-            found["score_candidates int8 table, bfloat16"] = Contender(dtype, torch.int8, ours)
+            found["score_candidates int8 table, bfloat16"] = Method(dtype, torch.int8, ours)
     return found
 
 
-CONTENDERS = contenders()
+METHODS = methods()
 
 
 @pytest.fixture(scope="session")
@@ -177,16 +177,16 @@ def problems() -> Callable[[Shape, torch.dtype], Problem]:
 
 @pytest.fixture(scope="session")
 def runs(problems: Callable[[Shape, torch.dtype], Problem]) -> Callable[[Shape, str], tuple[Run, float]]:
-    """A contender's call, made and checked once, and its error."""
+    """A method's call, made and checked once, and its error."""
 
     def checked(shape: Shape, name: str) -> tuple[Run, float]:
-        dtype, table, build = CONTENDERS[name]
+        dtype, table, build = METHODS[name]
         problem = problems(shape, dtype)
         items, exact = problem.table(table)
         run = build(problem, items)
         return run, check(run(), exact, problem.plain, dtype)
 
-    return lru_cache(maxsize=len(CONTENDERS))(checked)
+    return lru_cache(maxsize=len(METHODS))(checked)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def runs(problems: Callable[[Shape, torch.dtype], Problem]) -> Callable[[Shape, 
         pytest.param(shape, turn, name, id=f"{shape.id()}-{name}-{turn}")
         for shape in SHAPES
         for turn in TURNS
-        for name in CONTENDERS
+        for name in METHODS
     ],
 )
 @torch.no_grad()
@@ -207,14 +207,14 @@ def test_score_candidates(
     turn: int,
     name: str,
 ) -> None:
-    dtype, table, _ = CONTENDERS[name]
+    dtype, table, _ = METHODS[name]
     run, error = runs(shape, name)
     problem = problems(shape, dtype)
     measure(
         benchmark,
         run,
         op="score_candidates",
-        contender=name,
+        method=name,
         case=str(shape),
         dtype=str(dtype).removeprefix("torch."),
         device=DEVICE,

@@ -15,7 +15,7 @@ Search = Callable[[torch.Tensor, int], Any]  # (B, d) float32, k -> indices (B, 
 THREADS = torch.get_num_threads()
 
 
-class Contender(NamedTuple):
+class Method(NamedTuple):
     dtype: torch.dtype  # of the rows that an answer is exact for
     build: Callable[[torch.Tensor], Search]
     max_batch: int = 1 << 30  # some are one query at a time inside, and take minutes
@@ -118,39 +118,39 @@ def peer(module: str, package: str) -> Any:
     return pytest.importorskip(module, reason=f"{package} is not installed: pip install {package}")
 
 
-def certified(backend: str) -> Contender:
+def certified(backend: str) -> Method:
     build = partial(ours, backend, torch.float32, coarse=torch.int8)
-    return Contender(torch.float32, build, reads=torch.int8, axes=True)
+    return Method(torch.float32, build, reads=torch.int8, axes=True)
 
 
-CONTENDERS = {
+METHODS = {
     "cpu": {
-        "mips_topk float32": Contender(torch.float32, partial(ours, "cpu", torch.float32), axes=True),
+        "mips_topk float32": Method(torch.float32, partial(ours, "cpu", torch.float32), axes=True),
         "mips_topk float32, int8 copy": certified("cpu"),
-        "torch matmul+topk float32": Contender(torch.float32, partial(torch_topk, torch.float32), axes=True),
-        "torch compiled float32": Contender(torch.float32, torch_compiled),
-        "FAISS IndexFlatIP": Contender(torch.float32, faiss_flat, axes=True),
-        "ScaNN brute force": Contender(torch.float32, scann_brute_force),
-        "usearch exact": Contender(torch.float32, usearch_exact, max_batch=16),
-        "mips_topk float16": Contender(torch.float16, partial(ours, "cpu", torch.float16)),
-        "FAISS SQfp16": Contender(torch.float16, partial(faiss_quantised, "QT_fp16"), max_batch=16),
-        "mips_topk bfloat16": Contender(torch.bfloat16, partial(ours, "cpu", torch.bfloat16), axes=True),
-        "torch matmul+topk bfloat16": Contender(torch.bfloat16, partial(torch_topk, torch.bfloat16)),
-        "mips_topk int8": Contender(torch.int8, partial(ours, "cpu", torch.int8), axes=True),
-        "FAISS SQ8": Contender(torch.int8, partial(faiss_quantised, "QT_8bit"), max_batch=16),
+        "torch matmul+topk float32": Method(torch.float32, partial(torch_topk, torch.float32), axes=True),
+        "torch compiled float32": Method(torch.float32, torch_compiled),
+        "FAISS IndexFlatIP": Method(torch.float32, faiss_flat, axes=True),
+        "ScaNN brute force": Method(torch.float32, scann_brute_force),
+        "usearch exact": Method(torch.float32, usearch_exact, max_batch=16),
+        "mips_topk float16": Method(torch.float16, partial(ours, "cpu", torch.float16)),
+        "FAISS SQfp16": Method(torch.float16, partial(faiss_quantised, "QT_fp16"), max_batch=16),
+        "mips_topk bfloat16": Method(torch.bfloat16, partial(ours, "cpu", torch.bfloat16), axes=True),
+        "torch matmul+topk bfloat16": Method(torch.bfloat16, partial(torch_topk, torch.bfloat16)),
+        "mips_topk int8": Method(torch.int8, partial(ours, "cpu", torch.int8), axes=True),
+        "FAISS SQ8": Method(torch.int8, partial(faiss_quantised, "QT_8bit"), max_batch=16),
     },
     "cuda": {
-        "mips_topk float32": Contender(torch.float32, partial(ours, "triton", torch.float32)),
+        "mips_topk float32": Method(torch.float32, partial(ours, "triton", torch.float32)),
         "mips_topk float32, int8 copy": certified("triton"),
-        "torch matmul+topk float32": Contender(torch.float32, partial(torch_topk, torch.float32)),
-        "torch compiled float32": Contender(torch.float32, torch_compiled),
-        "FAISS knn_gpu float32": Contender(torch.float32, partial(faiss_knn_gpu, torch.float32)),
-        "cuVS brute_force float32": Contender(torch.float32, partial(cuvs_brute_force, torch.float32)),
-        "mips_topk float16": Contender(torch.float16, partial(ours, "triton", torch.float16)),
-        "torch matmul+topk float16": Contender(torch.float16, partial(torch_topk, torch.float16)),
-        "FAISS knn_gpu float16": Contender(torch.float16, partial(faiss_knn_gpu, torch.float16)),
-        "cuVS brute_force float16": Contender(torch.float16, partial(cuvs_brute_force, torch.float16)),
-        "mips_topk bfloat16": Contender(torch.bfloat16, partial(ours, "triton", torch.bfloat16)),
-        "mips_topk int8": Contender(torch.int8, partial(ours, "triton", torch.int8)),
+        "torch matmul+topk float32": Method(torch.float32, partial(torch_topk, torch.float32)),
+        "torch compiled float32": Method(torch.float32, torch_compiled),
+        "FAISS knn_gpu float32": Method(torch.float32, partial(faiss_knn_gpu, torch.float32)),
+        "cuVS brute_force float32": Method(torch.float32, partial(cuvs_brute_force, torch.float32)),
+        "mips_topk float16": Method(torch.float16, partial(ours, "triton", torch.float16)),
+        "torch matmul+topk float16": Method(torch.float16, partial(torch_topk, torch.float16)),
+        "FAISS knn_gpu float16": Method(torch.float16, partial(faiss_knn_gpu, torch.float16)),
+        "cuVS brute_force float16": Method(torch.float16, partial(cuvs_brute_force, torch.float16)),
+        "mips_topk bfloat16": Method(torch.bfloat16, partial(ours, "triton", torch.bfloat16)),
+        "mips_topk int8": Method(torch.int8, partial(ours, "triton", torch.int8)),
     },
 }
