@@ -14,7 +14,7 @@ LINT_TOOLS = ruff mypy clang-format
 CPP_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # The CUDA kernels take as long to compile as all others together: where there is a GPU, on request (CUDA=1), and where
 # they were compiled before.
-CUDA := $(if $(wildcard grank_kernels/_cuda.*.so),1,$(shell nvidia-smi -L >/dev/null 2>&1 && echo 1))
+CUDA ?= $(if $(wildcard grank_kernels/_cuda.*.so),1,$(shell nvidia-smi -L >/dev/null 2>&1 && echo 1))
 NATIVE = PATH="$$(cd $(VENV)/bin && pwd):$$PATH" CMAKE_ARGS="-DGRANK_CUDA=$(if $(CUDA),ON,OFF) $$CMAKE_ARGS"
 
 .PHONY: help venv demo test test-slow test-all pythons lint docs format sanitize coverage bench bench-compare wheel clean distclean
