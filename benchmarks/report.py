@@ -90,8 +90,8 @@ def _search_tables(run: Run, cases: list[Case]) -> str:
                 ["", *(f"B = {B}" for B, _ in batches), "GB/s at B = 1", f"Gop/s at B = {batches[-1][0]}", "recall"],
                 by_batch,
             ),
-            "GB/s: bytes of the rows over the time, of the highest rate at which any method or memory probe read as many "
-            "bytes in the same run. Gop/s: `2 B N d` over the time. Recall: lowest of all cases, against float32 "
+            "GB/s: bytes of the rows over the time, of the highest rate at which any method or memory probe read as "
+            "many bytes in the same run. Gop/s: `2 B N d` over the time. Recall: lowest of all cases, against float32 "
             "scores.",
             "The same over k, B = 16:",
             markdown_table(["", *(f"k = {k}" for _, k in lists)], by_k),

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks import limits
-from benchmarks.methods import METHODS, Search
 from benchmarks.measure import TURNS, Latest, available_bytes, measure
+from benchmarks.methods import METHODS, Search
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
 

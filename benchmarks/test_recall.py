@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks.methods import METHODS, THREADS, Search, peer, scann_builder, scann_search
 from benchmarks.indexes import FaissIVFPQ
 from benchmarks.measure import TURNS, Latest, measure
+from benchmarks.methods import METHODS, THREADS, Search, peer, scann_builder, scann_search
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own

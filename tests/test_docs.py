@@ -1,4 +1,4 @@
-"""The documents are true: examples run, links and names exist, commands have their options, figures are the recorded ones."""
+"""The documents are true: examples run, links, names and commands exist, figures are the recorded ones."""
 
 import ast
 import importlib
@@ -105,7 +105,7 @@ PUBLIC |= {"IndexFlatIP": adapters.IndexFlatIP, "grank_kernels": grank_kernels}
 
 
 def problem_with(span: str) -> str | None:
-    """What does not exist in an inline code span such as `ItemTable.rows(ids)`; None for spans that name nothing public."""
+    """What does not exist in a code span such as `ItemTable.rows(ids)`; None also for spans without a public name."""
     try:
         tree = ast.parse(span, mode="eval").body
     except SyntaxError:
@@ -245,7 +245,8 @@ CLAIMS = [  # a page, what it says with a group for every figure, and the figure
     ),
     (
         "docs/results.md",
-        r"HR@10 is (\.\d+) with retrieval only and (\.\d+) with both, AUC (\.\d+) with ranking only and (\.\d+) with both",
+        r"HR@10 is (\.\d+) with retrieval only and (\.\d+) with both, "
+        r"AUC (\.\d+) with ranking only and (\.\d+) with both",
         [united(", retrieval only", HR), united("", HR), united(", ranking only", AUC), united("", AUC)],
     ),
     (
@@ -255,7 +256,8 @@ CLAIMS = [  # a page, what it says with a group for every figure, and the figure
     ),
     (
         "docs/results.md",
-        r"Recall@50 is (\.\d+) for the Generator alone, (\.\d+) with the Ranker, (\.\d+) with the auxiliary branch and (\.\d+) with both",
+        r"Recall@50 is (\.\d+) for the Generator alone, (\.\d+) with the Ranker, "
+        r"(\.\d+) with the auxiliary branch and (\.\d+) with both",
         [
             grank_at("Generator", RETRIEVED),
             grank_at("Generator + Ranker", RANKED),
