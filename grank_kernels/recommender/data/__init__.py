@@ -1,4 +1,4 @@
-"""Readers, splits and batches: from the files their owners publish to padded tensors."""
+"""Readers of published data sets, splits, and batches of padded tensors."""
 
 from grank_kernels.recommender.data.arrays import read_arrays
 from grank_kernels.recommender.data.batching import TrainingWindows

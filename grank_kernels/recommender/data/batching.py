@@ -1,4 +1,4 @@
-"""Training batches: windows of histories, cut anew each epoch, of like length side by side."""
+"""Training batches: windows of histories, redrawn every epoch and batched by length."""
 
 from collections.abc import Iterator
 
@@ -8,16 +8,17 @@ from grank_kernels.recommender.data.histories import Batch, Histories
 
 
 class TrainingWindows:
-    """Batches of windows that hold every training item once as something to predict, cut anew each epoch.
+    """The batches of an epoch: windows in which every training item except a history's first is a target once.
 
-    A history of n items makes `ceil((n - 1) / targets)` windows of at most `context + targets` items, of which the
-    newest `targets` are there to be predicted, each from what stands before it in the window. They lie `targets` apart,
-    and shift at random as far as their number allows, so that an item meets many places in a window over the epochs.
+    A history of n items makes `ceil((n - 1) / targets)` windows of at most `context + targets` items, or `targets + 1`
+    without context. The newest `targets` items of a window are predicted, each from the items before it in the window.
+    Windows start `targets` items apart, with a random shift as large as their number allows, so that over the epochs an
+    item occurs at many positions.
 
-    Batches hold about as many items each rather than as many windows: within a few batches' worth of windows at random,
-    windows of like length are put together, so that little of a batch is padding (9 % on MovieLens-1M, against half).
+    Batches have about the same number of items, not of windows: from a random pool of 16 batches, windows of similar
+    length are batched together, so that 9 % of a batch is padding on MovieLens-1M instead of half.
 
-    An epoch is a pure function of (seed, epoch): a run that was stopped goes on with the batches it would have had.
+    An epoch is a pure function of (seed, epoch), so an interrupted run resumes with the same batches.
     """
 
     def __init__(
@@ -32,24 +33,24 @@ class TrainingWindows:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """Takes the histories.
+        """Draw the windows and their order.
 
         Args:
-            histories: what training may see.
-            targets: items that a window is to predict.
-            context: items before them that a window may hold in addition.
-            batch_items: items in a batch, padding included. Of each window no more than `targets + 1` count: batches
-                are to ask for about as much, whatever context stands before it.
-            seed: of the cuts and the order.
-            epoch: which epoch to give.
-            rank: this process among `ranks`, which share out every epoch; all have as many batches.
-            ranks: number of processes.
+            histories: training histories.
+            targets: number of items that a window predicts.
+            context: number of items before them in a window.
+            batch_items: number of items in a batch, padding included. Of a window at most `targets + 1` items count, so
+                that batches have about the same number of targets whatever the context.
+            seed: seed of the windows and their order.
+            epoch: number of the epoch.
+            rank: rank of this process, which gets every `ranks`-th batch.
+            ranks: number of processes; all have the same number of batches.
         """
         self._histories = histories
         self._targets, self._context = targets, context
         self._starts, self._stops = self._cut(torch.Generator().manual_seed(_mix(seed, epoch)))
         batches = self._batches(batch_items, torch.Generator().manual_seed(_mix(seed, epoch) + 1))
-        wanted = -(-len(batches) // ranks) * ranks  # some come twice, so that all processes have as many
+        wanted = -(-len(batches) // ranks) * ranks  # the first batches repeat, so that all processes have as many
         self._rows = [batches[i % len(batches)] for i in range(rank, wanted, ranks)]
 
     def __len__(self) -> int:
@@ -60,11 +61,12 @@ class TrainingWindows:
             yield self._histories.windows(self._starts[rows], self._stops[rows])
 
     def _cut(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first row of each window and the row after its last, (W,) int64 each."""
         offsets, targets = self._histories.offsets, self._targets
         begins, ends = offsets[:-1], offsets[1:]
         to_predict = (self._histories.lengths - 1).clamp(min=0)
         windows = -(-to_predict // targets)
-        slack = windows * targets - to_predict  # by how much they overlap, or reach past the user's first item
+        slack = windows * targets - to_predict  # the largest shift: target positions without an item
         shift = (torch.rand(len(begins), generator=generator) * (slack + 1)).long()
         users = torch.arange(len(begins)).repeat_interleave(windows)
         place = torch.arange(len(users)) - (windows.cumsum(0) - windows)[users]
@@ -73,6 +75,7 @@ class TrainingWindows:
         return starts, stops.minimum(ends[users])
 
     def _batches(self, batch_items: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """The windows of each batch, in random order."""
         lengths = self._stops - self._starts
         order = torch.randperm(len(lengths), generator=generator)
         sizes = lengths.clamp(max=self._targets + 1)
@@ -80,7 +83,7 @@ class TrainingWindows:
         batches = []
         for pool in torch.split(order, max(1, 16 * batch_items // width)):
             pool = pool[lengths[pool].argsort(stable=True)]
-            while len(pool):  # the longest of a batch decides how many fit
+            while len(pool):  # sorted: the longest of a batch decides how many fit
                 fitting = int((sizes[pool] * torch.arange(1, len(pool) + 1) <= batch_items).sum())
                 batches.append(pool[: max(1, fitting)])
                 pool = pool[max(1, fitting) :]
@@ -88,5 +91,5 @@ class TrainingWindows:
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """One number from two, of which neighbours do not meet: 2^20 epochs a seed, two streams an epoch."""
+    """A seed for torch's generator, distinct for 2^20 epochs of each seed; the next number is the epoch's second."""
     return (seed << 21) + 2 * epoch

@@ -1,4 +1,4 @@
-"""The data sets by name: what reads them, and where they come from."""
+"""The data sets by name, with their readers and sources."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,8 @@ class Dataset(NamedTuple):
     """A data set.
 
     Attributes:
-        read: path -> `Interactions`.
-        source: one line: where it is to be had.
+        read: reader of a file or folder.
+        source: where to download it, one line.
     """
 
     read: Callable[[str | Path], Interactions]
@@ -37,20 +37,20 @@ def read(name: str, path: str | Path | None = None) -> Interactions:
 
     Args:
         name: one of `DATASETS`.
-        path: its file or the folder that holds it; only ml-100k does without, from a package.
+        path: file of the data set, or folder that holds it; None only for ml-100k, which is read from a package.
 
     Raises:
-        ValueError: there is no data set of this name, or a file does not hold what it should.
-        FileNotFoundError: the files are not there; the message says where they are to be had.
+        ValueError: `name` is unknown, `path` is missing, or a file does not fit its format.
+        FileNotFoundError: there is no such file; the message names the download.
     """
     if name not in DATASETS:
-        raise ValueError(f"name is {name!r}; it takes one of {', '.join(map(repr, DATASETS))}")
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
     if path is None and name == "ml-100k":
         return read_movielens_100k()
     dataset = DATASETS[name]
     if path is None:
-        raise ValueError(f"path must name the file of {name}, or its folder; it is to be had at {dataset.source}")
+        raise ValueError(f"path must be the file or the folder of {name}, got None; download: {dataset.source}")
     try:
         return dataset.read(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; it is to be had at {dataset.source}") from None
+        raise FileNotFoundError(f"{error}; download: {dataset.source}") from None

@@ -1,4 +1,4 @@
-"""Delimited text to columns: block by block, in bounded memory, with every bad line found."""
+"""Columns from delimited text: parsed in blocks, in bounded memory; errors name the line."""
 
 import bisect
 import gzip
@@ -20,12 +20,12 @@ _BLOCK = 1 << 24  # bytes of text parsed at a time
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands in the lines of a file.
+    """The format of a file's lines.
 
     Attributes:
-        columns: name -> "int8", "int32", "int64", "float32", "text", or the words that it takes.
-        separator: between the fields. Fields are not quoted.
-        header: the first line, where it names the columns.
+        columns: name -> "int8", "int32", "int64", "float32", "text", or a tuple of the accepted words.
+        separator: separator of the fields, which are not quoted.
+        header: the first line of a file that has a header, or None.
     """
 
     columns: Mapping[str, str | tuple[str, ...]]
@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def expected(self) -> str:
-        """For messages."""
+        """The format in words, for error messages."""
         separator = {"\t": "tabs"}.get(self.separator, f"'{self.separator}'")
         kinds = (kind if isinstance(kind, str) else " | ".join(kind) for kind in self.columns.values())
         fields = ", ".join(f"{name} ({kind})" for name, kind in zip(self.columns, kinds, strict=True))
@@ -42,15 +42,15 @@ class Layout:
 
 
 def find(path: str | Path, pattern: str) -> Path:
-    """The file at `path`, or the one of this name in the folder there, plain or with `.gz` behind it.
+    """The file at `path`, or the file in the folder `path` that matches `pattern` or `<pattern>.gz`.
 
     Args:
-        path: a file, whatever its name, or a folder.
-        pattern: the name to look for; may hold a `*`, if only one file fits.
+        path: a file of any name, or a folder.
+        pattern: name of the file in the folder, with `*` as a wildcard.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: several fit.
+        FileNotFoundError: no file matches.
+        ValueError: several files match.
     """
     path = Path(path)
     if path.is_file():
@@ -66,14 +66,14 @@ def find(path: str | Path, pattern: str) -> Path:
 
 
 def read_columns(path: Path, layout: Layout) -> Columns:
-    """All columns of a file: numbers of the layout's dtype, text numbered, words as int8 positions.
+    """All columns of a file: numbers in the layout's dtype, text numbered, words as int8 positions in their tuple.
 
-    Empty lines are passed over. What is held at once is the columns, one of them at times twice, and a block of 16 MB.
+    Empty lines are skipped. Memory: the columns, one of them twice, and a block of 16 MB.
 
     Raises:
-        ImportError: pyarrow, which parses, is not installed.
-        ValueError: a line does not fit the layout; the message gives file, line and what was expected. Or the file has
-            no rows, or its compressed form is damaged.
+        ImportError: pyarrow is not installed.
+        ValueError: a line does not fit the layout (the message names file, line and format), the file has no rows, or
+            its gzip data is damaged.
     """
     columns = {name: _Text() if kind == "text" else _Rows() for name, kind in layout.columns.items()}
     for number, block in _blocks(path):
@@ -98,10 +98,9 @@ def read_columns(path: Path, layout: Layout) -> Columns:
 
 
 class _Rows:
-    """Numbers that grow in place: into room for twice as many whenever there is none left.
+    """A growing array of numbers, whose capacity doubles when it is full.
 
-    Lists of the arrays that pyarrow makes would keep twice their size from being used again. Room that was never
-    written to takes no memory.
+    A list of pyarrow's arrays would keep twice their size allocated. Capacity that was never written takes no memory.
     """
 
     def __init__(self) -> None:
@@ -125,7 +124,7 @@ class _Rows:
 
 
 class _Text:
-    """Strings, each kept once a block until they are numbered."""
+    """A growing column of strings, dictionary-encoded by block until it is numbered."""
 
     def __init__(self) -> None:
         self._parts: list[Any] = []
@@ -148,7 +147,7 @@ class _Text:
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where its name ends in `.gz`; a ValueError where that shows damage."""
+    """The bytes of a file, decompressed if its name ends in `.gz`; a ValueError if that data is damaged."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
             yield file  # type: ignore[misc]  # gzip's file is a BinaryIO in all but name
@@ -157,7 +156,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The number of a line, from 1, and the text from there on, in whole lines."""
+    """Blocks of whole lines, each with the number of its first line, from 1."""
     number = 1
     with open_binary(path) as file:
         while block := file.read(_BLOCK) + file.readline():
@@ -166,12 +165,12 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(block: bytes, layout: Layout) -> dict[str, Any]:
-    """Columns of a block of lines; a ValueError if one of them does not fit, not which."""
+    """The columns of a block of lines; a ValueError, which does not name the line, if one does not fit."""
     pa, csv, pc = _pyarrow()
     if not block.strip(b"\r\n"):  # pyarrow refuses a text of empty lines
         return {}
     separator = layout.separator
-    if len(separator) > 1:  # pyarrow separates by single bytes; this one is in no text file
+    if len(separator) > 1:  # pyarrow takes one byte; this one does not occur in text
         block, separator = block.replace(separator.encode(), b"\x1f"), "\x1f"
     types = {
         name: pa.type_for_alias(kind) if isinstance(kind, str) and kind != "text" else pa.string()

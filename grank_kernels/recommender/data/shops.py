@@ -1,4 +1,4 @@
-"""Taobao UserBehavior and the Amazon ratings, as their owners publish them."""
+"""Taobao UserBehavior and the Amazon ratings, in their published formats."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ _AMAZON = Layout({"user": "text", "item": "text", "rating": "float32", "timestam
 def read_user_behavior(path: str | Path) -> Interactions:
     """Taobao UserBehavior: 987,994 users, 4,162,024 items, 100,150,807 rows in nine days of 2017.
 
-    There are no ratings, but `behaviours` says what a row was. Categories are checked and dropped. A few timestamps of
-    the published file lie outside the nine days, some before 1970: they are kept, and sorted by. Reading holds at most
-    29 bytes a row and some 400 MB.
+    There are no ratings; `behaviours` has the kind of each row. Categories are validated and dropped. A few timestamps
+    of the published file are outside the nine days, some before 1970; they are kept as they are. Reading needs at most
+    29 bytes a row and 400 MB.
 
     Args:
-        path: the owner's `UserBehavior.csv` or `UserBehavior.csv.gz`, or the folder that holds it.
+        path: the published `UserBehavior.csv` or `UserBehavior.csv.gz`, or its folder.
     """
     columns = read_columns(find(path, "UserBehavior.csv"), _USER_BEHAVIOR)
     del columns["category"]
@@ -31,6 +31,6 @@ def read_amazon(path: str | Path) -> Interactions:
     """Amazon reviews of 2014, ratings only, of one category: ratings from 1 to 5, days as timestamps.
 
     Args:
-        path: the owner's `ratings_<category>.csv` or the same with `.gz`, or the folder that holds one of them.
+        path: the published `ratings_<category>.csv` or `ratings_<category>.csv.gz`, or a folder with one such file.
     """
     return Interactions.take(read_columns(find(path, "ratings_*.csv"), _AMAZON))

@@ -1,4 +1,4 @@
-"""Every reader on small files of its format: plain and packed, by file and by folder, whole and damaged."""
+"""Every reader on small files of its format: plain and compressed, by file and by folder, whole and damaged."""
 
 import gzip
 import os
@@ -31,7 +31,7 @@ from grank_kernels.recommender.data import (
 
 
 class Example(NamedTuple):
-    """A file, and what is in it: two users, of whom the one has rows with equal timestamps."""
+    """A file of two users, one with equal timestamps, and its content."""
 
     read: Callable[[Path], Interactions]
     file: str
@@ -378,14 +378,14 @@ def test_data_sets_are_read_by_name(example: Example, tmp_path: Path) -> None:
     assert "\n" not in DATASETS[name].source
 
 
-def test_missing_data_sets_say_where_they_are_to_be_had(tmp_path: Path) -> None:
+def test_errors_of_missing_data_sets_name_the_download(tmp_path: Path) -> None:
     for name, dataset in DATASETS.items():
         with pytest.raises(FileNotFoundError) as error:
             read(name, tmp_path)
         assert dataset.source in str(error.value)
-    with pytest.raises(ValueError, match=r"path must name the file of ml-1m, or its folder; .*grouplens"):
+    with pytest.raises(ValueError, match=r"path must be the file or the folder of ml-1m, got None; .*grouplens"):
         read("ml-1m")
-    with pytest.raises(ValueError, match=r"name is 'ml-2m'; it takes one of 'ml-100k', "):
+    with pytest.raises(ValueError, match=r"name must be one of ml-100k, .*, got 'ml-2m'"):
         read("ml-2m", tmp_path)
 
 
