@@ -66,6 +66,7 @@ def edited(good: bytes, edit: Callable[[dict[str, Any]], None]) -> bytes:
     return len(text).to_bytes(8, "little") + text + good[start:]
 
 
+EMPTY = {"__metadata__": {"format": "grank_kernels.ItemTable", "format_version": "1"}}
 REFUSED: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("has format_version '2'; this version of grank_kernels reads '1'",
      lambda h: h["__metadata__"].update(format_version="2")),
@@ -86,6 +87,8 @@ REFUSED: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("is malformed: rows is", lambda h: h["rows"].update(dtype=["F32"])),
     ("is malformed: rows is", lambda h: h["rows"].update(data_offsets=[0])),
     ("is malformed: rows is", lambda h: h.update(rows=7)),
+    ("is malformed: rows of width 0 must be at most 16777216, got 1099511627775",
+     lambda h: (h.clear(), h.update(EMPTY, rows={"dtype": "F32", "shape": [2**40 - 1, 0], "data_offsets": [0, 0]}))),
     ("rows has 108 bytes for shape", lambda h: h["rows"].update(shape=[10, 3])),
     ("rows has 108 bytes for shape", lambda h: h["rows"].update(dtype="F16")),
     ("is malformed: ids has shape", lambda h: h["ids"].update(dtype="F64")),
@@ -175,6 +178,42 @@ def test_any_bytes_are_refused(data: bytes, front: int, tmp_path: Path) -> None:
     data = (b"", len(data).to_bytes(8, "little"), (len(data) // 2).to_bytes(8, "little"))[front] + data
     with pytest.raises(ValueError, match="fuzzed is"):
         loads(tmp_path / "fuzzed", data)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(("name", "value"), [("coarse_error", torch.nan), ("coarse_error", -1.0),
+                                             ("coarse_scale", torch.nan), ("coarse_scale", torch.inf)])  # fmt: skip
+def test_bounds_that_would_hide_rows(name: str, value: float, mmap: bool, tmp_path: Path) -> None:
+    """A foreign program may write them with valid checksums; `verify=False` looks at none."""
+    columns = table_of(9, 3, "float32", torch.int8).current.columns
+    getattr(columns, name)[4] = value
+    table_file.write(tmp_path / "foreign", columns, [columns])
+    for verify in (False, True):
+        with pytest.raises(ValueError, match=f"foreign is malformed: {name} must be from 0 to"):
+            gk.ItemTable.load(tmp_path / "foreign", mmap=mmap, verify=verify)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_an_unverified_file(data: st.DataObject, saved: Path, tmp_path: Path) -> None:
+    """Bytes changed, removed and inserted, checksums not compared: an error, or a table that can be searched."""
+    content = bytearray(saved.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, count = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 9))
+        content[at : at + count] = data.draw(
+            st.binary(min_size=count, max_size=data.draw(st.sampled_from([count, 12])))
+        )
+    path = tmp_path / "fuzzed"
+    path.write_bytes(content)
+    for mmap in (False, True):
+        try:
+            table = gk.ItemTable.load(path, mmap=mmap, verify=False)
+            top = gk.mips_topk(torch.ones(2, table.dim), table, 20)
+        except ValueError as error:
+            assert "fuzzed" in str(error)  # noqa: PT017  some damage is not seen
+        else:
+            assert set(top.indices[0].tolist()) <= {-1, *table.ids.tolist()}
 
 
 def test_damage_that_is_not_looked_for(saved: Path, tmp_path: Path) -> None:

@@ -3,16 +3,12 @@
 import os
 import re
 import resource
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import TESTS, assert_same
+from oracle import assert_same
 from table_cases import assert_equal_tables, run, table_of
 
 import grank_kernels as gk
@@ -63,30 +59,29 @@ def test_killed_at_any_call(tmp_path: Path) -> None:
     assert set(killed[renamed:]) == {"9,2.0,table"}
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Processes that save again and again, forked so that torch is imported once."""
     code = """
-        import sys, torch, grank_kernels as gk
-        print("ready", flush=True)
-        version = 1.0
-        while True:
-            version += 1
-            gk.ItemTable.from_rows(torch.full((200_000, 8), version)).save(sys.argv[1])
+        import os, random, signal, sys, time, torch, grank_kernels as gk
+        torch.set_num_threads(1)
+        path, ids = sys.argv[1], torch.arange(0, 200_000, 97)
+        tables = [gk.ItemTable.from_rows(torch.full((200_000, 8), float(version))) for version in range(3)]
+        tables[0].save(path)
+        for trial in range(20):
+            if (child := os.fork()) == 0:
+                while True:
+                    for table in tables: table.save(path)
+            time.sleep(random.Random(trial).uniform(0, 0.2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            print(*gk.ItemTable.load(path).rows(ids).unique().tolist(), len(os.listdir(os.path.dirname(path))))
     """
-    path = tmp_path / "table"
-    gk.ItemTable.from_rows(torch.full((200_000, 8), 1.0)).save(path)
-    for delay in torch.rand(8).tolist():
-        writer = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(path)], stdout=subprocess.PIPE, cwd=TESTS.parent
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        threading.Event().wait(0.3 * delay)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        assert len(gk.ItemTable.load(path).rows(torch.arange(0, 200_000, 97)).unique()) == 1
-        assert "table" in (left := os.listdir(tmp_path))
-        assert len(left) <= 2
+    done = run(code, tmp_path / "table", timeout=200)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 20
+    assert all(len(line) == 2 and line[1] in "12" for line in lines)  # one version, and at most one temporary
+    assert len({version for version, _ in lines}) > 1
 
 
 def test_saves_at_the_same_time(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,18 @@ def test_errors_of_parts(message: str, parts: list[torch.Tensor], num_rows: int,
         gk.ItemTable.write(tmp_path / "table", parts, num_rows=num_rows)
     assert_equal_tables(gk.ItemTable.load(tmp_path / "table"), old)
     assert os.listdir(tmp_path) == ["table"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "num_rows"),
+    [
+        (ValueError, "num_rows must be 0 or more, got -1", -1),
+        (TypeError, "num_rows must be an int, got float 10.0", 10.0),
+        (TypeError, "num_rows must be an int, got bool", True),
+        (ValueError, r"num_rows must be below 2\^40, got 4611686018427387904", 1 << 62),
+    ],
+)
+def test_numbers_of_rows_that_no_file_has(error: type[Exception], message: str, num_rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        gk.ItemTable.write(tmp_path / "table", [torch.ones(4, 3)], num_rows=num_rows)
+    assert os.listdir(tmp_path) == []
