@@ -6,7 +6,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from lightning.pytorch.callbacks import Callback
 
 from grank_kernels.recommender.data import Interactions, Split, TrainingWindows, leave_one_out
 from grank_kernels.recommender.models import Recommender, Sequential, SequentialConfig, UniGRF, UniGRFConfig
-from grank_kernels.recommender.training.checkpoint import read_checkpoint
+from grank_kernels.recommender.training import lightning_files
+from grank_kernels.recommender.training.checkpoint import read_checkpoint, read_weights
 from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.training.fit import fit
 from grank_kernels.recommender.training.settings import TrainingConfig
@@ -88,6 +92,130 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
         assert torch.equal(got, expected), name
     again = fitted(make(), split, config, tmp_path / "whole")  # done: nothing is trained
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def ends_as_one_that_was_not_cut_off(folder: Path) -> None:
+    whole, resumed = fitted(sequential(), circle(), CONFIG), fitted(sequential(), circle(), CONFIG, folder)
+    last = read_checkpoint(folder / "last.ckpt")
+    assert last["epoch"] == CONFIG.epochs - 1
+    for name, expected in whole.state_dict().items():
+        assert torch.equal(last["state_dict"][f"model.{name}"], expected), name
+    best = read_weights(folder / "best.ckpt")
+    assert all(torch.equal(best[name], got) for name, got in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("step", ["keep_previous", "BEST", "LAST"])
+def test_a_run_that_was_cut_off_between_two_files(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third epoch is cut off before its best weights, before the second name of the last, or before the last."""
+    write, keep = lightning_files.write_checkpoint, lightning_files.keep_previous
+    epochs = iter(range(3))
+
+    def cut_write(path: Path, checkpoint: dict[str, object]) -> None:
+        if Path(path).name == getattr(lightning_files, step, None) and checkpoint["epoch"] == 2:
+            raise RuntimeError("cut off")
+        write(path, checkpoint)
+
+    def cut_keep(folder: Path) -> None:
+        if step == "keep_previous" and next(epochs) == 2:
+            raise RuntimeError("cut off")
+        keep(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_files, "write_checkpoint", cut_write)
+        patch.setattr(lightning_files, "keep_previous", cut_keep)
+        with pytest.raises(RuntimeError, match="cut off"):
+            fit(sequential(), circle(), CONFIG, folder=tmp_path, progress=False)
+    assert read_checkpoint(tmp_path / "last.ckpt")["epoch"] == 1
+    ends_as_one_that_was_not_cut_off(tmp_path)
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    """A run with two finished epochs of four."""
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(sequential(), circle(), CONFIG, folder=tmp_path, progress=False, callbacks=[Interrupt(2)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "one bit"])
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(damage: str, cut: Path) -> None:
+    last = cut / "last.ckpt"
+    data = bytearray(last.read_bytes())
+    last.unlink()  # it has a second name
+    if damage != "gone":
+        data[-1] ^= 1
+        last.write_bytes({"empty": b"", "cut off": data[: len(data) // 2], "one bit": data}[damage])
+        with pytest.warns(RuntimeWarning, match=r"last\.ckpt: .*; the run goes on from .*previous\.ckpt"):
+            ends_as_one_that_was_not_cut_off(cut)
+    else:
+        ends_as_one_that_was_not_cut_off(cut)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(cut: Path) -> None:
+    for name in ("last", "previous"):
+        (cut / f"{name}.ckpt").unlink()
+        torch.save({"state_dict": {}}, cut / f"{name}.ckpt")  # as other programs write them
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt: expected a checkpoint.*there is no other checkpoint to resume from"
+    ):
+        fit(sequential(), circle(), CONFIG, folder=cut, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 5}, "seed 0 there, 5 here"),
+        ({"learning_rate": 0.02}, "learning_rate 0.01 there, 0.02 here"),
+        ({"targets": 8, "epochs": 9}, "epochs 4 there, 9 here, targets 16 there, 8 here"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(change: dict[str, Any], difference: str, cut: Path) -> None:
+    with pytest.raises(ValueError, match=f"of the same training, got {cut} with {difference}$"):
+        fit(sequential(), circle(), replace(CONFIG, **change), folder=cut, progress=False)
+
+
+def test_a_folder_of_other_data_or_of_another_model_is_refused(cut: Path) -> None:
+    changed = circle()
+    changed.train.items[0] = 29 - changed.train.items[0]
+    with pytest.raises(ValueError, match=f"got {cut} with data .* there, .* here$"):
+        fit(sequential(), changed, CONFIG, folder=cut, progress=False)
+    fit(sequential(), changed, CONFIG, folder=cut, progress=False, data_changed=True)
+    with pytest.raises(ValueError, match=f"got {cut} with model Sequential there, UniGRF here$"):
+        fit(unigrf(), circle(), CONFIG, folder=cut, progress=False)
+
+
+def test_a_run_that_was_moved_keeps_its_best_epoch(cut: Path, tmp_path: Path) -> None:
+    ends_as_one_that_was_not_cut_off(cut.rename(tmp_path.with_name("moved")))
+
+
+def _fit_in_a_child(folder: Path) -> None:
+    torch.set_num_threads(1)
+    fit(sequential(), circle(), replace(CONFIG, epochs=30), folder=folder, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_that_is_killed_at_any_moment_resumes(tmp_path: Path) -> None:
+    whole = fitted(sequential(), circle(), replace(CONFIG, epochs=30), tmp_path / "whole")
+    process, random = get_context("fork"), Random(1)
+    kills = 0
+    for _ in range(200):
+        child = process.Process(target=_fit_in_a_child, args=(tmp_path / "cut",))
+        child.start()
+        child.join(random.uniform(0.1, 1.0))
+        if child.exitcode == 0:
+            break
+        assert child.exitcode is None
+        child.kill()
+        child.join()
+        kills += 1
+    assert kills > 3
+    resumed = fitted(sequential(), circle(), replace(CONFIG, epochs=30), tmp_path / "cut")
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    left = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert left == {"best.ckpt", "last.ckpt", "previous.ckpt", "log"}  # no litter
 
 
 @pytest.mark.parametrize("validate_every", [1, 2])
