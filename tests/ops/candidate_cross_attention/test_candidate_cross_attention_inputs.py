@@ -51,6 +51,34 @@ def test_huge_logits(size: float, activation: str, dtype: torch.dtype, backend: 
         assert not grad.isnan().any()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_width_zero(bias: bool, activation: str, backend: str) -> None:
+    """Every product is 0, so the logits are the bias."""
+    problem = attention([5, 0, 20], 4, 2, 8, bias=bias, activation=activation)
+    problem = problem.but(**{name: vars(problem)[name][..., :0] for name in "qkv"})
+    assert problem.attend(backend).shape == (3, 4, 2, 0)
+    for grad, x in zip(problem.gradients(backend, torch.empty(3, 4, 2, 0)), problem.leaves(), strict=True):
+        assert grad.shape == x.shape
+    if activation == "softmax":
+        _, lse = problem.attend(backend, return_lse=True)
+        want = torch.stack([torch.zeros(20, 2) if not bias else problem.users()[2][3]])[0].logsumexp(0)
+        torch.testing.assert_close(lse[2].cpu(), want.expand(4, 2))
+
+
+@pytest.mark.parametrize("size", [2e9, 2e10, 3e38])
+def test_finite_logits_of_any_size(size: float) -> None:
+    """As torch's softmax in float32: equal largest logits share the weight, in the gradient too."""
+    q, k, v = torch.ones(1, 2, 1, 1), torch.tensor([0.5, 1.0, 1.0]).view(1, 3, 1, 1), torch.randn(1, 3, 1, 1)
+    bias = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1) * size
+    for operands in ({"q": q * size}, {"bias_k": bias}):
+        leaf = v.clone().requires_grad_()
+        given = {"q": q, "k": k, **operands}
+        out = gk.candidate_cross_attention(v=leaf, softmax_scale=1.0, **given, backend="reference")
+        torch.testing.assert_close(out, v[:, 1:].mean(1, keepdim=True).expand(1, 2, 1, 1))
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        assert grad.flatten().tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize("history", ["dense", "ragged"])
 def test_a_bias_of_minus_infinity_takes_a_key_out(history: str, dtype: torch.dtype, backend: str) -> None:
     problem = attention([20, 6, 65], 17, 2, 32, history=history, bias=True, dtype=dtype)

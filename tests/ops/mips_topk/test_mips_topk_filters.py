@@ -12,6 +12,8 @@ from oracle import (
     search,
 )
 
+import grank_kernels as gk
+
 
 def padded(lists: list[list[int]], extra: int = 2) -> torch.Tensor:
     width = max(map(len, lists)) + extra
@@ -36,6 +38,31 @@ def test_exclude(form: Any, external: bool, kind: str, backend: str) -> None:
     assert got.indices[0].tolist() == top[0][50:90]
     assert got.indices[5].tolist() == [-1] * k
     assert got.indices[6].tolist() == top[6][:5] + [-1] * 35
+
+
+def as_lists(lists: list[list[int]]) -> list[Any]:
+    """One entry a query: a list, a tuple, a tensor and a NumPy array by turns."""
+    forms = (list, tuple, torch.tensor, np.array)
+    return [forms[b % 4](ids) if ids else [] for b, ids in enumerate(lists)]
+
+
+@pytest.mark.parametrize("B", [1, 2, 7])
+def test_exclude_as_a_list_is_one_entry_a_query(B: int, backend: str) -> None:
+    """Also for two queries, where a tuple of two tensors would be offsets and ids."""
+    queries, rows = torch.randn(B, 6), torch.randn(70, 6)
+    lists = [torch.randint(-1, 70, (b % 4,)).tolist() for b in range(1, B + 1)]
+    want = gk.mips_topk(queries, rows, 20, exclude=padded(lists), backend=backend)
+    assert_same(gk.mips_topk(queries, rows, 20, exclude=as_lists(lists), backend=backend), want)
+    assert_same(
+        gk.mips_topk(queries, rows, 20, exclude=[torch.tensor(x, dtype=torch.int64) for x in lists], backend=backend),
+        want,
+    )
+
+
+def test_exclude_as_a_list_for_one_query(backend: str) -> None:
+    query, rows = torch.randn(6), torch.randn(70, 6)
+    want = gk.mips_topk(query, rows, 20, exclude=torch.tensor([3, 4]), backend=backend)
+    assert_same(gk.mips_topk(query, rows, 20, exclude=[[3, 4]], backend=backend), want)
 
 
 def test_exclude_of_nothing(kind: str, backend: str) -> None:
