@@ -1,38 +1,40 @@
-"""`TrainingConfig`: how a model is fitted. Needs no trainer."""
+"""`TrainingConfig`: settings of the training. Needs no trainer."""
 
 from dataclasses import dataclass
 
 from grank_kernels.recommender.settings import Settings, takes
 
 KS = (10, 50)
+"""The cuts k of the validation metrics."""
+
 _METRICS = (*(f"{metric}@{k}" for k in KS for metric in ("hr", "recall", "ndcg")), "mrr")
 _MONITORS = (*_METRICS, *(f"ranked_{name}" for name in _METRICS))
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """How a model is fitted.
+    """Settings of the training.
 
     Attributes:
-        epochs: passes over the training items, at most.
-        targets: items that each window is to predict.
-        context: items before them that a window may hold in addition.
-        batch_items: items in a batch, padding included.
-        learning_rate: the highest; it warms up over the first tenth of the steps and falls along a cosine.
-        weight_decay: of AdamW.
-        clip: gradients are clipped to this norm.
-        precision: of Lightning: "32-true", "bf16-mixed" or "16-mixed".
-        matmul: "highest", "high" or "medium": whether float32 products may be made of bfloat16 ones
-            (`torch.set_float32_matmul_precision`), which is what processors with AMX are fast at.
-        validate_every: epochs between two validations.
-        monitor: the validation metric that chooses the checkpoint and stops early: "hr", "recall" or "ndcg" "@10" or
-            "@50", or "mrr", of the retrieval; with "ranked_" before it, after the second stage.
-        patience: validations without a better one before the run stops; None never stops early.
-        seed: of weights, batches and dropout.
-        devices: processes that train together, each on batches of its own (DDP); with torchrun, those of all hosts. A
-            step is that of their joint batch.
-        shard_items: split the item table among them, for tables beyond one device's memory, and the other weights too
-            (FSDP2). It needs a model of `softmax="batch"` and a folder.
+        epochs: largest number of passes over the training items.
+        targets: number of items that a window predicts.
+        context: number of items before the targets in a window.
+        batch_items: number of items in a batch, padding included.
+        learning_rate: highest learning rate, after a warm-up over the first tenth of the steps; a cosine follows.
+        weight_decay: weight decay of AdamW.
+        clip: largest norm of the gradient; above it the gradient is scaled down.
+        precision: precision of Lightning: "32-true", "bf16-mixed" or "16-mixed".
+        matmul: "highest", "high" or "medium", as `torch.set_float32_matmul_precision`: below "highest" float32 products
+            may be computed from bfloat16 ones, which is faster on processors with AMX.
+        validate_every: number of epochs between two validations.
+        monitor: validation metric that selects the best epoch and stops early: "hr", "recall" or "ndcg" with "@10" or
+            "@50", or "mrr"; with the prefix "ranked_" that of the second stage.
+        patience: number of validations without improvement after which the training stops; None never stops early.
+        seed: seed of weights, batches and dropout.
+        devices: number of processes (DDP), of all hosts under torchrun. Each has batches of its own, and a step is that
+            of their joint batch.
+        shard_items: shard the item table and the other weights among the processes (FSDP2), for tables larger than one
+            device's memory. Needs a model of `softmax="batch"` and a folder.
     """
 
     epochs: int = takes(20, least=1)

@@ -181,7 +181,7 @@ def test_a_folder_of_other_data_or_of_another_model_is_refused(cut: Path) -> Non
         fit(sequential(), changed, CONFIG, folder=cut, progress=False)
     fit(sequential(), changed, CONFIG, folder=cut, progress=False, data_changed=True)
     with pytest.raises(ValueError, match=f"got {cut} with model Sequential there, UniGRF here$"):
-        fit(unigrf(), circle(), CONFIG, folder=cut, progress=False)
+        fit(unigrf(), changed, CONFIG, folder=cut, progress=False)
 
 
 def test_a_run_that_was_moved_keeps_its_best_epoch(cut: Path, tmp_path: Path) -> None:
