@@ -228,15 +228,16 @@ class ItemTable:
 
         Raises:
             TypeError: rows is not a tensor or array.
-            ValueError: rows are neither int64 nor bool, or of another shape.
+            ValueError: rows are neither int64 nor bool, of another shape or on another device.
         """
         rows = check_tensor("rows", rows, (torch.int64, torch.bool), (1,))
+        check_device("rows", rows, "the table", self.device)
         if rows.dtype == torch.int64:
             return RowMask(rows.clone())
         ids = self.ids
         if rows.shape != ids.shape:
             raise ValueError(f"rows must be bool ({len(ids)},), one entry a row, got {tuple(rows.shape)}")
-        return RowMask(ids[rows.to(ids.device)])
+        return RowMask(ids[rows])
 
     def _update(self, added: Columns, deleted: torch.Tensor) -> None:
         log, self._log = self._log, None  # for good, if the update fails
@@ -459,6 +460,8 @@ def _megabytes(nbytes: int) -> str:
 def _checked_rows(rows: object, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
     """Rows, and the dtype to store them in."""
     rows = check_tensor("rows", rows, FLOATS, (2,))
+    if rows.is_meta:
+        raise ValueError("rows must have data, got a tensor on the meta device")
     if rows.requires_grad and torch.is_grad_enabled():
         warnings.warn(
             "rows require a gradient, and an ItemTable is a copy without one: for a gradient search the tensor itself, "
