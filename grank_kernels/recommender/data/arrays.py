@@ -1,7 +1,5 @@
 """Interactions from arrays in an .npz file, as `numpy.savez` writes them."""
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +36,7 @@ def read_arrays(path: str | Path) -> Interactions:
     if len(files) > 1:
         raise ValueError(f"{path}: expected one .npz file, got {', '.join(file.name for file in files)}")
     file = files[0]
-    try:
-        with np.lib.npyio.NpzFile(file) as archive:  # type: ignore[arg-type]  # it opens paths, too
-            columns = _columns(file, archive)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{file}: expected a whole .npz file, got a damaged or foreign one: {error}") from None
+    columns = _columns(file)
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or not lengths["user"]:
         raise ValueError(f"{file}: arrays must have one length of 1 or more, got {lengths}")
@@ -50,24 +44,27 @@ def read_arrays(path: str | Path) -> Interactions:
     return Interactions.take(given)
 
 
-def _columns(file: Path, archive: Any) -> dict[str, npt.NDArray[Any]]:
+def _columns(file: Path) -> dict[str, npt.NDArray[Any]]:
+    present, arrays = _load(file)
     columns = {}
     for column, names in _NAMES.items():
-        name = next((name for name in names if name in archive), None)
+        name = next((name for name in names if name in arrays), None)
         if name is not None:
-            array = f"{file}: array {name}"
-            columns[column] = _checked(column, array, _plain(array, archive, name))
+            columns[column] = _checked(column, f"{file}: array {name}", arrays[name])
         elif column in ("user", "item"):
-            raise ValueError(f"{file}: expected an array {' or '.join(names)}, got {', '.join(archive) or 'none'}")
+            raise ValueError(f"{file}: expected an array {' or '.join(names)}, got {', '.join(present) or 'none'}")
     return columns
 
 
-def _plain(array: str, archive: Any, name: str) -> npt.NDArray[Any]:
-    try:
-        values: npt.NDArray[Any] = archive[name]
-    except ValueError as error:  # NumPy's, of a damaged header or of pickled objects, which are never loaded
-        raise ValueError(f"{array} must be integers, numbers or strings, got {error}") from None
-    return values
+def _load(file: Path) -> tuple[list[str], dict[str, npt.NDArray[Any]]]:
+    """The names of all arrays in the file, and the arrays that are columns."""
+    wanted = {name for names in _NAMES.values() for name in names}
+    with file.open("rb") as opened:
+        try:
+            with np.lib.npyio.NpzFile(opened) as archive:  # pickled arrays are refused
+                return archive.files, {name: np.asarray(archive[name]) for name in archive.files if name in wanted}
+        except Exception as error:  # zipfile and NumPy raise a dozen types for damaged bytes
+            raise ValueError(f"{file}: expected a whole .npz file of plain arrays, got {error!r}") from None
 
 
 def _checked(column: str, array: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

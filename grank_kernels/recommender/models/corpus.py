@@ -55,7 +55,7 @@ class Corpus(NamedTuple):
         return softmax_loss(queries, self.vectors, targets, seen, self.bias)
 
 
-def gathered(ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_gather_ragged(ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The ids of all ranks of a group, (sum of n,), where each rank has its own n; without a group the ids given."""
     if group is None:
         return ids
@@ -80,7 +80,7 @@ def joint_mean(mean: Tensor, count: int, group: dist.ProcessGroup | None) -> Ten
     return mean * (count * dist.get_world_size(group) / total)
 
 
-def average(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_mean(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The mean over the ranks of tensors of equal shape, without a gradient."""
     if group is None:
         return x

@@ -71,7 +71,7 @@ class DualTower(EmbeddingModel):
 
     def _users(self, history: Batch, visible: Tensor) -> Tensor:
         """User vectors (B, M, d) after the first `visible` (B, M) items of the history."""
-        x = self.rows_of(history.items.clamp(min=0))
+        x = self.lookup(history.items.clamp(min=0))
         pools = [prefix_means(x, which, visible) for which in (history.valid, history.feedback)]
         newest = F.pad(x, (0, 0, 1, 0)).gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         users = self.user_tower(self.dropout(torch.cat([*pools, newest], -1)))

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from grank_kernels.distributed.sharded_table import ShardedItemTable
 from grank_kernels.recommender.data.histories import Histories
-from grank_kernels.recommender.models.corpus import Corpus, gathered, joint_mean
+from grank_kernels.recommender.models.corpus import Corpus, all_gather_ragged, joint_mean
 from grank_kernels.recommender.models.recommender import Recommender
-from grank_kernels.recommender.models.sharding import is_split, rows_of
+from grank_kernels.recommender.models.sharding import is_sharded, lookup
 from grank_kernels.recommender.models.targets import seen_before
 from grank_kernels.table.item_table import ItemTable
 
@@ -44,11 +44,11 @@ class EmbeddingModel(Recommender):
 
     def item_vectors(self) -> Tensor:
         """(N, d) float32 of norm 1: the table to search. A sharded model gathers all rows."""
-        return self._vectors(self.items.full_tensor() if is_split(self.items) else self.items)
+        return self._vectors(self.items.full_tensor() if is_sharded(self.items) else self.items)
 
     def searchable(self) -> Tensor | ShardedItemTable:
         """`item_vectors()`, or a table sharded among the ranks in which each rank searches for its own queries."""
-        if not is_split(self.items):
+        if not is_sharded(self.items):
             return self.item_vectors()
         local = ItemTable.from_rows(self._vectors(self.items.to_local()))
         return ShardedItemTable(local, group=self.group, scatter_queries=True)
@@ -67,7 +67,7 @@ class EmbeddingModel(Recommender):
             raise RuntimeError(
                 'a model with softmax="batch" must observe its training histories first: call .observe()'
             )
-        targets = gathered(targets, self.group)
+        targets = all_gather_ragged(targets, self.group)
         ids, counts = torch.unique(targets, return_counts=True)
         return Corpus(self.vectors_of(ids), ids, (counts / len(targets)).log() - self.log_share[ids])
 
@@ -87,11 +87,11 @@ class EmbeddingModel(Recommender):
 
     def vectors_of(self, ids: Tensor) -> Tensor:
         """Rows (..., d) of `item_vectors()` for item numbers (...) in [0, N)."""
-        return self._vectors(self.rows_of(ids))
+        return self._vectors(self.lookup(ids))
 
-    def rows_of(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """Rows (..., d) of `items` for item numbers (...) in [0, N)."""
-        return rows_of(self.items, ids)
+        return lookup(self.items, ids)
 
     def joint_mean(self, mean: Tensor, count: int) -> Tensor:
         """A mean over `count` entries, weighted so that its average over the ranks is the mean over all entries."""

@@ -13,7 +13,7 @@ from grank_kernels.recommender.models.corpus import Corpus
 from grank_kernels.recommender.models.embedding_model import SOFTMAXES, EmbeddingModel
 from grank_kernels.recommender.models.layers import mlp, prefix_means
 from grank_kernels.recommender.models.ranker import Ranker
-from grank_kernels.recommender.models.targets import draw_candidates, draw_moments, later_targets, until
+from grank_kernels.recommender.models.targets import draw_candidates, draw_moments, later_targets, truncate
 from grank_kernels.recommender.settings import Settings, takes
 from grank_kernels.score_candidates import score_candidates
 from grank_kernels.table.item_table import ItemTable
@@ -211,7 +211,7 @@ class GRank(EmbeddingModel):
         rows = torch.arange(len(at), device=at.device).repeat_interleave(at.shape[1])
         stops, of_moments = (at + 1).flatten(), users[rows, at.flatten()]
         targets = corpus.columns(wanted.gather(1, at)).flatten()
-        seen = corpus.columns(until(window.items[rows], stops, -1))
+        seen = corpus.columns(truncate(window.items[rows], stops, -1))
         seen = seen.where(seen < len(corpus.vectors), targets.unsqueeze(1))
         with torch.no_grad():
             logits = corpus.logits(of_moments, targets)
@@ -229,7 +229,7 @@ class GRank(EmbeddingModel):
     def _embed(self, ids: Tensor) -> Tensor:
         """Scaled embeddings (..., d) of item numbers (...); arbitrary where a number is negative."""
         scale: float = self.config.dim**0.5
-        return self.rows_of(ids.clamp(min=0)) * scale
+        return self.lookup(ids.clamp(min=0)) * scale
 
     def _read(self, history: Batch) -> tuple[Tensor, list[KVCache]]:
         """The short history's embeddings (B, T, d), and its cache in each block."""

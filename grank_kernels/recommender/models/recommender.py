@@ -117,7 +117,7 @@ class Recommender(nn.Module, ABC):
         return self.rank(batch, users, candidates, logits)
 
 
-def at_newest(outputs: Tensor, batch: Batch) -> Tensor:
+def newest_outputs(outputs: Tensor, batch: Batch) -> Tensor:
     """The outputs (B, L, d) at the newest item of every history, (B, d); 0 for an empty history."""
     lengths = batch.lengths
     rows = torch.arange(len(lengths), device=lengths.device)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from grank_kernels.recommender.data.histories import Batch
 from grank_kernels.recommender.models.blocks import BLOCKS, Backbone
 from grank_kernels.recommender.models.embedding_model import SOFTMAXES, EmbeddingModel
-from grank_kernels.recommender.models.recommender import at_newest
+from grank_kernels.recommender.models.recommender import newest_outputs
 from grank_kernels.recommender.settings import Settings, takes
 
 
@@ -62,7 +62,7 @@ class Sequential(EmbeddingModel):
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32 of norm 1 / temperature, 0 for an empty history; see `Recommender.user_vectors`."""
-        return self._queries(at_newest(self._outputs(batch.items), batch))
+        return self._queries(newest_outputs(self._outputs(batch.items), batch))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of every item of the windows except the first, given the items before it."""
@@ -72,7 +72,7 @@ class Sequential(EmbeddingModel):
         return {"retrieval": loss}
 
     def _outputs(self, items: Tensor) -> Tensor:
-        x = self.rows_of(items.clamp(min=0)) * self.config.dim**0.5
+        x = self.lookup(items.clamp(min=0)) * self.config.dim**0.5
         outputs: Tensor = self.backbone(x)[0]
         return outputs
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grank_kernels.recommender.models.embedding_model import EmbeddingModel
 
 
-def is_split(x: Tensor) -> "TypeGuard[DTensor]":
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor. Before its module is imported, which takes 2 s, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -46,9 +46,9 @@ def shard(model: "EmbeddingModel", mesh: "DeviceMesh") -> None:
         register_fsdp_forward_method(model, method)
 
 
-def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
     """Rows (..., d) of a table (N, d), sharded or not, for ids (...) in [0, N); differentiable."""
-    if not is_split(table):
+    if not is_sharded(table):
         return F.embedding(ids, table)
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 

@@ -47,7 +47,7 @@ def draw_candidates(targets: Tensor, logits: Tensor, barred: Tensor, number: int
     return F.pad(torch.cat([targets.unsqueeze(1), negatives], 1), (0, number - negatives.shape[1]), value=-1)
 
 
-def until(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
+def truncate(items: Tensor, stops: Tensor, padding: int | Tensor) -> Tensor:
     """The first `stops[i]` items of row i of (n, L), padded with `padding`."""
     return items.where(torch.arange(items.shape[1], device=items.device) < stops.unsqueeze(1), padding)
 
@@ -64,4 +64,4 @@ def seen_before(windows: Tensor, asked: Tensor, padding: int | Tensor) -> Tensor
         (n, W).
     """
     rows, columns = asked.nonzero(as_tuple=True)
-    return until(windows[rows], columns + 1, padding)
+    return truncate(windows[rows], columns + 1, padding)

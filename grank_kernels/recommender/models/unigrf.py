@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from grank_kernels.recommender.data.histories import Batch
 from grank_kernels.recommender.models.blocks import BLOCKS, Backbone, KVCache
-from grank_kernels.recommender.models.corpus import Corpus, average
+from grank_kernels.recommender.models.corpus import Corpus, all_reduce_mean
 from grank_kernels.recommender.models.embedding_model import SOFTMAXES, EmbeddingModel
-from grank_kernels.recommender.models.recommender import at_newest
-from grank_kernels.recommender.models.targets import until
+from grank_kernels.recommender.models.recommender import newest_outputs
+from grank_kernels.recommender.models.targets import truncate
 from grank_kernels.recommender.settings import Settings, takes
 
 
@@ -143,7 +143,7 @@ class UniGRF(EmbeddingModel):
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, d) float32 of norm 1 / temperature, 0 for an empty history; see `Recommender.user_vectors`."""
-        return self._queries(at_newest(self._read(batch)[0][:, 1::2], batch))
+        return self._queries(newest_outputs(self._read(batch)[0][:, 1::2], batch))
 
     def rank(self, batch: Batch, users: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:
         """See `Recommender.rank`: logits of positive feedback, which do not depend on `users` and `logits`."""
@@ -181,7 +181,7 @@ class UniGRF(EmbeddingModel):
             return super().objective(losses)
         retrieval = losses["retrieval"] + losses.get("enhanced", 0.0)
         own = torch.stack([retrieval, losses["ranking"]])
-        weighed: Tensor = self.weighter(own, average(own.detach(), self.group))
+        weighed: Tensor = self.weighter(own, all_reduce_mean(own.detach(), self.group))
         return weighed
 
     def _read(self, batch: Batch) -> tuple[Tensor, list[KVCache]]:
@@ -197,7 +197,7 @@ class UniGRF(EmbeddingModel):
         return tokens
 
     def _item_tokens(self, items: Tensor) -> Tensor:
-        tokens: Tensor = self.rows_of(items) * self.config.dim**0.5
+        tokens: Tensor = self.lookup(items) * self.config.dim**0.5
         return tokens
 
     def _queries(self, outputs: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class UniGRF(EmbeddingModel):
         at = (torch.rand(B, K, device=asked.device) * asked.unsqueeze(1)).long()
         target = columns.gather(1, at + 1)
         query = queries.gather(1, at.unsqueeze(-1).expand(-1, -1, queries.shape[-1]))
-        past = until(columns.repeat_interleave(K, 0), (at + 1).flatten(), M).view(B, K, -1)
+        past = truncate(columns.repeat_interleave(K, 0), (at + 1).flatten(), M).view(B, K, -1)
         seen = torch.zeros(B, K, M + 1, dtype=torch.bool, device=at.device)
         seen = seen.scatter(2, past, True)[..., :M].scatter(2, target.unsqueeze(-1), False)
         return _Moments(at, target, corpus.logits(query, target).masked_fill(seen, -torch.inf), seen)

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from grank_kernels.recommender.data import Histories
-from grank_kernels.recommender.models.targets import draw_candidates, draw_moments, later_targets, until
+from grank_kernels.recommender.models.targets import draw_candidates, draw_moments, later_targets, truncate
 
 
 def test_later_targets_are_among_the_next_items() -> None:
@@ -26,8 +26,8 @@ def test_moments_have_an_item_behind_them() -> None:
 
 def test_until_pads_behind() -> None:
     items = torch.tensor([[5, 6, 7], [8, 9, -1]])
-    assert until(items, torch.tensor([2, 0]), 99).tolist() == [[5, 6, 99], [99, 99, 99]]
-    assert until(items, torch.tensor([1, 2]), torch.tensor([[7], [3]])).tolist() == [[5, 7, 7], [8, 9, 3]]
+    assert truncate(items, torch.tensor([2, 0]), 99).tolist() == [[5, 6, 99], [99, 99, 99]]
+    assert truncate(items, torch.tensor([1, 2]), torch.tensor([[7], [3]])).tolist() == [[5, 7, 7], [8, 9, 3]]
 
 
 def test_candidates_are_the_target_and_a_draw_from_the_softmax() -> None:

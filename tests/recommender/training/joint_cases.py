@@ -25,9 +25,9 @@ from grank_kernels.recommender.models import (
     UniGRF,
     UniGRFConfig,
 )
-from grank_kernels.recommender.models.corpus import gathered
+from grank_kernels.recommender.models.corpus import all_gather_ragged
 from grank_kernels.recommender.models.embedding_model import EmbeddingModel
-from grank_kernels.recommender.models.sharding import rows_of, shard
+from grank_kernels.recommender.models.sharding import lookup, shard
 
 N = 41
 CASES: dict[str, Case] = {}
@@ -164,7 +164,7 @@ def looks_up_rows_of_all_ranks(rank: int, world: int, folder: Path) -> None:
         table = torch.randn(rows, 3, dtype=torch.float64)
         split = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
         of_ranks = [torch.randint(rows, (2, 5 * r)) for r in range(world)]  # rank 0 asks for none
-        found = rows_of(split, of_ranks[rank])
+        found = lookup(split, of_ranks[rank])
         assert torch.equal(found, table[of_ranks[rank]])
         weight = torch.arange(found.numel()).view(found.shape)
         (found * weight).sum().backward()  # type: ignore[no-untyped-call]
@@ -178,7 +178,7 @@ def looks_up_rows_of_all_ranks(rank: int, world: int, folder: Path) -> None:
 
 def gathers_lists_of_different_lengths(rank: int, world: int, folder: Path) -> None:
     lists = [torch.arange(3 * r, 5 * r) for r in range(world)]
-    assert torch.equal(gathered(lists[rank], dist.group.WORLD), torch.cat(lists))
+    assert torch.equal(all_gather_ragged(lists[rank], dist.group.WORLD), torch.cat(lists))
 
 
 CASES |= {run.__name__: run for run in (looks_up_rows_of_all_ranks, gathers_lists_of_different_lengths)}
