@@ -77,7 +77,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="tables cannot be sent to spawned processes", strict=True)
 def test_a_retriever_reaches_spawned_processes(tmp_path: Path) -> None:
     (tmp_path / "spawn.py").write_text(SPAWN)  # a child imports the file
     here = str(Path(__file__).parent)
