@@ -204,7 +204,7 @@ def of_run(run: Path, users: int) -> tuple[Retriever, Histories]:
     experiment = Experiment.load(run / "experiment.yaml")
     interactions = experiment.data.read()
     histories = experiment.data.split(interactions).test.histories
-    return Retriever.from_run(run, interactions), histories.select(torch.arange(min(users, len(histories))))
+    return Retriever.from_run(run), histories.select(torch.arange(min(users, len(histories))))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -33,6 +33,10 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a run, or one that `grank export` wrote.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads (default: torch's own).")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the table: float32 (default), bfloat16 or int8.")]
+DataChanged = Annotated[
+    bool,
+    typer.Option("--data-changed", help="Accept data that changed after the training; new items are left out."),
+]
 K1 = Annotated[int, typer.Option(min=1, help="Number of items to retrieve.")]
 
 
@@ -59,6 +63,7 @@ def train(
         list[str] | None, typer.Argument(help="Settings as section.key=value, e.g. training.epochs=3.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="File or folder of the data set.")] = None,
+    data_changed: DataChanged = False,
     threads: Threads = None,
 ) -> None:
     """Train a model and print its report on the test split as JSON."""
@@ -66,29 +71,29 @@ def train(
 
     given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
     experiment = Experiment.load(config, given)
+    path = experiment.data.path
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist: data.path (--data) must be the data of {experiment.data.name}")
     _set_threads(threads)
     from grank_kernels.distributed.ranks import leave
     from grank_kernels.recommender.training.run import run
 
-    report = run(experiment, folder)
+    report = run(experiment, folder, data_changed=data_changed)
     leave()
     if report:
         _print_json({name: value for name, value in report.items() if name != "machine"})
 
 
 @app.command()
-def evaluate(folder: Run, threads: Threads = None) -> None:
+def evaluate(folder: Run, data_changed: DataChanged = False, threads: Threads = None) -> None:
     """Evaluate the best epoch of a run on its test split and print the report as JSON."""
-    from grank_kernels.recommender.training.experiment import Experiment
-    from grank_kernels.recommender.training.run_folder import EXPERIMENT, check_run, load_model
+    from grank_kernels.recommender.training.run_folder import check_run
 
     check_run(folder)
-    experiment = Experiment.load(folder / EXPERIMENT)
     _set_threads(threads)
-    from grank_kernels.recommender.training.run import evaluate as report
+    from grank_kernels.recommender.training.run import evaluate_run
 
-    split = experiment.data.split(experiment.data.read())
-    _print_json(report(experiment, load_model(folder, split.num_items), split))
+    _print_json(evaluate_run(folder, data_changed=data_changed))
 
 
 @app.command()

@@ -24,13 +24,13 @@ from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.forked import limit_threads
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.run_folder import EXPERIMENT, check_run, load_model
+from grank_kernels.recommender.training.run_folder import EXPERIMENT, ITEMS, check_run, load_model
 from grank_kernels.table.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """Dtypes of a retriever's table."""
 
-_WEIGHTS, _TABLE, _ITEMS = "model.safetensors", "table.safetensors", "items.parquet"  # beside EXPERIMENT
+_WEIGHTS, _TABLE = "model.safetensors", "table.safetensors"  # of an export, beside EXPERIMENT and ITEMS
 
 
 class Retrieved(NamedTuple):
@@ -311,7 +311,7 @@ class Retriever:
             self.experiment.save(new / EXPERIMENT)
             save_file({name: x.contiguous() for name, x in serving.model.state_dict().items()}, new / _WEIGHTS)
             serving.table.save(new / _TABLE)
-            self.catalogue.save(new / _ITEMS)
+            self.catalogue.save(new / ITEMS)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", mmap: bool = False) -> "Retriever":
@@ -329,7 +329,7 @@ class Retriever:
         folder = Path(folder)
         _check_export(folder)
         experiment = Experiment.load(folder / EXPERIMENT)
-        catalogue = Catalogue.load(folder / _ITEMS)
+        catalogue = Catalogue.load(folder / ITEMS)
         model = _model(experiment, len(catalogue), folder / _WEIGHTS)
         table = ItemTable.load(folder / _TABLE, mmap=mmap)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
@@ -353,9 +353,8 @@ class Retriever:
             raise ValueError(f"folder must be the folder of a run, got {folder}, an export: use Retriever.load")
         check_run(folder)
         experiment = Experiment.load(Path(folder) / EXPERIMENT)
-        interactions = experiment.data.read()
-        model = load_model(folder, interactions.num_items)
-        catalogue = Catalogue(interactions.item_ids, interactions.titles)
+        catalogue = Catalogue.load(Path(folder) / ITEMS)
+        model = load_model(folder, len(catalogue))
         return cls(model, catalogue, dtype=dtype, device=device, experiment=experiment)
 
 
@@ -379,7 +378,7 @@ def check_histories(histories: Histories, N: int) -> None:
 
 
 def _check_export(folder: Path) -> None:
-    missing = [name for name in (EXPERIMENT, _WEIGHTS, _TABLE, _ITEMS) if not (folder / name).is_file()]
+    missing = [name for name in (EXPERIMENT, _WEIGHTS, _TABLE, ITEMS) if not (folder / name).is_file()]
     if missing:
         got = f"{folder} without {', '.join(missing)}" if folder.is_dir() else f"{folder}, which does not exist"
         is_run = folder.is_dir() and _WEIGHTS in missing and EXPERIMENT not in missing

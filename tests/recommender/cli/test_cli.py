@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracle import run_python
 from typer.testing import CliRunner
@@ -54,20 +56,56 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
 
 def test_train_evaluate_export_retrieve(config: Path, trained: Path, tmp_path: Path) -> None:
     out = call("train", config, tmp_path / "run", "training.seed=1")
-    report = json.loads(out[out.index("{\n") :])
+    report = json.loads(out)
     assert report["users"] == 30
     assert json.loads(call("evaluate", tmp_path / "run"))["retrieved"] == report["retrieved"]
 
     by_user = call("retrieve", trained, "--user", 103, "--k1", 20, "--k2", 5).splitlines()
     history = ",".join(str((7 * 3 + t) % 40 + 1) for t in range(16))
     assert len(by_user) == 6
-    assert by_user[0] == "16 items seen, last: item 35; item 36; item 37"
+    assert by_user[0] == "16 items seen, last: 35; 36; 37"
     call("export", trained, tmp_path / "saved", "--dtype", "bfloat16")
     by_history = call("retrieve", tmp_path / "saved", "--history", history, "--k1", 20, "--k2", 5).splitlines()
     assert by_history[0] == by_user[0]
     assert not {line.split()[2] for line in by_user[1:] + by_history[1:]} & set(history.split(","))
     assert len(call("retrieve", tmp_path / "saved", "--user", 103).splitlines()) == 11
     assert call("retrieve", trained, "--history", "").startswith("0 items seen, last: none\n")
+
+
+def changed(shared: Path, folder: Path, item: int) -> tuple[Path, Path]:
+    """A copy of the run whose data file has another item in the place of item 1, and the copy of the data."""
+    shutil.copytree(shared / "run", folder / "run")
+    with np.load(shared / "circle.npz") as columns:
+        items = columns["item"]
+        np.savez(folder / "circle.npz", **(dict(columns) | {"item": np.where(items == 1, item, items)}))
+    experiment = Experiment.load(shared / "run" / "experiment.yaml")
+    replace(experiment, data=replace(experiment.data, path=str(folder / "circle.npz"))).save(
+        folder / "run" / "experiment.yaml"
+    )
+    return folder / "run", folder / "circle.npz"
+
+
+def test_a_run_recommends_its_own_items_whatever_the_data_holds_now(shared: Path, tmp_path: Path) -> None:
+    run, data = changed(shared, tmp_path, 0)  # an item before all others: every number is another item's
+    before, after = (call("retrieve", folder, "--history", "10,13") for folder in (shared / "run", run))
+    assert after == before
+    done = CliRunner().invoke(app, ["retrieve", str(run), "--user", "103"], catch_exceptions=False)
+    assert "1 of 40 items of the data set are not in the catalogue" in done.stderr
+    assert "15 items seen, last: 35; 36; 37" in done.stdout or "16 items seen, last: 35; 36; 37" in done.stdout
+    data.unlink()
+    assert call("retrieve", run, "--history", "10,13") == before
+
+
+def test_changed_data_is_evaluated_and_trained_on_only_if_asked_for(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = changed(shared, tmp_path, 99)
+    for arguments in (("evaluate", run), ("train", run / "experiment.yaml", run)):
+        status, error = fails(capsys, monkeypatch, *arguments)
+        assert status == 1
+        assert "1 items are gone (1), 1 items are new (99)" in error
+        assert "--data-changed" in error
+    assert json.loads(call("evaluate", run, "--data-changed"))["users"] <= 30
 
 
 @pytest.mark.parametrize(
@@ -132,6 +170,10 @@ def test_doctor_help_and_version() -> None:
     ("arguments", "message"),
     [
         (("train", "nothing.yaml", "run"), "nothing.yaml"),
+        (("train", "CONFIG", "run", "--data", "20241129_0101"), "20241129_0101 does not exist: data.path (--data)"),
+        (("train", "CONFIG", "run", "--data", "007"), "007 does not exist"),
+        (("train", "CONFIG", "run", "--data", "${oc.env:HOME}"), "${oc.env:HOME} does not exist"),
+        (("train", "EMPTY", "run"), "empty"),
         (("evaluate", "nothing"), "folder must be the folder of a run, got nothing, which does not exist"),
         (("evaluate", "EMPTY"), "empty without experiment.yaml"),
         (("export", "nothing", "to"), "folder must be the folder of a run, got nothing, which does not exist"),
