@@ -16,8 +16,8 @@ import torch.distributed as dist
 from launches import environment
 from oracle import run_python
 from pyarrow import dataset
-from test_experiment import write_circle
 from test_retriever import IDS, MODELS_SERVED, N, build, experiment_of, retriever_of
+from tiny_runs import write_circle
 from typer.testing import CliRunner
 
 from grank_kernels.distributed.ranks import Ranks, leave

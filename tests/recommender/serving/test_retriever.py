@@ -243,7 +243,7 @@ def test_what_is_saved_answers_the_same(name: str, dtype: torch.dtype, tmp_path:
     for other in others:
         assert torch.equal(one.scores, other.scores)
         assert (one.ids == other.ids).all()
-    with pytest.raises(ValueError, match="memory-mapped table takes no updates"):
+    with pytest.raises(ValueError, match="must be in memory to be updated"):
         mapped.refresh([IDS[7]], torch.randn(1, 16))
     assert loaded.experiment == retriever.experiment
     assert loaded.current.table.dtype == dtype
