@@ -204,6 +204,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("candidate_cross_attention", &candidate_cross_attention);
   m.def("candidate_cross_attention_backward", &candidate_cross_attention_backward);
   m.def("isa", [] { return std::string(grank::active_isa().name); });
+  m.def("set_isa", &grank::set_active_isa);
   m.def("isas", [] {
     std::vector<std::pair<std::string, bool>> all;
     for (const grank::Isa& isa : grank::isas()) all.emplace_back(isa.name, isa.runs_here);

@@ -4,7 +4,6 @@ Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stand
 module, and gets tensors where that gets addresses.
 """
 
-import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -98,19 +97,3 @@ def standing_in(module: Any, allocating: ModuleType) -> Iterator[None]:
         patch.setattr(cuda, "_stream_of", no_stream)
         patch.setattr(cuda, "_device_unsupported", lambda name, x: None)
         yield
-
-
-def contract_of(modules: Collection[ModuleType], left_out: Collection[str]) -> dict[str, Any]:
-    """The tests of modules that take the fixture `backend`; a module that has one of its own can run them."""
-    tests = {
-        name: test
-        for module in modules
-        for name, test in vars(module).items()
-        if inspect.isfunction(test) and name.startswith("test_")
-    }
-    assert set(left_out) <= set(tests)
-    return {
-        name: test
-        for name, test in tests.items()
-        if "backend" in inspect.signature(test).parameters and name not in left_out
-    }

@@ -106,12 +106,18 @@ def rows_like(shape: str, n: int, d: int) -> torch.Tensor:
     return x.clamp(-6e4, 6e4)
 
 
+def tables(rows: torch.Tensor, kind: str, ids: torch.Tensor | None = None) -> tuple[gk.ItemTable, gk.ItemTable]:
+    """A table of the rows, and one with an int8 copy beside them."""
+    dtype = getattr(torch, kind)
+    return (
+        gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype),
+        gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype, coarse=torch.int8),
+    )
+
+
 def both(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, backend: str, **more: Any) -> gk.ItemTable:
     """Searches with and without the int8 copy, which must agree; returns the table with it."""
-    ids = more.pop("ids", None)
-    dtype = getattr(torch, kind)
-    exact = gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype)
-    certified = gk.ItemTable.from_rows(rows, ids=ids, dtype=dtype, coarse=torch.int8)
+    exact, certified = tables(rows, kind, more.pop("ids", None))
     want = gk.mips_topk(queries, exact, k, backend=backend, **more)
     assert_same(gk.mips_topk(queries, certified, k, backend=backend, **more), want)
     return certified

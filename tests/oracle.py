@@ -3,15 +3,18 @@
 Nothing here calls the package, but for asking which instruction set is in use.
 """
 
+import inspect
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import grank_kernels as gk
@@ -29,13 +32,18 @@ def fused(backend: str) -> bool:
 
 
 def isas() -> list[str]:
-    """The instruction sets that run here."""
-    return [name for name, runs_here in cpu.isas().items() if runs_here]
+    """The instruction sets that run here, weakest first."""
+    return [] if cpu.unavailable() else [name for name, runs_here in cpu.isas().items() if runs_here]
 
 
 def searching_isas() -> list[str]:
-    """Those with kernels of their own for searches; avx512bf16 has the Ranker's alone."""
+    """Those with search kernels of their own; avx512bf16 has kernels for the Ranker only."""
     return [isa for isa in isas() if isa != "avx512bf16"]
+
+
+def inactive(names: list[str]) -> list[Any]:
+    """The instruction sets other than the one in use, as parameters of slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names if name != cpu.isa()]
 
 
 # ---- scores ----
@@ -207,19 +215,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def run_contract(isa: str, files: Sequence[str], tests: str) -> None:
-    """Runs tests of files once more under another instruction set, which is read once a process.
-
-    New memory is full of 0x7f there: 3e38 as a float.
-    """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", tests]
-    done = subprocess.run(
-        [*command, *(str(TESTS / "ops" / file) for file in files), "--rootdir", str(TESTS.parent)],
-        env={**env, "GRANK_CPU_ISA": isa, "MALLOC_PERTURB_": "128"},
-        cwd=Path(gk.__file__).resolve().parent.parent,
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+def contract_of(modules: Collection[ModuleType], left_out: Collection[str]) -> dict[str, Any]:
+    """The tests of modules with the fixture `backend`: a module with another `backend` can run them again."""
+    tests = {
+        name: test
+        for module in modules
+        for name, test in vars(module).items()
+        if inspect.isfunction(test) and name.startswith("test_")
+    }
+    assert set(left_out) <= set(tests)
+    return {
+        name: test
+        for name, test in tests.items()
+        if "backend" in inspect.signature(test).parameters and name not in left_out
+    }

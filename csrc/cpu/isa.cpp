@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -62,15 +63,6 @@ bool runs_here(const std::string& isa) {
   return false;
 }
 
-const Isa& choose() {
-  if (const char* name = std::getenv("GRANK_CPU_ISA"); name != nullptr && *name != '\0') return find_isa(name);
-  const Isa* best = &isas().front();
-  for (const Isa& isa : isas()) {
-    if (isa.runs_here) best = &isa;
-  }
-  return *best;
-}
-
 }  // namespace
 
 const std::vector<Isa>& isas() {
@@ -85,18 +77,37 @@ const std::vector<Isa>& isas() {
   return all;
 }
 
-const Isa& find_isa(const std::string& name) {
+namespace {
+
+const Isa& find_isa(const std::string& argument, const std::string& name) {
   std::string known;
   for (const Isa& isa : isas()) {
     if (isa.name == name && isa.runs_here) return isa;
     known += (known.empty() ? "" : ", ") + std::string(isa.name) + (isa.runs_here ? "" : " (not on this processor)");
   }
-  throw std::invalid_argument("GRANK_CPU_ISA is '" + name + "'; it takes one of: " + known);
+  throw std::invalid_argument(argument + " must be one of " + known + ", got '" + name + "'");
 }
 
-const Isa& active_isa() {
-  static const Isa& active = choose();
-  return active;
+const Isa& first_choice() {
+  if (const char* name = std::getenv("GRANK_CPU_ISA"); name != nullptr && *name != '\0') {
+    return find_isa("GRANK_CPU_ISA", name);
+  }
+  const Isa* best = &isas().front();
+  for (const Isa& isa : isas()) {
+    if (isa.runs_here) best = &isa;
+  }
+  return *best;
 }
+
+std::atomic<const Isa*>& active() {
+  static std::atomic<const Isa*> isa{&first_choice()};
+  return isa;
+}
+
+}  // namespace
+
+const Isa& active_isa() { return *active(); }
+
+void set_active_isa(const std::string& name) { active() = &find_isa("isa", name); }
 
 }  // namespace grank

@@ -28,11 +28,11 @@ struct Isa {
 // All that were compiled, weakest first.
 const std::vector<Isa>& isas();
 
-// The best that runs here, or the one named by the environment variable GRANK_CPU_ISA (read once).
+// The one in use: at first the best that runs here, or the one that the environment variable GRANK_CPU_ISA names.
 // Throws std::invalid_argument if that name is unknown or cannot run here.
 const Isa& active_isa();
 
-// Finds one by name; throws std::invalid_argument as above.
-const Isa& find_isa(const std::string& name);
+// Replaces the one in use, for the whole process: for tests. Calls that have begun keep theirs. Throws as above.
+void set_active_isa(const std::string& name);
 
 }  // namespace grank

@@ -1,6 +1,8 @@
 """The C++ SIMD kernels (csrc/cpu): tensors to addresses, outputs allocated here."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,17 @@ def isa() -> str:
 def isas() -> dict[str, bool]:
     """Every instruction set compiled in, weakest first, and whether this processor has it."""
     return dict(_cpu.isas())
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """Replaces the instruction set of the whole process inside a `with` block: for tests."""
+    before = isa()
+    _cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        _cpu.set_isa(before)
 
 
 def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:

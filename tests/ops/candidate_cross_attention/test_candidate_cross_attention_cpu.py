@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import isas, run_contract, run_python
+from oracle import isas, run_python
+from ranker_checks import check_attention
 from ranker_oracle import FLOATS, Attention, attention
 
 from grank_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-ISAS = [] if cpu.unavailable() else isas()
+ISAS = isas()
 ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # float32 sums, fused, in one order
 
 
@@ -34,38 +35,27 @@ def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor], case: object
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{case}: {m}")
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
-def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
-    tests = "cpu and (loses or lse or gradients or widths or nan or hidden or empty) and not (opcheck or compile)"
-    parts = ("scores", "privacy", "inputs", "gradients")
-    run_contract(isa, [f"candidate_cross_attention/test_candidate_cross_attention_{part}.py" for part in parts], tests)
-
-
-RESULTS = """
-import hashlib, torch
-from ranker_oracle import FLOATS, attention
-torch.manual_seed(1)
-digest = hashlib.sha256()
-for activation in ("softmax", "silu"):
-    for dtype in FLOATS:
-        for queries in ("dense", "shared", "ragged"):
-            how = dict(queries=queries, dtype=dtype, activation=activation)
-            problem = attention([0, 1, 95, 200], 70, 2, 37, bias=True, **how)
-            out = problem.attend("cpu")
-            for x in (out, *problem.gradients("cpu", torch.ones_like(out))):
-                digest.update(x.detach().float().numpy().tobytes())
-print(digest.hexdigest())
-"""
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "silu"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_every_instruction_set(dtype: torch.dtype, activation: str, isa: str) -> None:
+    assert cpu.isa() == isa
+    problem = attention([0, 1, 95, 200], 70, 2, 37, bias=True, dtype=dtype, activation=activation)
+    check_attention(problem, "cpu")
 
 
 @pytest.mark.skipif(len(ONE_ORDER) < 2, reason="one instruction set with FMA here")
-def test_same_bits_for_every_instruction_set_with_fma() -> None:
-    digests = set()
+@pytest.mark.parametrize("queries", ["dense", "shared", "ragged"])
+@pytest.mark.parametrize("activation", ["softmax", "silu"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_same_bits_for_every_instruction_set_with_fma(queries: str, activation: str, dtype: torch.dtype) -> None:
+    problem = attention([0, 1, 95, 200], 70, 2, 37, bias=True, queries=queries, dtype=dtype, activation=activation)
+    found = []
     for isa in ONE_ORDER:
-        done = run_python(RESULTS, GRANK_CPU_ISA=isa)
-        assert done.returncode == 0, done.stderr
-        digests.add(done.stdout)
-    assert len(digests) == 1
+        with cpu.using_isa(isa):
+            found.append(results(problem))
+    for isa, got in zip(ONE_ORDER[1:], found[1:], strict=True):
+        assert_equal(got, found[0], isa)
 
 
 @pytest.mark.usefixtures("_threads_restored")

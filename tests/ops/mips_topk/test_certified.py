@@ -1,25 +1,36 @@
 """Certified int8 tables: the bound holds for every row and query, and a search returns the bits of the exact one."""
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mips_topk_cases import Problem, both, fill, operands, problems, rows_like
-from oracle import assert_same, expected, run_contract, searching_isas
+from mips_topk_cases import Problem, both, fill, operands, problems, rows_like, tables
+from oracle import assert_same, expected, inactive, searching_isas
 
 import grank_kernels as gk
-from grank_kernels.backends import BACKENDS, reference
+from grank_kernels.backends import BACKENDS, cpu, reference
 from grank_kernels.table import quantise
 
 CERTIFYING = [name for name in ("cpu", "reference") if hasattr(BACKENDS[name], "mips_topk_certified")]
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY_ISA = [*CERTIFYING, *inactive(searching_isas())]
 FLOATS = ("float32", "float16", "bfloat16")
 SHAPES_OF_ROWS = (
     "normal", "heavy rows", "heavy columns", "spiky", "clusters", "duplicates", "unit", "decades", "low rank", "equal",
     "sorted",
 )  # fmt: skip
+
+
+@pytest.fixture(params=EVERY_ISA)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend with a certified search; an instruction set stands for the cpu backend under it."""
+    with cpu.using_isa(request.param) if request.param in cpu.isas() else nullcontext():
+        yield "cpu" if request.param in cpu.isas() else request.param
 
 
 # ---- the inequality ----
@@ -109,21 +120,18 @@ def test_a_basis_is_an_inverse_pair_and_only_for_rows_that_need_it() -> None:
 # ---- searches ----
 
 
-@pytest.mark.parametrize("backend", CERTIFYING)
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
 def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str, backend: str) -> None:
     rows = rows_like(shape, 6000, 33)
     queries = torch.cat([torch.randn(6, 33), rows[:3], torch.zeros(1, 33), -rows[5:6]])
+    exact, certified = tables(rows, kind)
     for k in (1, 10, 187):
-        both(queries, rows, k, kind, backend)
+        want = gk.mips_topk(queries, exact, k, backend=backend)
+        assert_same(gk.mips_topk(queries, certified, k, backend=backend), want)
 
 
-@pytest.mark.parametrize("backend", CERTIFYING)
-@settings(max_examples=100)
-@given(problem=problems(kinds=FLOATS))
-def test_every_bit_of_whatever_hypothesis_finds(backend: str, problem: Problem) -> None:
-    p = problem
+def assert_every_bit(p: Problem, backend: str) -> None:
     table = gk.ItemTable.from_rows(p.rows, ids=p.filters.get("ids"), dtype=getattr(torch, p.kind), coarse=torch.int8)
     filters = {name: value for name, value in p.filters.items() if name != "ids"}
     for k in {p.k, 1 + p.k % 4}:  # of the larger ones many are above N / 32
@@ -131,8 +139,25 @@ def test_every_bit_of_whatever_hypothesis_finds(backend: str, problem: Problem) 
         assert_same(got, expected(p.queries, p.rows, k, kind=p.kind, backend=backend, **p.filters))
 
 
+@pytest.mark.parametrize("backend", CERTIFYING)
+@settings(max_examples=30)
+@given(problem=problems(kinds=FLOATS))
+def test_every_bit_of_whatever_hypothesis_finds(backend: str, problem: Problem) -> None:
+    assert_every_bit(problem, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", searching_isas())
+@settings(max_examples=200)
+@given(problem=problems(kinds=FLOATS))
+def test_every_bit_under_every_instruction_set(isa: str, problem: Problem) -> None:
+    with cpu.using_isa(isa):
+        assert_every_bit(problem, "cpu")
+
+
+@pytest.mark.parametrize("isa", [cpu.isa(), *inactive(searching_isas())], indirect=True)
 @pytest.mark.parametrize("B", [1, 2, 7, 16, 48, 49, 256, 600])
-def test_every_batch_on_the_cpu(B: int) -> None:
+def test_every_batch_on_the_cpu(B: int, isa: str) -> None:
     rows = rows_like("heavy rows", 20000, 20)
     both(torch.randn(B, 20), rows, 30, "float16", "cpu")
 
@@ -147,7 +172,6 @@ def test_sampled_thresholds_and_threads_on_the_cpu() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", CERTIFYING)
 def test_filters(backend: str) -> None:
     rows, queries = rows_like("clusters", 5000, 12), torch.randn(5, 12)
     top = gk.mips_topk(queries, rows, 60).indices
@@ -158,7 +182,6 @@ def test_filters(backend: str) -> None:
         both(queries, rows, 20, "float16", backend, allow=allow, exclude=ids[top], ids=ids)
 
 
-@pytest.mark.parametrize("backend", CERTIFYING)
 def test_infinities_and_nan_among_rows_and_queries(backend: str) -> None:
     rows, queries = torch.randn(4000, 9), torch.randn(8, 9)
     rows[::97, 2] = math.inf
@@ -277,12 +300,6 @@ def test_radii_are_the_same_in_both_languages() -> None:
     table = gk.ItemTable.from_rows(rows, dtype=torch.float16, coarse=torch.int8)
     counts = [gk.count_rescored(queries, table, 20, backend=backend) for backend in ("cpu", "reference")]
     assert torch.equal(*counts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", searching_isas())
-def test_under_each_instruction_set(isa: str) -> None:
-    run_contract(isa, ["mips_topk/test_certified.py"], "result or batch or filters or infinities or every_bit")
 
 
 @pytest.mark.slow

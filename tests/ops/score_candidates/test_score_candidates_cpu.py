@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import isas, run_contract, run_python
-from ranker_oracle import FLOATS, Scoring, scoring
+from oracle import isas, run_python
+from ranker_checks import check_scores
+from ranker_oracle import FLOATS, HEAD, Scoring, scoring
 
 from grank_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-ISAS = [] if cpu.unavailable() else isas()
+ISAS = isas()
 ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # float32 sums, fused, in one order
 TABLES = (*FLOATS, torch.int8)
 
@@ -24,34 +25,28 @@ def _threads_restored() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu.isa()])
-def test_every_instruction_set_keeps_the_contract(isa: str) -> None:
-    files = [f"score_candidates/test_score_candidates_{part}.py" for part in ("scores", "inputs")]
-    run_contract(isa, files, "cpu and (loses or widths or precision or nan or alone or empty)")
-
-
-SCORES = """
-import hashlib, torch
-from ranker_oracle import FLOATS, scoring
-torch.manual_seed(1)
-digest = hashlib.sha256()
-for activation in ("relu", "silu", "gelu"):
-    for dtype in FLOATS:
-        for table in (dtype, torch.int8):
-            problem = scoring([0, 1, 95, 200], 70, 130, 37, dtype=dtype, table=table, activation=activation)
-            digest.update(problem.scores("cpu").numpy().tobytes())
-print(digest.hexdigest())
-"""
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("activation", HEAD)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_every_instruction_set(dtype: torch.dtype, activation: str, isa: str) -> None:
+    assert cpu.isa() == isa
+    for table in (dtype, torch.int8):
+        problem = scoring([0, 1, 95, 200], 70, 130, 37, dtype=dtype, table=table, activation=activation)
+        check_scores(problem, "cpu")
 
 
 @pytest.mark.skipif(len(ONE_ORDER) < 2, reason="one instruction set with FMA here")
-def test_same_bits_for_every_instruction_set_with_fma() -> None:
-    digests = set()
+@pytest.mark.parametrize("activation", HEAD)
+@pytest.mark.parametrize("table", TABLES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_same_bits_for_every_instruction_set_with_fma(dtype: torch.dtype, table: torch.dtype, activation: str) -> None:
+    problem = scoring([0, 1, 95, 200], 70, 130, 37, dtype=dtype, table=table, activation=activation)
+    found = []
     for isa in ONE_ORDER:
-        done = run_python(SCORES, GRANK_CPU_ISA=isa)
-        assert done.returncode == 0, done.stderr
-        digests.add(done.stdout)
-    assert len(digests) == 1
+        with cpu.using_isa(isa):
+            found.append(problem.scores("cpu"))
+    for isa, got in zip(ONE_ORDER[1:], found[1:], strict=True):
+        assert torch.equal(got, found[0]), isa
 
 
 @pytest.mark.usefixtures("_threads_restored")

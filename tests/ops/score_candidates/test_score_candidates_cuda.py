@@ -10,7 +10,8 @@ import test_score_candidates_errors as errors
 import test_score_candidates_inputs as inputs
 import test_score_candidates_scores as scores
 import torch
-from emulated_cuda import BACKENDS_OF_CUDA, HALVES, contract_of, with_emulator
+from emulated_cuda import BACKENDS_OF_CUDA, HALVES, with_emulator
+from oracle import contract_of
 
 LEFT_OUT = {
     "test_default_backend",  # on CPU tensors that is cpu
