@@ -248,7 +248,7 @@ def test_what_a_table_holds() -> None:
 def test_bad_arguments() -> None:
     rows = torch.randn(4, 3)
     for dtype, coarse in [(torch.int8, torch.int8), (None, torch.float16), (torch.float32, torch.int32)]:
-        with pytest.raises(ValueError, match=r"coarse is torch\.\w+ beside .* takes None, or torch\.int8"):
+        with pytest.raises(ValueError, match=r"coarse must be None, or torch\.int8 .*, got torch\.\w+"):
             gk.ItemTable.from_rows(rows, dtype=dtype, coarse=coarse)
     with pytest.raises(ValueError, match="items have no int8 copy"):
         gk.count_rescored(rows, gk.ItemTable.from_rows(rows), 1)
