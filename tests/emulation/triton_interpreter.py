@@ -47,6 +47,9 @@ def strict() -> Iterator[None]:
         (interpreter.GridExecutor, "__call__", _launch),
         (interpreter.InterpretedFunction, "__call__", _call),
         (builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
+        (interpreter, "_get_np_dtype", _numpy_dtype),
+        (tl.block_type, "__init__", _block_type),
+        (tl.tensor, "__init__", _tensor),
     ]
     before = [(where, name, getattr(where, name)) for where, name, _ in changes]
     try:
@@ -131,6 +134,41 @@ def _scan(self: Any, input: Any) -> list[Any]:
         self.to_tensor(np.stack([np.asarray(t[i].handle.data) for t in totals], self.axis), x.dtype)
         for i, x in enumerate(input)
     ]
+
+
+_original_numpy_dtype = interpreter._get_np_dtype
+_original_block_type = tl.block_type.__init__
+_original_tensor = tl.tensor.__init__
+_numpy_dtypes: dict[str, np.dtype] = {}  # by name of the element type
+_block_types: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}  # attributes by element type and shape
+
+
+def _numpy_dtype(dtype: tl.dtype) -> np.dtype:
+    name = dtype.scalar.name
+    if name not in _numpy_dtypes:
+        _numpy_dtypes[name] = _original_numpy_dtype(dtype.scalar)
+    return _numpy_dtypes[name]
+
+
+def _block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+    key = element_ty.name, tuple(int(n) for n in shape)
+    if key not in _block_types:
+        _original_block_type(self, element_ty, shape)
+        _block_types[key] = dict(self.__dict__)
+    self.__dict__.update(_block_types[key])
+
+
+def _tensor(self: Any, handle: Any, dtype: tl.dtype) -> None:
+    """Shape and size of a tensor are computed once for all tensors of a block type."""
+    if not isinstance(dtype, tl.block_type):
+        _original_tensor(self, handle, dtype)
+        return
+    attributes = _block_types[dtype.element_ty.name, tuple(dtype.shape)]
+    if "tensor" not in attributes:
+        _original_tensor(self, handle, dtype)
+        attributes["tensor"] = {"numel": self.numel, "shape": self.shape}
+    self.handle, self.type, self.dtype = handle, dtype, dtype.scalar
+    self.__dict__.update(attributes["tensor"])
 
 
 _modules: set[int] = set()  # whose language is patched in this launch
