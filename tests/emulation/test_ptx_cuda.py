@@ -186,12 +186,14 @@ def check_attention(case: tuple[Any, ...], seed: int | None, coverage: dict[str,
         assert float((found.double() - exact).abs().max()) <= allowed(plain, exact, dtype, exact)
 
 
+@pytest.mark.slow  # test_nearly_every_line_is_executed runs all cases with warps in one order
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("case", SCORINGS, ids=lambda case: f"d{case[2]}-h{case[3]}-{case[6]}")
 def test_scores(case: tuple[Any, ...], seed: int) -> None:
     check_scores(case, seed, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("case", ATTENTIONS, ids=lambda case: f"D{case[3]}-{case[5]['activation']}")
 def test_attention_and_its_gradients(case: tuple[Any, ...], seed: int) -> None:
@@ -212,6 +214,7 @@ def test_nearly_every_line_is_executed(check: Callable[..., None], cases: list[A
     assert len(missing) <= 0.05 * len(lines), missing
 
 
+@pytest.mark.slow  # compiles the emulator of the CUDA source
 def test_both_emulators_count_the_same() -> None:
     """From the source and from the PTX: products, barriers, copies and matrix rows are the same in number."""
     problem = scoring([0, 1, 63, 130], 65, 32, 64, dtype=torch.float16)

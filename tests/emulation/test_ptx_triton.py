@@ -132,9 +132,7 @@ FAMILIES = {
     "float16 B=125": [replace(x, B=125) for x in SEARCHES],
     "int8 filters": [replace(x, dtype=torch.int8, filters=True) for x in SEARCHES],
 }
-SLOW = [
-    (x, t) for x in FAMILIES for t in TARGETS if x not in ("float16", "int8") and (x, t) != ("float16 filters", "sm_80")
-]
+QUICK = [("float16", "sm_90"), ("int8", "sm_80")]
 SCORING = {"sample", "scan", "collect"}
 ALL = SCORING | {"threshold", "select", "rank"}
 COVERED = {
@@ -146,7 +144,7 @@ COVERED = {
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [pytest.param(x, t, marks=[pytest.mark.slow] * ((x, t) in SLOW)) for x in FAMILIES for t in TARGETS],
+    [pytest.param(x, t, marks=[pytest.mark.slow] * ((x, t) not in QUICK)) for x in FAMILIES for t in TARGETS],
 )
 def test_searches(family: str, target: str, programs: Programs) -> None:
     """Equal to the reference, nothing to report, and hardly an instruction that was not executed.
@@ -194,7 +192,7 @@ def test_the_scan_moves_every_row_once(target: str, programs: Programs) -> None:
     )
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
     """A sample of 4 * 10^9 rows, all of them one row in memory: which rows are drawn takes 64-bit arithmetic."""
     N, size, groups = 4_000_000_000, 300, 128
@@ -220,7 +218,7 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
 # ---- mutations: what was emitted is needed, and the simulator notices when it is gone
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
     """Deletes each barrier, wait and fence of `scan` in turn."""
     device = TritonDevice(target, programs)

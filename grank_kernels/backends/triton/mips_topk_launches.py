@@ -29,10 +29,10 @@ from grank_kernels.backends.triton.mips_topk_plan import (
     make_certified_plans,
     make_plan,
     power_of_2,
-    round_up,
     step_of_queries,
 )
 from grank_kernels.backends.triton.streaming import Chunk, chunk_rows, chunks
+from grank_kernels.common.checks import round_up
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 _SELECT_TILE = 1024  # entries that `threshold` and `select` look at together

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from grank_kernels.common.checks import round_up
+
 _WORKSPACE = 1 << 30  # bytes of candidates; more queries than fit are searched in steps
 _RESCUE = 1 << 28  # bytes of lists for queries whose threshold failed
 
@@ -199,8 +201,3 @@ def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: tor
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def round_up(n: int, of: int) -> int:
-    """The smallest multiple of `of` that is at least n."""
-    return -(-n // of) * of

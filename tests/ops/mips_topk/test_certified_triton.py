@@ -1,12 +1,12 @@
 """Certified tables on the triton backend, in the strict interpreter: the bits of its exact search."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hard_tables import slow_except
 from hypothesis import given, settings
 from mips_topk_cases import Problem, both, operands, problems, rows_like
 from oracle import assert_same, expected
@@ -28,10 +28,9 @@ N = 1400  # above 32 k
 
 @pytest.fixture(scope="module", autouse=True)
 def _strict() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+    """The strict interpreter, which multiplies bfloat16 as a GPU does."""
+    with pytest.MonkeyPatch.context() as patch, strict():
         patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
-        stack.enter_context(strict())
         yield
 
 
@@ -39,8 +38,13 @@ def rescored(queries: torch.Tensor, table: gk.ItemTable, k: int, **more: Any) ->
     return [int(n) for n in gk.count_rescored(queries, table, k, backend="triton", **more)]
 
 
-@pytest.mark.parametrize("kind", FLOATS)
-@pytest.mark.parametrize("shape", ["heavy rows", "low rank"])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    slow_except(
+        [("heavy rows", "float32"), ("low rank", "float16")],
+        [(shape, kind) for shape in ("heavy rows", "low rank") for kind in FLOATS],
+    ),
+)
 def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str) -> None:
     queries, rows = torch.randn(3, 24), rows_like(shape, N, 24)
     for k in (6, 40):
@@ -48,7 +52,7 @@ def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str) -> None:
         assert max(rescored(queries, table, k)) <= 2 * k + 64
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16"])
+@pytest.mark.parametrize("kind", slow_except(["float32"], ["float32", "float16"]))
 def test_filters(kind: str) -> None:
     queries, rows = torch.randn(4, 20), torch.randn(N, 20)
     ids = torch.randperm(N) + 2**40
@@ -63,12 +67,13 @@ def test_filters(kind: str) -> None:
     assert rescored(queries, table, 20, allow=few) == [14] * 4
 
 
+@pytest.mark.slow
 def test_wide_rows_and_tiles_of_queries() -> None:
     both(torch.randn(2, 300), torch.randn(700, 300), 20, "float16", "triton")
     both(torch.randn(17, 8), torch.randn(N, 8), 3, "float32", "triton")
 
 
-@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize("k", slow_except([3], [3, 40]))
 def test_what_the_bounds_cannot_decide_is_collected(k: int) -> None:
     queries = torch.cat([torch.randn(2, 12), torch.zeros(1, 12)])
     for shape in ("equal", "clusters"):
@@ -78,15 +83,16 @@ def test_what_the_bounds_cannot_decide_is_collected(k: int) -> None:
     assert rescored(queries, table, k) == [N] * 3
 
 
-def test_infinities_and_nan_among_rows_and_queries() -> None:
+@pytest.mark.parametrize("k", slow_except([5], [5, 30]))
+def test_infinities_and_nan_among_rows_and_queries(k: int) -> None:
     rows, queries = torch.randn(N, 9), torch.randn(7, 9)
     rows[::97, 2], rows[5::97, 3], rows[7::97, 1], rows[9::97] = math.inf, -math.inf, math.nan, 3e38
     queries[1, 2], queries[2, 4], queries[3], queries[4], queries[5] = math.inf, math.nan, 0, 1e-44, 3e38
-    for k in (5, 30):
-        table = both(queries, rows, k, "float32", "triton")
-        assert rescored(queries, table, k)[1:6] == [N] * 5
+    table = both(queries, rows, k, "float32", "triton")
+    assert rescored(queries, table, k)[1:6] == [N] * 5
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(problem=problems(kinds=FLOATS))
 def test_every_bit(problem: Problem) -> None:
@@ -119,5 +125,6 @@ def test_rows_elsewhere_are_searched_without_the_copy() -> None:
     assert "items on meta" in str(backend.mips_topk_certified_unsupported(queries, rows))
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.grank.mips_topk_certified, operands("triton"))

@@ -1,10 +1,9 @@
-"""The triton backend: on CPU tensors in Triton's interpreter, made strict; on a GPU, where there is one, itself.
+"""The triton backend on CPU tensors, in Triton's interpreter made strict.
 
 The strict interpreter adds products in the order of the `reference` backend (up to 128 columns), so every result is
 compared bit by bit with the oracle of that backend.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hard_tables import slow_except, table
 from hypothesis import given, settings
 from mips_topk_cases import Problem, problems, reserved
 from oracle import KINDS, assert_same, expected, integers, run_python, search
@@ -21,8 +21,8 @@ import grank_kernels as gk
 from grank_kernels.backends import triton as backend
 
 pytest.importorskip("triton")
-if backend.unavailable() is not None:
-    pytest.skip(str(backend.unavailable()), allow_module_level=True)
+if backend.unavailable() is not None or not backend.INTERPRETED:
+    pytest.skip("kernels run on the GPU; TRITON_INTERPRET=1 runs these tests", allow_module_level=True)
 
 from emulation.triton_interpreter import strict
 
@@ -33,27 +33,10 @@ FLOATS = KINDS[:3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _strict() -> Iterator[None]:
-    """Poisoned buffers; the interpreter, if kernels run in it, made strict, with products of bfloat16 as on a GPU."""
-    with contextlib.ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        if backend.INTERPRETED:
-            patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
-            stack.enter_context(strict())
+    """The strict interpreter, which multiplies bfloat16 as a GPU does."""
+    with pytest.MonkeyPatch.context() as patch, strict():
+        patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _where(request: pytest.FixtureRequest) -> None:
-    on_gpu = request.node.get_closest_marker("gpu") is not None
-    if on_gpu and backend.INTERPRETED:
-        pytest.skip("kernels run in the interpreter: there is no GPU, or TRITON_INTERPRET is set")
-    if not on_gpu and not backend.INTERPRETED:
-        pytest.skip("kernels run on the GPU; TRITON_INTERPRET=1 runs this test")
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 class Record:
@@ -114,7 +97,11 @@ CASES = [(which, filters, kind) for which in SEARCHES for filters in (False, Tru
 CASES += [(which, True, kind) for which in ("small k", "sampled", "wide rows") for kind in ("float16", "bfloat16")]
 
 
-@pytest.mark.parametrize(("which", "filters", "kind"), CASES)
+QUICK = [("whole table emitted", True, "int8"), ("small k", True, "float16"), ("sampled", True, "int8")]
+QUICK += [("small k, two tiles of queries", False, "float32"), ("wide rows", True, "float32")]
+
+
+@pytest.mark.parametrize(("which", "filters", "kind"), slow_except(QUICK, CASES))
 def test_exact_numbers(which: str, filters: bool, kind: str, record: Record) -> None:
     (B, N, d, k), names = SEARCHES[which]
     queries, rows = integers(B, d, most=127 if kind == "int8" else 4), integers(N, d, most=127 if kind == "int8" else 4)
@@ -138,8 +125,12 @@ def test_query_dtypes(query_dtype: str, kind: str) -> None:
     check(torch.randn(3, 40).to(getattr(torch, query_dtype)), torch.randn(300, 40), 70, kind)
 
 
-@pytest.mark.parametrize("kind", FLOATS)
-@pytest.mark.parametrize("which", SEARCHES)
+@pytest.mark.parametrize(
+    ("which", "kind"),
+    slow_except(
+        [("small k", "float32"), ("sampled", "float16")], [(which, kind) for which in SEARCHES for kind in FLOATS]
+    ),
+)
 def test_of_more_infinite_scores_than_k_those_of_the_smallest_ids(which: str, kind: str) -> None:
     """They come last, when infinity is the score to reach."""
     (B, N, d, k), _ = SEARCHES[which]
@@ -150,6 +141,7 @@ def test_of_more_infinite_scores_than_k_those_of_the_smallest_ids(which: str, ki
     assert bool(infinite.all()) or which == "whole table emitted"
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(problem=problems())
 def test_every_bit(problem: Problem) -> None:
@@ -188,7 +180,9 @@ def test_meaning_of_wide_rows(kind: str) -> None:
 # ---- a score depends on its query and its row alone ----
 
 
-@pytest.mark.parametrize(("d", "kind"), [(50, "float16"), (300, "float32"), (50, "int8")])
+@pytest.mark.parametrize(
+    ("d", "kind"), slow_except([(50, "float16")], [(50, "float16"), (300, "float32"), (50, "int8")])
+)
 def test_batch_and_place_do_not_matter(d: int, kind: str) -> None:
     queries, rows = torch.randn(20, d), torch.randn(900, d)
     whole = search(queries, rows, 40, kind=kind, backend="triton")
@@ -205,21 +199,13 @@ def test_batch_and_place_do_not_matter(d: int, kind: str) -> None:
 # ---- hard tables, thresholds that fail ----
 
 
-def table(which: str, N: int) -> torch.Tensor:
-    ascending = torch.arange(N)[:, None] * torch.tensor([1e-3, 0.0])
-    return {
-        "constant": torch.ones(N, 2),
-        "two values": (torch.rand(N, 1) < 0.01) * torch.ones(2),
-        "ascending": ascending,
-        "descending": ascending.flip(0),
-        "nan": torch.where(torch.rand(N, 1) < 0.95, torch.nan, torch.randn(N, 2)),
-        "-inf": torch.where(torch.rand(N, 1) < 0.95, -torch.inf, torch.randn(N, 2)),
-        "best last": torch.cat([torch.rand(N - 100, 2), 10 + torch.rand(100, 2)]),
-    }[which]
+TABLES = ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"]
 
 
-@pytest.mark.parametrize("k", [9, 120])
-@pytest.mark.parametrize("which", ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"])
+@pytest.mark.parametrize(
+    ("which", "k"),
+    slow_except([("constant", 9), ("nan", 9), ("best last", 120)], [(which, k) for which in TABLES for k in (9, 120)]),
+)
 def test_hard_tables(which: str, k: int) -> None:
     N = 2100
     queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
@@ -228,8 +214,13 @@ def test_hard_tables(which: str, k: int) -> None:
         check(queries, rows, k, "float32", ids=torch.randperm(N))  # ties fall where a position says nothing
 
 
-@pytest.mark.parametrize("which", ["constant", "ascending", "descending", "best last"])
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(
+    ("which", "external"),
+    slow_except(
+        [("ascending", True)],
+        [(which, ids) for which in ("constant", "ascending", "descending", "best last") for ids in (False, True)],
+    ),
+)
 def test_overflow(which: str, external: bool, change_plan: Any, record: Record) -> None:
     """Room for two lists of k: what does not fit is collected, whatever it is."""
     N, k, B = 2100, 70, 4
@@ -249,7 +240,10 @@ def sampled_rows(N: int, size: int) -> np.ndarray:
     return (i * width + np.minimum(i, longer) + (mixed * (width + (i < longer)) >> np.uint64(32))).astype(np.int64)
 
 
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize(
+    ("external", "kind"),
+    slow_except([(True, "float32")], [(external, kind) for external in (False, True) for kind in KINDS]),
+)
 def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> None:
     """The sample holds the k - 1 best rows, so its threshold is too high, but for the query that sees them last."""
     B, N, k = 3, 2500, 100
@@ -310,8 +304,13 @@ def in_chunks(size: int) -> Any:
     return chunks
 
 
-@pytest.mark.parametrize("which", ["constant", "ascending", "nan", "best last"])
-@pytest.mark.parametrize("k", [9, 110])
+@pytest.mark.parametrize(
+    ("which", "k"),
+    slow_except(
+        [("constant", 9), ("ascending", 110)],
+        [(which, k) for which in ("constant", "ascending", "nan", "best last") for k in (9, 110)],
+    ),
+)
 def test_chunks(which: str, k: int, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
     """The k best and their threshold are carried from chunk to chunk; one that has every row above it overflows."""
     monkeypatch.setattr(launches, "chunks", in_chunks(800))
@@ -376,6 +375,7 @@ def test_too_many_rows() -> None:
 # ---- the op ----
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     queries, rows = torch.randn(3, 10).requires_grad_(), torch.randn(50, 10).requires_grad_()
     filters = torch.tensor([0, 2, 2, 5]), torch.tensor([1, 4, 9, -1, 49])
@@ -435,94 +435,3 @@ def test_zero_and_infinity() -> None:
     rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [math.nan, 0.0], [1e-38, 0.0]])
     for k in (4, 40):
         check(queries, rows.repeat(20, 1), k, "float32")
-
-
-# ---- on a GPU ----
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    return torch.device("cuda")
-
-
-def integer_problem(kind: str, B: int, N: int, d: int, device: torch.device) -> tuple[torch.Tensor, Any]:
-    most = 127 if kind == "int8" else 4
-    table = gk.ItemTable.from_rows(integers(N, d, most=most), dtype=getattr(torch, kind), ids=torch.randperm(N) + 2**40)
-    return integers(B, d, most=most).to(device), table.to(device)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("k", [10, 300, 3000])
-@pytest.mark.parametrize("B", [1, 17, 300])
-@pytest.mark.parametrize("d", [20, 128, 300])
-def test_gpu_exact_numbers(B: int, d: int, k: int, kind: str, gpu: torch.device) -> None:
-    """Ties everywhere, every filter; twenty times, for what depends on the order of the programs."""
-    N = 200_000
-    queries, items = integer_problem(kind, B, N, d, gpu)
-    exclude = gk.mips_topk(queries, items, 40, backend="reference").indices[:, ::2]
-    allow = torch.rand(N, device=gpu) < 0.7
-    want = gk.mips_topk(queries, items, k, exclude=exclude, allow=allow, backend="reference")
-    for _ in range(20):
-        assert_same(gk.mips_topk(queries, items, k, exclude=exclude, allow=allow, backend="triton"), want)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("d", [64, 768])
-def test_gpu_batch_and_kernel_do_not_matter(d: int, kind: str, gpu: torch.device) -> None:
-    dtype = None if kind == "int8" else getattr(torch, kind)
-    queries, items = torch.randn(300, d), gk.ItemTable.from_rows(torch.randn(100_000, d), dtype=getattr(torch, kind))
-    queries, items = queries.to(gpu, dtype or torch.float32), items.to(gpu)
-    whole = gk.mips_topk(queries, items, 100, backend="triton")
-    for n in (1, 16, 40, 100):
-        for k in (10, 100):
-            part = gk.mips_topk(queries[:n], items, k, backend="triton")
-            assert_same(part, gk.TopK(whole.values[:n, :k], whole.indices[:n, :k]), f"{n} queries, k = {k}")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("which", ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"])
-@pytest.mark.parametrize("k", [10, 500])
-def test_gpu_hard_tables(which: str, k: int, gpu: torch.device) -> None:
-    N = 300_000
-    queries, rows = 2.0 ** torch.randint(-3, 4, (5, 2), device=gpu), table(which, N).to(gpu)  # no product is rounded
-    for ids in (None, torch.randperm(N)):
-        items = rows if ids is None else gk.ItemTable.from_rows(rows, ids=ids.to(gpu))
-        got = gk.mips_topk(queries, items, k, backend="triton")
-        assert_same(got, gk.mips_topk(queries, items, k, backend="reference"), which)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("k", [10, 500])
-def test_gpu_graph(k: int, kind: str, gpu: torch.device) -> None:
-    """Captured once, replayed on other data: among them what makes the thresholds fail."""
-    queries, items = integer_problem(kind, 9, 100_000, 64, gpu)
-    rows = items.operands()[0]
-    gk.mips_topk(queries, items, k, backend="triton")  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = gk.mips_topk(queries, items, k, backend="triton")
-    for change in (None, 0, 1):
-        if change is not None:
-            rows.copy_(torch.full_like(rows, change))
-        queries.copy_(integers(9, 64).to(gpu))
-        graph.replay()
-        assert_same(got, gk.mips_topk(queries, items, k, backend="reference"))
-
-
-@pytest.mark.gpu
-def test_gpu_compile(gpu: torch.device) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(lambda q, x: gk.mips_topk(q * 2, x, 40).values.tanh(), fullgraph=True)
-    queries, rows = torch.randn(30, 64, device=gpu), torch.randn(9000, 64, device=gpu)
-    torch.testing.assert_close(compiled(queries, rows), gk.mips_topk(queries * 2, rows, 40).values.tanh())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("k", [10, 500])
-def test_gpu_rows_in_host_memory(k: int, kind: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grank_kernels.backends.triton import streaming
-
-    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1 << 20)
-    queries, items = integer_problem(kind, 20, 100_000, 64, gpu)
-    want = gk.mips_topk(queries, items, k, backend="triton")
-    assert_same(gk.mips_topk(queries, items.to("cpu").pin_memory(), k), want)
