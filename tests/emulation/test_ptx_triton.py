@@ -218,7 +218,7 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
 # ---- mutations: what was emitted is needed, and the simulator notices when it is gone
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
 def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
     """Deletes each barrier, wait and fence of `scan` in turn."""
     device = TritonDevice(target, programs)

@@ -394,7 +394,7 @@ def test_compile() -> None:
 
 
 def test_bad_excluded_ids() -> None:
-    with pytest.raises(ValueError, match=r"exclude: id 50 is out of range; it takes ids in \[-1, 50\)"):
+    with pytest.raises(ValueError, match=r"exclude must hold ids in \[-1, 50\), -1 for none, got 50"):
         gk.mips_topk(torch.zeros(1, 4), torch.zeros(50, 4), 1, exclude=torch.tensor([[50]]), backend="triton")
 
 
