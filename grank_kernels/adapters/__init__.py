@@ -1,4 +1,4 @@
-"""Other libraries' names for the same search."""
+"""The names of other libraries for the searches of this package."""
 
 from grank_kernels.adapters.faiss import IndexFlatIP
 

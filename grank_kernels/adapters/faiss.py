@@ -1,4 +1,4 @@
-"""Searches of this package behind the names of FAISS, so that a program changes one line to try it."""
+"""FAISS's names for the searches of this package: a program changes its import."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,24 +8,24 @@ from grank_kernels.common.arrays import as_tensor
 from grank_kernels.mips_topk import mips_topk
 from grank_kernels.table.item_table import ItemTable
 
-_NOTHING = np.finfo(np.float32).min  # FAISS's score of a place where there is no more to find
+_NOTHING = np.finfo(np.float32).min  # FAISS's score of places without a result
 
 
 class IndexFlatIP:
-    """`faiss.IndexFlatIP(d)`, and `faiss.IndexIDMap` around it if it is filled by `add_with_ids`.
+    """`faiss.IndexFlatIP(d)`; filled by `add_with_ids`, also `faiss.IndexIDMap(faiss.IndexFlatIP(d))`.
 
         index = IndexFlatIP(64)  # instead of faiss.IndexFlatIP(64)
         index.add(rows)
         D, I = index.search(queries, 10)
 
-    As there, arrays are converted to float32, places without a result have id -1 and the smallest float32 as score, and
-    without ids of its own a row's id is its position, so that a removal renumbers the rows behind. Other than there,
-    equal scores come by id, smaller first, and ids are unique.
+    As in FAISS, arrays are converted to float32, places without a result have the id -1 and the smallest float32 as
+    score, and ids of rows added without ids are their positions, so that a removal renumbers later rows. Unlike in
+    FAISS, equal scores are ordered by id, and ids are unique.
 
     Attributes:
         d: width of a row.
-        table: the `ItemTable`, for all else that `mips_topk` can do. It keeps the ids that rows without ids had when
-            they were added.
+        table: the `ItemTable`, for all other arguments of `mips_topk`. Rows added without ids keep there the ids that
+            they had when they were added.
     """
 
     is_trained = True
@@ -35,7 +35,7 @@ class IndexFlatIP:
 
         Args:
             d: width of a row.
-            dtype: of the rows: torch.float32, float16, bfloat16 or int8, see `ItemTable`.
+            dtype: torch.float32, float16, bfloat16 or int8, of the rows in the table, see `ItemTable`.
         """
         self.d, self._dtype = d, dtype
         self.reset()
@@ -44,9 +44,9 @@ class IndexFlatIP:
         """Removes all rows."""
         nothing = torch.empty(0, dtype=torch.int64)
         self.table = ItemTable.from_rows(torch.empty(0, self.d), ids=nothing, dtype=self._dtype)
-        self._given: bool | None = None  # whether rows have ids of their own; None where there are no rows
-        self._next = 0  # id that the table is to have for the next row without
-        self._kept: npt.NDArray[np.int64] | None = None  # the table's ids by position; None: each its position
+        self._given: bool | None = None  # whether rows were added with ids; None: there are no rows
+        self._next = 0  # the table's id for the next row added without ids
+        self._kept: npt.NDArray[np.int64] | None = None  # the table's ids by position; None: the positions
 
     @property
     def ntotal(self) -> int:
@@ -54,10 +54,10 @@ class IndexFlatIP:
         return len(self.table)
 
     def add(self, x: npt.ArrayLike) -> None:
-        """Adds rows (n, d), whose ids go on from the last row's.
+        """Adds rows (n, d); their ids continue after the last row.
 
         Raises:
-            ValueError: rows of another shape, or there are rows with ids of their own.
+            ValueError: x has another shape, or rows were added with ids.
         """
         rows = self._rows(x)
         ids = np.arange(self._next, self._next + len(rows))
@@ -70,16 +70,16 @@ class IndexFlatIP:
         """Adds rows (n, d) with ids (n,), integers of 0 or more.
 
         Raises:
-            ValueError: rows of another shape, ids that repeat or are there already, or there are rows without.
+            ValueError: x has another shape, ids repeat, are negative or in the index, or rows were added without ids.
         """
         names = np.asarray(ids, np.int64)
         there = self._there(names)
         if there.any():
-            raise ValueError(f"ids: {names[there][0]} is there already; remove it first")
+            raise ValueError(f"ids must be new, got {names[there][0]}, which is in the index: remove it first")
         self._fill(names, self._rows(x), given=True)
 
     def remove_ids(self, ids: npt.ArrayLike) -> int:
-        """Removes the rows of some ids, and returns how many there were; other ids are passed over."""
+        """Removes rows by id and returns their number; ids that are not in the index are ignored, as in FAISS."""
         names = np.unique(np.asarray(ids, np.int64))
         if self._given is False:
             positions = names[(names >= 0) & (names < self.ntotal)]
@@ -90,7 +90,7 @@ class IndexFlatIP:
         return len(names)
 
     def search(self, x: npt.ArrayLike, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and ids, each (n, k), of the k rows of largest inner product with each of the queries x (n, d)."""
+        """Scores and ids (n, k) of the k rows of largest inner product with each query of x (n, d)."""
         scores, ids = mips_topk(self._rows(x), self.table, k)
         found = ids >= 0
         if self._kept is not None:
@@ -104,12 +104,12 @@ class IndexFlatIP:
 
     def _fill(self, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.float32], *, given: bool) -> None:
         if self._given not in (None, given):
-            raise ValueError("rows with ids of their own and rows without cannot be in one index; reset empties it")
+            raise ValueError("rows must all be added with ids, or all without: reset() empties the index")
         self.table.upsert(ids, rows)
         self._given = given
 
     def _rows(self, x: npt.ArrayLike) -> npt.NDArray[np.float32]:
         rows = np.ascontiguousarray(x, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.d:
-            raise ValueError(f"x has shape {rows.shape}; it takes (n, {self.d})")
+            raise ValueError(f"x must be (n, {self.d}), got {rows.shape}")
         return rows

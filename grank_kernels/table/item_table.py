@@ -368,7 +368,7 @@ ForkingPickler.register(ItemTable, ItemTable._reduce_shared)
 
 
 def _after_fork() -> None:
-    """A thread that held a lock does not exist in the child; what it had not finished, no version shows."""
+    """Replaces the locks: a thread that held one does not exist in the child, and no version shows its update."""
     for table in _tables:
         table._writing = threading.Lock()
 

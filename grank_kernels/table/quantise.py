@@ -1,27 +1,28 @@
-"""Symmetric int8 quantisation by row, the one definition of it in Python, and how far it can be from the truth.
+"""Symmetric int8 quantisation by row, the only definition in Python, with bounds of its error.
 
-An int8 copy of float rows is *certified*: of every row it keeps how far any score can be off. Notation: a query q and a
-row x, as they are searched, and their float score s, summed in any order; two matrices A and B with B^T A = I (the
-identity, or what `basis_for` finds), y = A x and p = B q, and their int8 copies y~ = scale * y8, p~ = query_scale * p8.
-In real numbers
+An int8 copy of float rows is *certified* if it has a bound, for every row, of the error of any score. Notation: a query
+q and a row x in the precision that is searched, and their float score s, summed in any order; two matrices A and B with
+B^T A = I (the identity, or the basis of `basis_for`), y = A x and p = B q, and their int8 copies y~ = scale * y8 and
+p~ = query_scale * p8. In real numbers
 
     q.x = p.y = p~.y~ + p.(y - y~) + (p - p~).y~ ,     hence by Cauchy-Schwarz
     |q.x - p~.y~| <= |p| |y - y~| + |p - p~| |y~|
 
-and s is off from q.x by at most g |q| |x|, g = (d + 16) 2^-22: d + d / 128 + 2 roundings of 2^-24 a term, or of 2^-23
-where a machine truncates, and as much again for what float64 rounds: B^T A differs from I by less than 2^-30. With
-W = 1 / 150 and w = max(|x|, |y~|) a row needs one number, and a query one:
+and s differs from q.x by at most g |q| |x|, g = (d + 16) 2^-22: d + d / 128 + 2 roundings of 2^-24 a term, or of 2^-23
+on machines that truncate, and as much again for the roundings in float64: B^T A differs from I by less than 2^-30. With
+W = 1 / 150 and w = max(|x|, |y~|) a row needs one number, and a query another:
 
     error  = |y - y~| + W w                                        `certify`, of the row alone
     radius = max(|p|, (|p - p~| + g |q|) / W)                      `certify_queries`, of the query alone
     |s - query_scale * scale * p8.y8| <= radius * error
 
-W is what |p - p~| / |p| is for Gaussian queries of 128 numbers; there radius is |p|. What else is rounded to float32 is
-p, the coarse score, its sum with a bound and their comparison: ten times at most, by 2^-24 of |p| |y|, which is 2^-13.4
-of radius * error in all, for which `SLACK` is put on the radius. Underflow takes at most 2^-126 a step, and 2^-126 of a
-number where subnormals are flushed: norms below `LEAST` count as that much, and the slack alone is then above
-2^-70 |q|. Overflow is impossible below `MOST`, as A and B change a norm by less than 2^11. Rows outside have numbers 0
-and keep their norm as their error, or infinity; queries outside, whose radius is NaN, are left to the exact scan.
+W is |p - p~| / |p| of Gaussian queries of 128 numbers, whose radius is then |p|. Other roundings to float32 are those
+of p, the coarse score, its sum with a bound and their comparison: at most ten of 2^-24 |p| |y|, in all 2^-13.4 of
+radius * error. The factor `SLACK` of the radius covers them. Underflow loses at most 2^-126 a step, and 2^-126 of a
+number where subnormals are flushed: smaller norms count as `LEAST`, and the slack alone is then above 2^-70 |q|.
+Overflow is impossible for norms below `MOST`, since A and B change a norm by less than 2^11. Rows outside these limits
+have the numbers 0, and their norm or infinity as error; queries outside have the radius NaN, and are left to the exact
+scan.
 """
 
 import math
@@ -32,9 +33,9 @@ import torch
 WEIGHT = 1 / 150
 SLACK = 1 + 2.0**-13
 LEAST, MOST = 2.0**-40, 2.0**50  # of a norm
-_MOST_BASIS_WIDTH = 1024  # a basis takes d^2 multiplications a row
+_MOST_BASIS_WIDTH = 1024  # a basis costs d^2 multiplications a row
 _SAMPLE = 4096  # rows
-_LEAST_VARIANCE = 2.0**-20  # of a direction beside the largest, so that A and B change a norm by less than 2^11
+_LEAST_VARIANCE = 2.0**-20  # of a direction, relative to the largest: A and B change a norm by less than 2^11
 _GAIN = 0.75
 
 
@@ -44,14 +45,14 @@ class Coarse(NamedTuple):
     rows: torch.Tensor  # (N, d) int8
     scale: torch.Tensor  # (N,) float32
     error: torch.Tensor  # (N,) float32
-    basis: torch.Tensor | None  # (2, d, d) float64: A, by which rows are multiplied before, and B, for queries; None: I
+    basis: torch.Tensor | None  # (2, d, d) float64: A, which multiplies rows, and B, which multiplies queries; None: I
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int8 numbers and one scale a row: `x` is about `scale[:, None] * numbers`.
+    """Int8 numbers and one scale a row: `x` is approximately `scale[:, None] * numbers`.
 
-    `scale = max|x| / 127`, `numbers = round_half_even(x / scale)`. A row of zeros, or one with an infinity or NaN,
-    has numbers 0 and the scale 0, infinity or NaN: its products with finite numbers are 0 or NaN.
+    `scale = max|x| / 127`, `numbers = round_half_even(x / scale)`. A row of zeros, or with an infinity or NaN, has the
+    numbers 0 and the scale 0, infinity or NaN: its products with finite numbers are 0 or NaN.
 
     Args:
         x: (n, d) float32.
@@ -65,14 +66,14 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def certify(rows: torch.Tensor, basis: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The int8 copy of some rows and its errors, row by row: a row's result depends on that row and the basis alone.
+    """The int8 copy of rows and its error bounds; the result of a row depends on that row and the basis alone.
 
     Args:
-        rows: (n, d) in the precision that they are searched in.
-        basis: (2, d, d) float64, of `basis_for`.
+        rows: (n, d) in the precision that is searched.
+        basis: (2, d, d) float64, from `basis_for`.
 
     Returns:
-        numbers (n, d) int8, scale (n,) float32, error (n,) float32, rounded up; infinity for a row with an infinity or
+        numbers (n, d) int8, scale (n,) float32, error (n,) float32, rounded up; infinity for rows with an infinity or
         NaN, or with a norm above `MOST`.
     """
     x = rows.double()
@@ -83,22 +84,22 @@ def certify(rows: torch.Tensor, basis: torch.Tensor | None = None) -> tuple[torc
     copy = numbers * scale.double()[:, None]
     off = torch.where(searched, (y - copy).norm(dim=1), norm)
     error = (off + WEIGHT * torch.maximum(norm, copy.norm(dim=1)).clamp(min=LEAST)) * (1 + 2.0**-20)
-    error = error.float().where(norm <= MOST, torch.inf)  # 2^-20 is more than this rounding and those before
+    error = error.float().where(norm <= MOST, torch.inf)  # 2^-20 exceeds this rounding and those before
     return numbers, scale, error
 
 
 def certify_queries(
     queries: torch.Tensor, basis: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The int8 copies of some queries and their radii.
+    """The int8 copies of queries and their radii.
 
     Args:
         queries: (B, d) float32, float16 or bfloat16.
-        basis: (2, d, d) float64, the table's.
+        basis: (2, d, d) float64, of the table.
 
     Returns:
-        numbers (B, d) int8, scale (B,) float32, radius (B,) float32; NaN for a query to which the bound does not apply:
-        one of zeros, with an infinity or NaN, or with a norm outside [`LEAST`, `MOST`].
+        numbers (B, d) int8, scale (B,) float32, radius (B,) float32; NaN for queries to which the bound does not apply:
+        zeros, an infinity or NaN, or a norm outside [`LEAST`, `MOST`].
     """
     norm = queries.double().norm(dim=1)
     turned = in_basis(queries, basis)
@@ -111,16 +112,16 @@ def certify_queries(
 
 
 def in_basis(queries: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
-    """Queries (B, d) as the int8 copy meets them, float32."""
+    """Queries (B, d) in the basis of the int8 copy, float32."""
     return queries.float() if basis is None else (queries.double() @ basis[1].T).float()
 
 
 def basis_for(rows: torch.Tensor) -> torch.Tensor | None:
-    """A basis in which the bound is tighter by a quarter, as random queries meet a sample of these rows; else None.
+    """A basis in which the bound is tighter by a quarter, for random queries and a sample of the rows; else None.
 
-    Where few directions hold most of the rows' length, they set the scale, and the others, which may be what a query
-    asks for, are left few bits. A makes all directions of equal variance and then turns them at random, so that no
-    number of a row or of a query stands out.
+    If few directions have most of the rows' variance, they determine the scale, and few bits are left for the others,
+    which a query may depend on. A gives all directions equal variance and rotates them at random, so that no number of
+    a row or query is much larger than the others.
 
     Args:
         rows: (N, d).
@@ -134,7 +135,7 @@ def basis_for(rows: torch.Tensor) -> torch.Tensor | None:
     x = x[(norm >= LEAST) & (norm <= MOST)]
     if not 1 < d <= min(_MOST_BASIS_WIDTH, len(x) // 2):
         return None
-    x /= x.norm(dim=1, keepdim=True)  # of a few long rows nothing follows for the rest
+    x /= x.norm(dim=1, keepdim=True)  # a few long rows must not determine the basis
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     deviation = variance.clamp(min=_LEAST_VARIANCE * float(variance[-1])).sqrt()
     random = torch.randn(2, d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)).to(x.device)

@@ -1,4 +1,4 @@
-"""The index under FAISS's names: what it says by itself, and that FAISS says the same."""
+"""The index under FAISS's names: its own contract, and agreement with FAISS."""
 
 from typing import Any
 
@@ -56,13 +56,13 @@ def test_rows_with_ids_keep_them() -> None:
     assert index.remove_ids(np.append(ids[5:9], 1001)) == 4
     assert_found(index, np.delete(ROWS, range(5, 9), 0), np.delete(ids, range(5, 9)))
     index.add_with_ids(ROWS[5:6], ids[5:6])
-    with pytest.raises(ValueError, match=f"ids: {ids[0]} is there already; remove it first"):
+    with pytest.raises(ValueError, match=f"ids must be new, got {ids[0]}, which is in the index"):
         index.add_with_ids(ROWS[:1], ids[:1])
-    with pytest.raises(ValueError, match="with ids of their own and rows without cannot be in one index"):
+    with pytest.raises(ValueError, match="rows must all be added with ids, or all without"):
         index.add(ROWS)
     index.reset()
     index.add(ROWS)
-    with pytest.raises(ValueError, match="cannot be in one index"):
+    with pytest.raises(ValueError, match="rows must all be added with ids"):
         index.add_with_ids(ROWS[:1], [100])
 
 
@@ -71,7 +71,7 @@ def test_shapes_and_types() -> None:
     index.add(ROWS.astype(np.float64))
     assert (index.d, index.ntotal, index.is_trained) == (6, 40, True)
     for wrong in (ROWS[0], ROWS[:, :5]):
-        with pytest.raises(ValueError, match=r"x has shape .*; it takes \(n, 6\)"):
+        with pytest.raises(ValueError, match=r"x must be \(n, 6\), got"):
             index.search(wrong, 3)
     frozen = QUERIES[::-1, ::-1]
     frozen.setflags(write=False)
