@@ -1,6 +1,7 @@
 """`Recommender`: the interface of every model."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,9 @@ class Recommender(nn.Module, ABC):
         """
         return logits
 
-    def with_fallback(self, found: TopK, lengths: Tensor) -> tuple[TopK, Tensor]:
+    def with_fallback(
+        self, found: TopK, lengths: Tensor, *, exclude: Any = None, allow: Tensor | None = None
+    ) -> tuple[TopK, Tensor]:
         """Retrieved items, with the most popular items for users with an empty history.
 
         Changes nothing for a model that does not `needs_history`.
@@ -87,6 +90,8 @@ class Recommender(nn.Module, ABC):
         Args:
             found: (B, k) values and indices that `mips_topk` returned.
             lengths: (B,) int64, the length of each user's whole history.
+            exclude: items not to return, as for `mips_topk`.
+            allow: items that may be returned, as for `mips_topk`.
 
         Returns:
             The lists, and a (B,) bool mask of the users with the most popular items. Their values are numbers of
@@ -97,7 +102,7 @@ class Recommender(nn.Module, ABC):
             return found, torch.zeros_like(empty)
         values, indices = found
         counts = self.popularity.to(values.device, torch.float32).unsqueeze(1)
-        popular = mips_topk(counts.new_ones(1, 1), counts, values.shape[1])
+        popular = mips_topk(counts.new_ones(len(values), 1), counts, values.shape[1], exclude=exclude, allow=allow)
         replaced = empty.to(values.device).unsqueeze(1)
         return TopK(popular.values.where(replaced, values), popular.indices.where(replaced, indices)), empty
 

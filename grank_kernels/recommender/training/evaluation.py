@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class Recommendations:
 def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, batch_size: int = 256) -> Recommendations:
     """Retrieve the k best items of the full corpus outside each user's history, and rank them if the model can.
 
-    Users without a history get the most popular items where the model `needs_history`.
+    Users without a history get the most popular items if the model `needs_history`; the second stage leaves these.
 
     Args:
         model: in evaluation mode.
@@ -137,10 +138,10 @@ def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, ba
         batch_size: number of users at a time.
     """
     retrieved, ranked = [], []
-    for _, batch, users, found in _retrieved(model, model.searchable(), cases, k, batch_size):
-        retrieved.append(found.indices)
+    for part in _retrieved(model, model.searchable(), cases, k, batch_size):
+        retrieved.append(part.found.indices)
         if rank and model.ranks:
-            ranked.append(_ranked(model, batch, users, found))
+            ranked.append(_ranked(model, part, k))
     empty = torch.empty(0, k, dtype=torch.int64)
     return Recommendations(torch.cat(retrieved or [empty]), torch.cat(ranked) if ranked else None)
 
@@ -183,16 +184,33 @@ def evaluate_model(
     sums = {name: MeanMetrics() for name in ("retrieved", *cuts)}
     items = model.searchable()
     depth = max([min(depth, len(items)), *ks])
-    for rows, batch, users, found in _retrieved(model, items, cases, max([depth, *k1]), batch_size, allow):
-        targets = cases.targets.select(rows)
-        sums["retrieved"].add(metrics_of_users(found.indices[:, :depth], targets, ks))
+    for part in _retrieved(model, items, cases, max([depth, *k1]), batch_size, allow):
+        targets = cases.targets.select(part.rows)
+        sums["retrieved"].add(metrics_of_users(part.found.indices[:, :depth], targets, ks))
         for count in k1:
-            ranked = _ranked(model, batch, users, TopK(found.values[:, :count], found.indices[:, :count]))
             name = f"ranked_{count}"
-            sums[name].add(metrics_of_users(ranked, targets, cuts[name]))
+            sums[name].add(metrics_of_users(_ranked(model, part, count), targets, cuts[name]))
         if each is not None:
             each(sums)
     return sums
+
+
+class _Part(NamedTuple):
+    """A batch of cases after retrieval.
+
+    Attributes:
+        rows: (B,) int64, numbers of the cases.
+        batch: their padded histories.
+        users: (B, d) user vectors.
+        found: (B, k) retrieved items.
+        popular: (B,) bool: `found` has the most popular items, since the history is empty.
+    """
+
+    rows: Tensor
+    batch: Batch
+    users: Tensor
+    found: TopK
+    popular: Tensor
 
 
 def _retrieved(
@@ -202,20 +220,22 @@ def _retrieved(
     k: int,
     batch_size: int,
     allow: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Batch, Tensor, TopK]]:
-    """For every batch of cases: their numbers, the padded histories, the user vectors and the k items retrieved."""
+) -> Iterator[_Part]:
+    """The k best items of the cases, batch by batch."""
     for rows in torch.split(torch.arange(len(cases)), batch_size):
         histories = cases.histories.select(rows)
         batch = histories.pad(model.history)
         users = model.user_vectors(batch)
         found = mips_topk(users, items, k, exclude=(histories.offsets, histories.items), allow=allow)
-        yield rows, batch, users, model.with_fallback(found, histories.lengths)[0]
+        yield _Part(rows, batch, users, *model.with_fallback(found, histories.lengths, allow=allow))
 
 
-def _ranked(model: Recommender, batch: Batch, users: Tensor, found: TopK) -> Tensor:
-    """The retrieved items (B, C) in the order of the second stage; equal scores keep the retrieval's order."""
-    scores = model.rank(batch, users, found.indices, found.values)
-    return found.indices.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+def _ranked(model: Recommender, part: _Part, k1: int) -> Tensor:
+    """The best k1 retrieved items (B, k1) in the order of the second stage; equal scores keep the retrieval's order."""
+    values, indices = part.found.values[:, :k1], part.found.indices[:, :k1]
+    scores = model.rank(part.batch, part.users, indices, values)
+    scores = values.where(part.popular.unsqueeze(1), scores)
+    return indices.gather(1, scores.argsort(dim=1, descending=True, stable=True))
 
 
 @torch.inference_mode()

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from grank_kernels.mips_topk import TopK, mips_topk
-from grank_kernels.recommender.data import Histories
+from grank_kernels.recommender.data import Cases, Histories
 from grank_kernels.recommender.models import Recommender
 from grank_kernels.recommender.models.registry import MODELS, build_model, model_settings
+from grank_kernels.recommender.training.evaluation import recommend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +72,24 @@ def test_a_user_without_a_history_gets_the_most_popular_items(name: str, backbon
     for row in (0, 2):
         assert torch.equal(replaced.values[row], found.values[row])
         assert torch.equal(replaced.indices[row], found.indices[row])
+
+
+@torch.no_grad()
+def test_the_most_popular_items_obey_the_filters() -> None:
+    model = trained("sequential")
+    allow = torch.arange(N) != 7
+    exclude = torch.tensor([[-1], [3], [-1]])
+    found = model.with_fallback(search(model, 4), EMPTY.lengths, exclude=exclude, allow=allow)[0]
+    assert found.indices[1].tolist() == [0, 5, 11, 1]
+
+
+@pytest.mark.parametrize("name", ["sequential", "unigrf"])
+def test_an_evaluation_recommends_the_most_popular_items_too(name: str) -> None:
+    cases = Cases(torch.arange(3), EMPTY, Histories.from_lists([[0], [7], [3]]))
+    found = recommend(trained(name), cases, 5)
+    assert found.retrieved[1].tolist() == POPULAR
+    assert found.ranked is None or found.ranked[1].tolist() == POPULAR
+    assert (found.ranked is not None) == (name == "unigrf")
 
 
 @pytest.mark.parametrize("name", ["dual_tower", "grank"])
