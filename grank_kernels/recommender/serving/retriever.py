@@ -24,7 +24,7 @@ from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.forked import limit_threads
 from grank_kernels.recommender.training.experiment import Experiment
-from grank_kernels.recommender.training.run_folder import EXPERIMENT, ITEMS, check_run, load_model
+from grank_kernels.recommender.training.run_folder import EXPERIMENT, ITEMS, check_run, load_model, model_with_weights
 from grank_kernels.table.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -330,7 +330,8 @@ class Retriever:
         _check_export(folder)
         experiment = Experiment.load(folder / EXPERIMENT)
         catalogue = Catalogue.load(folder / ITEMS)
-        model = _model(experiment, len(catalogue), folder / _WEIGHTS)
+        path = folder / _WEIGHTS
+        model = model_with_weights(experiment, len(catalogue), _weights(path), path)
         table = ItemTable.load(folder / _TABLE, mmap=mmap)
         return cls(model, catalogue, table=table, device=device, experiment=experiment)
 
@@ -386,32 +387,8 @@ def _check_export(folder: Path) -> None:
         raise FileNotFoundError(f"folder must be one that Retriever.save or `grank export` wrote, got {got}{hint}")
 
 
-def _model(experiment: Experiment, num_items: int, path: Path) -> Recommender:
-    """The model of an experiment with the weights of a file.
-
-    It is built on the meta device and takes the file's tensors: settings in a file cannot make it allocate more.
-    """
+def _weights(path: Path) -> dict[str, Tensor]:
     try:
-        weights = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file, got {error}") from None
-    settings = path.with_name(EXPERIMENT)
-    if getattr(experiment.settings, "blocks", 0) > len(weights):
-        raise ValueError(f"{settings}: settings.blocks must be at most the {len(weights)} tensors in {path.name}")
-    try:
-        with torch.device("meta"):
-            model = experiment.build(num_items)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{settings}: no model can have these settings: {error}") from None
-    for name, wanted in model.state_dict().items():
-        if name in weights and weights[name].dtype != wanted.dtype:
-            raise ValueError(f"{path}: {name} must be {wanted.dtype}, got {weights[name].dtype}")
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        first, *others = str(error).splitlines()[1:]  # after a line that says no more
-        more = f" (and {len(others)} more)" if others else ""
-        raise ValueError(
-            f"{path} must hold the weights of the model of {EXPERIMENT}, got {first.strip()}{more}"
-        ) from None
-    return model

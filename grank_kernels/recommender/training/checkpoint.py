@@ -65,7 +65,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     prefix = "state_dict/model."
     _, tensors = _read(Path(path))
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    # Clones: the tensors are mapped from the file, which may change later.
+    return {name.removeprefix(prefix): tensor.clone() for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

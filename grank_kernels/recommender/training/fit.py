@@ -21,12 +21,12 @@ from grank_kernels.recommender.data import Split
 from grank_kernels.recommender.models.embedding_model import EmbeddingModel
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.trainable import check_trainable
-from grank_kernels.recommender.training.checkpoint import read_checkpoint
+from grank_kernels.recommender.training.checkpoint import read_checkpoint, read_weights
 from grank_kernels.recommender.training.data_record import digest_of_split
 from grank_kernels.recommender.training.lightning_files import Checkpoints, SafeCheckpointIO, ShardedStrategy
 from grank_kernels.recommender.training.module import TrainingModule
 from grank_kernels.recommender.training.progress import Progress
-from grank_kernels.recommender.training.run_folder import load_weights, resumable
+from grank_kernels.recommender.training.run_folder import BEST, resumable
 from grank_kernels.recommender.training.settings import TrainingConfig
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def fit(
     if trainer.global_step == steps and trainer.is_global_zero:
         _tell(f"nothing to train: the run in {folder} is finished", progress)
     if folder is not None:
-        load_weights(model, folder)
+        model.load_state_dict(read_weights(folder / BEST))
     model.cpu().eval()
     return timer.time_elapsed("train")
 

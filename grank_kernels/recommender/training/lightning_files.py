@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
                 trainer.save_checkpoint(self._folder / BEST, weights_only=True)
         if trainer.is_global_zero:
             keep_previous(self._folder)
-        trainer.save_checkpoint(self._folder / LAST, weights_only=False)
+        trainer.save_checkpoint(self._folder / LAST)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""

@@ -14,7 +14,11 @@ import contextlib
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.training.checkpoint import read_checkpoint, read_weights
@@ -41,26 +45,55 @@ def check_run(folder: str | Path) -> None:
         )
 
 
-def load_weights(model: Recommender, folder: str | Path) -> None:
-    """Load the weights of the best epoch of a run into a model.
+def load_model(folder: str | Path, num_items: int) -> Recommender:
+    """The model of a run with the weights of its best epoch, in evaluation mode.
 
     Raises:
-        FileNotFoundError: the run has no weights yet.
-        ValueError: the file is damaged, or its weights are those of another model.
+        FileNotFoundError: the folder holds no run, or the run has no weights yet.
+        ValueError: a file is damaged, or settings, weights and number of items do not fit each other.
     """
-    path = Path(folder) / BEST
-    try:
-        model.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: expected weights of this model, got others: {error}") from None
-
-
-def load_model(folder: str | Path, num_items: int) -> Recommender:
-    """The model of a run with the weights of its best epoch, in evaluation mode."""
+    folder = Path(folder)
     check_run(folder)
-    model = Experiment.load(Path(folder) / EXPERIMENT).build(num_items)
-    load_weights(model, folder)
-    return model.eval()
+    experiment = Experiment.load(folder / EXPERIMENT)
+    return model_with_weights(experiment, num_items, read_weights(folder / BEST), folder / BEST).eval()
+
+
+def model_with_weights(
+    experiment: Experiment, num_items: int, weights: Mapping[str, Tensor], path: Path
+) -> Recommender:
+    """The model of an experiment with given weights, which it keeps without a copy.
+
+    It is built on the meta device: settings in a file cannot make it allocate more memory than the weights have.
+
+    Args:
+        experiment: settings of the model.
+        num_items: number of items.
+        weights: weights by name.
+        path: their file, for the messages.
+
+    Raises:
+        ValueError: the weights are not those of the model.
+    """
+    settings = path.with_name(EXPERIMENT)
+    if getattr(experiment.settings, "blocks", 0) > len(weights):
+        raise ValueError(f"{settings}: settings.blocks must be at most the {len(weights)} tensors in {path.name}")
+    try:
+        with torch.device("meta"):
+            model = experiment.build(num_items)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{settings}: no model can have these settings: {error}") from None
+    for name, wanted in model.state_dict().items():
+        if name in weights and weights[name].dtype != wanted.dtype:
+            raise ValueError(f"{path}: {name} must be {wanted.dtype}, got {weights[name].dtype}")
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        first, *others = str(error).splitlines()[1:]  # after a line that says no more
+        more = f" (and {len(others)} more)" if others else ""
+        raise ValueError(
+            f"{path} must hold the weights of the model of {EXPERIMENT}, got {first.strip()}{more}"
+        ) from None
+    return model
 
 
 def has_started(folder: Path) -> bool:
