@@ -291,13 +291,19 @@ def _history_of(user: str, retriever: "Retriever", experiment: "Experiment") -> 
 def _print_retrieved(retriever: "Retriever", histories: "Histories", k1: int, k2: int) -> None:
     catalogue = retriever.catalogue
     seen = catalogue.of(histories.items[-3:].numpy())
-    print(f"{len(histories.items)} items seen, last: {'; '.join(map(catalogue.title, seen)) or 'none'}")
+    titles = "; ".join(_printable(catalogue.title(name)) for name in seen)
+    print(f"{len(histories.items)} items seen, last: {titles or 'none'}")
     best = retriever.retrieve(histories, k1, k2)
     if bool(best.popular[0]):
         print("no history: the most popular items, with their number of interactions as score")
     for place, (score, name) in enumerate(zip(best.scores[0].tolist(), best.ids[0].tolist(), strict=True), 1):
         if name != catalogue.missing:
-            print(f"{place:>4}  {score:>9.4f}  {name:>10}  {catalogue.title(name)}")
+            print(f"{place:>4}  {score:>9.4f}  {_printable(str(name)):>10}  {_printable(catalogue.title(name))}")
+
+
+def _printable(text: str) -> str:
+    """A text of a data set without control characters, which a terminal would obey."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> None:

@@ -134,6 +134,15 @@ def test_histories_of_ids_of_every_kind(ids: list[object], history: str, seen: s
     assert sorted([*seen.split("; "), *(line.split()[2] for line in lines[1:])]) == sorted(map(str, ids))
 
 
+def test_titles_cannot_control_the_terminal(tmp_path: Path) -> None:
+    experiment = Experiment("sequential", SequentialConfig(dim=4, history=3))
+    catalogue = Catalogue(["a", "b\x1b]0;owned\x07"], ["Amélie", "Heat\x1b[2J\nCasino"])
+    Retriever(experiment.build(2), catalogue, experiment=experiment).save(tmp_path / "saved")
+    first, second = call("retrieve", tmp_path / "saved", "--history", "a").splitlines()
+    assert first == "1 items seen, last: Amélie"
+    assert second.endswith(r"b\x1b]0;owned\x07  Heat\x1b[2J\nCasino")
+
+
 def test_without_a_history_popular_items_are_marked(tmp_path: Path) -> None:
     experiment = Experiment("sequential", SequentialConfig(dim=4, history=3))
     model = experiment.build(4)
