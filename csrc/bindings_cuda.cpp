@@ -1,6 +1,6 @@
-// The Python module grank_kernels._cuda: raw addresses and a stream handle in, nothing out. Importing it touches
-// neither the driver nor a device. grank_kernels/backends/cuda.py is its only caller and has checked every shape; what
-// only the data can tell stays on the device, where the kernels look out for themselves.
+// The Python module grank_kernels._cuda: raw addresses and a stream handle in, nothing out. Importing it uses neither
+// the driver nor a device. grank_kernels/backends/cuda.py is its only caller and validates every shape; ids and offsets
+// are not read on the host, the kernels clamp them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,7 +44,7 @@ void score_candidates(uintptr_t candidate_ids, int64_t users, int64_t candidates
   grank::cuda::score_candidates(problem, bfloat, width, hidden, pointer<void>(stream));
 }
 
-// One argument list for both directions; the backward pass has another one after it.
+// Arguments of both directions; those of the backward pass alone follow.
 grank::cuda::CandidateCrossAttention attention(int64_t users, int64_t heads, uintptr_t q, uintptr_t cu_seqlens_q,
                                                int64_t queries_per_user, int64_t num_queries, bool shared_queries,
                                                uintptr_t k, uintptr_t v, uintptr_t cu_seqlens_k, uintptr_t seqused_k,

@@ -1,7 +1,7 @@
-"""The CUDA backend on CPU tensors: its launcher as it is, its kernels in the emulator.
+"""The CUDA backend on CPU tensors: the unchanged launcher calls kernels that run in the emulator.
 
-Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` stands where the launcher has the compiled
-module, and gets tensors where that gets addresses.
+Inside `with_emulator(...)` it is the backend "emulated": `EmulatedModule` replaces the compiled module and receives
+tensors instead of addresses.
 """
 
 from collections.abc import Collection, Iterator
@@ -23,7 +23,7 @@ ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(cuda.unavailable() is not None, 
 BACKENDS_OF_CUDA = ["emulated", pytest.param("cuda", marks=ON_A_GPU)]
 HALVES = (torch.float16, torch.bfloat16)
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
-OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
+OUTPUTS = {  # positions in the argument lists of grank_kernels/_cuda.pyi
     "score_candidates": (17,),
     "candidate_cross_attention": (16, 17),
     "candidate_cross_attention_backward": (19, 20, 21, 22, 23),
@@ -32,7 +32,7 @@ OUTPUTS = {  # places in the argument lists of grank_kernels/_cuda.pyi
 
 @cache
 def emulator(checked: bool, *instead: Path) -> Emulator:
-    """Of the kernels, some of them from files of the same name elsewhere."""
+    """The emulator of all kernels; `instead` replaces kernel files of the same name."""
     files = {f"{kernel}.cu": ROOT / "csrc" / "cuda" / f"{kernel}.cu" for kernel in KERNELS}
     files |= {path.name: path for path in instead}
     entries = Path(__file__).with_name("csrc") / "cuda_kernels.cpp"
@@ -40,7 +40,7 @@ def emulator(checked: bool, *instead: Path) -> Emulator:
 
 
 class EmulatedModule:
-    """What grank_kernels/_cuda.pyi says, and the counters of the latest call."""
+    """The interface of grank_kernels/_cuda.pyi, and the counters of the last call."""
 
     def __init__(self, emulator: Emulator, settings: Settings, plan: tuple[int, int]) -> None:
         self.emulator, self.settings, self.plan = emulator, settings, plan
@@ -62,7 +62,7 @@ class EmulatedModule:
         given = dict(enumerate(arguments))
         for i in OUTPUTS[kernel]:
             if given[i] is not None:
-                given[i] = Output(given[i], initialised=not bool(given[i].isnan().any()))  # else the launcher filled it
+                given[i] = Output(given[i], initialised=not bool(given[i].isnan().any()))  # no NaN: filled
         named = {f"argument {i}": x for i, x in given.items()}
         self.counters = self.emulator.run(f"emulated_{kernel}", self.settings, **named)
 
@@ -75,7 +75,7 @@ def with_emulator(
     plan: tuple[int, int] = (0, 0),
     instead: Collection[Path] = (),
 ) -> Iterator[EmulatedModule]:
-    """Inside there is the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own."""
+    """Adds the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own choice."""
     module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
     with poisoned(), standing_in(module, torch):
         yield module
@@ -83,7 +83,7 @@ def with_emulator(
 
 @contextmanager
 def standing_in(module: Any, allocating: ModuleType) -> Iterator[None]:
-    """Inside, the backend "emulated" is the CUDA backend with another module, and another torch to allocate results."""
+    """Adds the backend "emulated": the CUDA backend with another native module."""
 
     @contextmanager
     def no_stream(device: torch.device) -> Iterator[None]:

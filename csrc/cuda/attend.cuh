@@ -1,8 +1,8 @@
-// One tile of keys and values: logits, weights, weighted sums of the values. Both forward kernels are loops around it.
+// One tile of keys and values: logits, weights, weighted sums of the values. Both forward kernels loop over it.
 //
-// The weights are one of two: OnlineSoftmax, exp(logit) relative to the largest logit so far, and SiluWeights,
-// logit * sigmoid(logit). A logit is scale[row] * (query . key) + bias[column]; the bias of a column that holds no key
-// is -infinity, which makes its weight zero. Values there are zeros: a weight of zero does not cancel a NaN.
+// Weights are OnlineSoftmax, exp(logit) relative to the largest logit so far, or SiluWeights, logit * sigmoid(logit).
+// A logit is scale[row] * (query . key) + bias[column]. A column without a key has bias -infinity, so weight zero, and
+// zeros as values, because zero times NaN is NaN.
 #pragma once
 
 #include <math.h>
@@ -32,7 +32,7 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, fmaxf(logits[n][2 * half], logits[n][2 * half + 1]));
       }
       highest = max_of_row(highest);
-      shift[half] = highest == -INFINITY ? 0.0f : highest;  // -infinity - -infinity would be a NaN
+      shift[half] = highest == -INFINITY ? 0.0f : highest;  // -infinity - (-infinity) is NaN
       correction[half] = exp2_approx(max[half] - shift[half]);
       max[half] = highest;
       sum[half] *= correction[half];
@@ -52,7 +52,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // What the weighted sums are multiplied by at last: 0 for an empty history.
+  // Factor of the final weighted sums: 0 for an empty history.
   __device__ __forceinline__ float normaliser(int half) {
     const float total = sum_of_row(sum[half]);
     sum[half] = total;
@@ -82,7 +82,7 @@ struct SiluWeights {
   }
 };
 
-// The queries of this warp times one tile of kTileRows keys and values. `bias` is in shared memory, one a column.
+// The queries of this warp times one tile of kTileRows keys and values. `bias` is in shared memory, one per column.
 template <class Element, int kWidth, int kValueWidth, class Weights>
 __device__ __forceinline__ void attend(const uint32_t (&queries)[kWidth / 16][4], const unsigned char* keys,
                                        const unsigned char* values, const float* bias, const float (&scale)[2],

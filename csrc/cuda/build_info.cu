@@ -34,9 +34,9 @@ int device_count() {
     case cudaSuccess:
       return count;
     case cudaErrorNoDevice:
-    case cudaErrorInsufficientDriver:  // also what the runtime answers where no driver is installed
+    case cudaErrorInsufficientDriver:  // also returned if no driver is installed
     case cudaErrorStubLibrary:
-      cudaGetLastError();  // or the next call would report it again
+      cudaGetLastError();  // clears the error, which the next call would report otherwise
       return 0;
     default:
       cudaGetLastError();

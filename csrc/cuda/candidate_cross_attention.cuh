@@ -2,13 +2,13 @@
 //
 //   s = softmax_scale q k^T + bias_k;   out = softmax(s) v, lse = log(sum(exp(s)))   or   out = s sigmoid(s) v / L
 //
-// A block of four warps takes 64 queries of one user and one head and walks the user's keys in tiles of 64, copied by
-// cp.async into two stages of swizzled shared memory, one in use while the next arrives. Both products are mma_m16n8k16
-// with float32 sums. The weights are rounded to the element type before they meet v: those of softmax lie in [0, 1]
-// relative to the row's maximum, and their float32 sum is at most L; those of silu are at most |s| and are divided by L
-// after the sum. Without keys out = 0 and lse = +infinity.
+// A block of four warps computes 64 queries of one user and one head. It loops over the user's keys in tiles of 64,
+// which cp.async copies to two stages of swizzled shared memory. Both products are mma_m16n8k16 with float32 sums.
+// Weights are rounded to the element type before the product with v: softmax weights are in [0, 1] relative to the
+// row's maximum, and their float32 sum is at most L; silu weights are at most |s|, and the sum is divided by L. Without
+// keys out = 0 and lse = +infinity.
 //
-// Bytes per block: 64 queries in and out, 4 D a key. Operations: 4 C L D a head, C L exponentials (silu: and C L
+// Bytes per block: 64 queries in and out, 4 D per key. Operations: 4 C L D per head, C L exponentials (silu: and C L
 // reciprocals). Shared memory: 640 D + 512 bytes.
 #pragma once
 
@@ -26,7 +26,7 @@ inline __host__ __device__ RowGroups query_groups(const CandidateCrossAttention&
 inline __host__ __device__ RowGroups key_groups(const CandidateCrossAttention& p) {
   return {p.cu_seqlens_k, p.seqused_k, p.users, p.keys_per_user, p.num_keys};
 }
-// The first row of a user's queries within q: shared queries stand there once.
+// The first row of a user's queries in q; shared queries are stored once.
 __device__ __forceinline__ int64_t first_query(const CandidateCrossAttention& p, const Rows& queries) {
   return p.shared_queries ? 0 : queries.begin;
 }
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) candidate_cross_attention_kernel(con
     copy_rows<kTileRows, kWidth>(stage, row_of(p.k, history.begin + first), stride, valid);
     copy_rows<kTileRows, kWidth>(stage + Shared::kRows, row_of(p.v, history.begin + first), stride, valid);
   };
-  // The bias of a thread's key, fetched early and put down when the stage is free.
+  // The bias of this thread's key: loaded early, stored when the stage is free.
   const auto fetch_bias = [&](int key_tile) {
     const int key = key_tile * kTileRows + threadIdx.x;
     if (threadIdx.x >= kTileRows || key >= history.count) return -INFINITY;

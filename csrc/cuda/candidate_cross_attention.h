@@ -9,17 +9,17 @@ namespace grank::cuda {
 enum class AttentionActivation { kSoftmax, kSilu };
 
 // Device pointers; rows 16-byte aligned, heads and width contiguous within a row. A row of a tensor holds `heads` times
-// `width` elements, float16 or bfloat16. Offsets and lengths may hold anything: they are clamped.
+// `width` elements, float16 or bfloat16. Offsets and lengths are clamped to valid values.
 struct CandidateCrossAttention {
   int64_t users;
   int64_t heads;
   // Queries of user b: with offsets rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of num_queries, else `per_user` each.
   const void* q;
   const int64_t* cu_seqlens_q;  // (users + 1,) or null
-  int64_t queries_per_user;     // where there are no offsets
-  int64_t num_queries;          // in all, below 2^31 - 64
-  bool shared_queries;          // no offsets, and q holds the queries of one user: they are everybody's
-  // Keys and values, likewise; seqused_k says how many of keys_per_user count.
+  int64_t queries_per_user;     // without offsets
+  int64_t num_queries;          // of all users, below 2^31 - 64
+  bool shared_queries;          // without offsets: q holds the queries of one user, which all users share
+  // Keys and values, likewise; seqused_k is the number of valid rows among keys_per_user.
   const void* k;
   const void* v;
   const int64_t* cu_seqlens_k;  // (users + 1,) or null
@@ -33,19 +33,19 @@ struct CandidateCrossAttention {
   float* lse;  // (num_queries, heads); softmax only
 };
 
-// What the backward pass needs beside: `out` and `lse` are then read.
+// Further pointers of the backward pass, which reads `out` and `lse`.
 struct CandidateCrossAttentionGradients {
   const void* grad_out;
-  float* delta;      // (num_queries, heads) to work in; softmax only
+  float* delta;      // (num_queries, heads) work space; softmax only
   void* grad_q;      // like out
   void* grad_k;      // like k
   void* grad_v;      // like v
   float* grad_bias;  // like bias_k, or null
 };
 
-// Enqueue the kernels; width is 16, 32, 64 or 128. Nothing is allocated or waited for. Rows of no user are not written.
-// Throw std::invalid_argument for other widths and for more blocks than a grid takes, std::runtime_error where CUDA
-// refuses a launch.
+// Enqueue the kernels; width is 16, 32, 64 or 128. Do not allocate or synchronise. Rows of no user are not written.
+// Throw std::invalid_argument for other widths and for more blocks than a grid takes, std::runtime_error if a
+// launch fails.
 void candidate_cross_attention(const CandidateCrossAttention& problem, bool bfloat, int width, void* stream);
 void candidate_cross_attention_backward(const CandidateCrossAttention& problem,
                                         const CandidateCrossAttentionGradients& gradients, bool bfloat, int width,

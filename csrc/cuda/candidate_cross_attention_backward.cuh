@@ -4,22 +4,22 @@
 //                 silu:    w = s sigmoid(s) / L,        ds = dw sigmoid(s) (1 + s (1 - sigmoid(s))) / L
 //   dv = w^T g;   dk = softmax_scale ds^T q;   dq = softmax_scale ds k;   dbias_k = colsum(ds)
 //
-// No atomics and no sum over blocks: a gradient's row belongs to one block, which adds in one order. The price is that
-// s and dw are computed twice, 7 products instead of 5: once by the blocks that own keys (dk, dv, dbias_k), once by
-// those that own queries (dq). The two are one kernel. 64 rows of the owned side stay in shared memory, X1 and X2; the
-// other side streams past, Y1 and Y2, in two stages:
+// Deterministic without atomics: each row of a gradient is summed by one block in a fixed order. The cost is that s and
+// dw are computed twice, 7 products instead of 5: by the blocks that own keys (dk, dv, dbias_k) and by those that own
+// queries (dq). One kernel does both. 64 rows of the owned side, X1 and X2, stay in shared memory; the other side, Y1
+// and Y2, is streamed in two stages:
 //
 //                  X1   X2   Y1   Y2
 //   own keys       k    v    q    g      T = X1 Y1^T = s^T, G = X2 Y2^T = dw^T;   dk += ds^T Y1, dv += w^T Y2
 //   own queries    q    g    k    v      T = X1 Y1^T = s,   G = X2 Y2^T = dw;     dq += ds Y1
 //
-// So what a product leaves in registers is always the left operand of the next one. Streamed rows are taken 32 at a
-// time (16 at D = 128), which bounds the registers. All products are mma_m16n8k16 with float32 sums. Before the last
-// one w and ds are rounded to the element type: w lies in [0, 1] (silu: |w| <= |s|, as 1 / L comes after the sum), ds
-// is at most of the size of g v^T, which has to stay below 65504 in float16.
+// So the result of a product in registers is the left operand of the next one. 32 streamed rows (16 at D = 128) are
+// multiplied at a time, which bounds the registers. All products are mma_m16n8k16 with float32 sums. w and ds are
+// rounded to the element type before the last product: w is in [0, 1] (silu: |w| <= |s|, 1 / L follows the sum); ds has
+// at most the magnitude of g v^T, which must stay below 65504 in float16.
 //
-// Bytes per block: 4 x 64 rows, and 4 D bytes a streamed row. Operations a head: 14 C L D, 2 C L exponentials (silu:
-// and as many reciprocals). Shared memory: 256 D + 2 stages of 4 D + 8 bytes a streamed row.
+// Bytes per block: 4 x 64 rows, and 4 D bytes per streamed row. Operations per head: 14 C L D, 2 C L exponentials
+// (silu: and as many reciprocals). Shared memory: 256 D + 2 stages of 4 D + 8 bytes per streamed row.
 #pragma once
 
 #include "candidate_cross_attention.cuh"
@@ -30,8 +30,8 @@ enum class Owned { kKeys, kQueries };
 
 template <int kWidth>
 struct GradientShared {
-  static constexpr int kStreamed = kWidth == 128 ? 32 : 64;  // rows of a stage
-  static constexpr int kStep = kWidth == 128 ? 16 : 32;      // of those, how many are in registers at a time
+  static constexpr int kStreamed = kWidth == 128 ? 32 : 64;  // rows per stage
+  static constexpr int kStep = kWidth == 128 ? 16 : 32;      // of those, rows in registers at a time
   static constexpr int kOwnedRows = Tile<kWidth>::bytes(kTileRows);
   static constexpr int kRows = Tile<kWidth>::bytes(kStreamed);
   static constexpr int kTerms = kStreamed * static_cast<int>(sizeof(float2));
@@ -39,8 +39,8 @@ struct GradientShared {
   static constexpr int kBytes = 2 * kOwnedRows + 2 * kStage;
 };
 
-// What a row adds to the logits of its products (softmax: in units of log2, and for a query -lse), and its delta.
-// A row that does not count, owned or streamed, adds -infinity: its weights are 0.
+// The summand of a row in its logits (softmax: in units of log2; for a query -lse), and the row's delta. An invalid
+// row, owned or streamed, has -infinity: its weights are 0.
 __device__ __forceinline__ float2 terms_of_key(const CandidateCrossAttention& p, float unit, int64_t row, int head,
                                                bool counts) {
   if (!counts) return make_float2(-INFINITY, 0.0f);
@@ -55,8 +55,8 @@ __device__ __forceinline__ float2 terms_of_query(const CandidateCrossAttention& 
   return make_float2(-kLog2E * p.lse[place], delta[place]);
 }
 
-// In place: products with keys become weights, products of gradients and values the gradients of the logits.
-// Of silu both lack the factor 1 / L.
+// In place: products with keys become weights, products of gradients and values become gradients of the logits. For
+// silu both still lack the factor 1 / L.
 template <bool kSoftmax>
 __device__ __forceinline__ void differentiate(float& logit, float& gradient, float scale, float offset, float delta) {
   const float x = fmaf(logit, scale, offset);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const unsigned char* const first_rows = stage_of(step);
     const unsigned char* const second_rows = first_rows + Shared::kRows;
-#pragma unroll 1  // unrolled, it spills
+#pragma unroll 1  // unrolling spills registers
     for (int row = 0; row < kStreamed; row += kStep) {
       float weights[kStep / 8][4] = {}, logits[kStep / 8][4] = {};
 #pragma unroll
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// delta = rowsum(grad_out * out), float32: kWidth / 8 lanes a row of a head.
+// delta = rowsum(grad_out * out), float32: kWidth / 8 lanes per row of a head.
 template <class Element, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     candidate_cross_attention_delta_kernel(const void* out, const void* grad_out, float* delta, int64_t rows) {

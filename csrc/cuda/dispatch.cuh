@@ -1,4 +1,4 @@
-// From what is known at run time to what kernels are compiled for.
+// Maps run-time dtypes and widths to template arguments.
 #pragma once
 
 #include <stdexcept>

@@ -1,9 +1,9 @@
-// Everything of CUDA that a kernel here may use beside the language itself: the instructions that have no C++ form, the
-// element types, vector accesses, dynamic shared memory and the launch. This is the only file with inline PTX and the
-// only one that includes CUDA's headers. Compiled with GRANK_EMULATE_CUDA it takes the same names from
-// tests/emulation/cuda/, and kernels run on the CPU, one fiber a thread.
+// All of CUDA that the kernels use beside the language: instructions without a C++ form, element types, vector
+// accesses, dynamic shared memory and the launch. This is the only file with inline PTX and the only one that includes
+// CUDA's headers. With GRANK_EMULATE_CUDA the same names come from tests/emulation/cuda/, and kernels run on the CPU,
+// one fiber per thread.
 //
-// What kernels must keep to, so that the emulator sees what they do:
+// Rules for kernels, so that the emulator observes every access:
 //   - shared memory only through GRANK_DYNAMIC_SHARED, vector accesses only through load_vec and store_vec;
 //   - of CUDA's built-ins: threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync,
 //     __shfl_xor_sync, __ballot_sync, __any_sync, __all_sync, atomicAdd, atomicMax, and float2/4, int2/4, uint2/4;
@@ -11,14 +11,16 @@
 //
 // Fragments of mma_m16n8k16, D (16, 8) += A (16, 16) B (16, 8), with g = lane / 4 and t = lane % 4. A register of A or
 // B holds two elements that are neighbours along k, the smaller k in the low half:
-//   a[0] row g,     k = 2t, 2t + 1        b[0] column g, k = 2t, 2t + 1         d[0], d[1] row g,     columns 2t, 2t +
-//   1 a[1] row g + 8, the same k            b[1] column g, k = 2t + 8, 2t + 9     d[2], d[3] row g + 8, columns 2t, 2t
-//   + 1 a[2] row g,     k = 2t + 8, 2t + 9 a[3] row g + 8, k = 2t + 8, 2t + 9
-// So d of one product, packed in pairs, is a half of the A of the next one.
+//   a[0], a[1]   rows g and g + 8, k = 2t, 2t + 1
+//   a[2], a[3]   rows g and g + 8, k = 2t + 8, 2t + 9
+//   b[0], b[1]   column g, k = 2t, 2t + 1 and k = 2t + 8, 2t + 9
+//   d[0], d[1]   row g, columns 2t, 2t + 1
+//   d[2], d[3]   row g + 8, columns 2t, 2t + 1
+// So d of one product, packed in pairs, is one half of A of the next product.
 //
 // ldmatrix_x4 reads four 8 x 8 matrices of 16-bit elements from shared memory. Row r of matrix j is 16 bytes at the
 // address that lane 8 j + r passes; register j of a lane gets row lane / 4, columns 2t, 2t + 1, of matrix j. The _trans
-// form hands out each matrix transposed: column lane / 4, rows 2t, 2t + 1.
+// form transposes each matrix: column lane / 4, rows 2t, 2t + 1.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +28,7 @@
 
 namespace grank::cuda {
 
-// Storage types with nothing but their bits, so that one definition serves nvcc and the emulator.
+// Storage types without arithmetic, the same for nvcc and the emulator.
 struct float16 {
   uint16_t bits;
 };
@@ -49,7 +51,7 @@ constexpr unsigned kFullMask = 0xffffffffu;  // all lanes, for the _sync built-i
 #include <string>
 #include <type_traits>
 
-// 128 bytes: the period of the banks, so that a swizzle may count from the start.
+// Aligned to 128 bytes, the period of the banks: a swizzle may count from the start.
 #define GRANK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace grank::cuda {
@@ -70,15 +72,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes past the registers and the first-level cache. Where not valid, nothing is read and zeros are written.
+// Copies 16 bytes, bypassing registers and L1. If not valid, reads nothing and writes zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// Closes the group of this thread's copies so far.
+// Closes the group of this thread's copies issued so far.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's groups but the youngest kPending. Other threads see the bytes after a barrier.
+// Waits for all groups of this thread except the latest kPending. Other threads see the bytes after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -181,8 +183,8 @@ __device__ __forceinline__ Element from_float(float value) {
   }
 }
 
-// Four int8 in a register to two registers of two elements each, in their order. Exact. The bytes, made unsigned by
-// adding 128, become the mantissa of a number whose unit is 1, and the offset is subtracted again.
+// Converts four int8 of a register to two registers of two elements each, in order. Exact: each byte plus 128 becomes
+// the mantissa of a number whose unit is 1, and the offset is subtracted.
 template <class Element>
 __device__ __forceinline__ void unpack_int8(uint32_t bytes, uint32_t& first, uint32_t& second) {
   static_assert(std::is_same_v<Element, float16> || std::is_same_v<Element, bfloat16>);
@@ -203,8 +205,8 @@ __device__ __forceinline__ void unpack_int8(uint32_t bytes, uint32_t& first, uin
 
 // ---- launch ----
 
-// The stream is a cudaStream_t. Throws std::runtime_error with CUDA's words. No synchronisation, so graphs may capture
-// it.
+// The stream is a cudaStream_t. Throws std::runtime_error with CUDA's message. Does not synchronise, so a graph can
+// capture it.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {

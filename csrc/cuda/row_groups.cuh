@@ -1,6 +1,5 @@
-// Which rows of a tensor belong to which user, and which block works on which of them. Offsets live on the device and
-// are never seen by the host: grids are made from shapes, and whatever the offsets say, no row outside the tensor is
-// touched.
+// The rows of each user in a tensor, and the rows of each block. Offsets are on the device and never read by the host:
+// grids depend on shapes only. Offsets are clamped, so no value of theirs leads to a row outside the tensor.
 #pragma once
 
 #include "primitives.cuh"
@@ -11,15 +10,15 @@ constexpr int kTileRows = 64;  // rows of a block: four warps of 16
 
 inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows [begin, begin + extent) of a tensor are a user's, and the first `count` of them are in use.
+// Rows [begin, begin + extent) of a tensor belong to a user; the first `count` of them are valid.
 struct Rows {
   int64_t begin;
   int extent;
   int count;
 };
 
-// The rows of all users. Ragged: user b has the rows [offsets[b], offsets[b + 1]) of `total`. Dense, where there are no
-// offsets: [b * per_user, (b + 1) * per_user). `used` tells how many of them count; all, where it is null.
+// The rows of all users. Ragged: user b has the rows [offsets[b], offsets[b + 1]) of `total`. Dense (offsets null):
+// [b * per_user, (b + 1) * per_user). `used` is the number of valid rows per user; null: all.
 struct RowGroups {
   const int64_t* offsets;  // (users + 1,) or null
   const int64_t* used;     // (users,) or null
@@ -43,7 +42,7 @@ struct RowGroups {
     return {begin, static_cast<int>(extent), static_cast<int>(count)};
   }
 
-  // How many (user, tile) pairs a grid must provide: an upper bound for ragged rows, from the shape alone.
+  // Number of (user, tile) pairs in a grid; for ragged rows an upper bound that depends on the shape only.
   __host__ __device__ int64_t tiles() const {
     if (users == 0) return 0;
     return offsets != nullptr ? total / kTileRows + users : users * ceil_div(per_user, kTileRows);
@@ -53,19 +52,19 @@ struct RowGroups {
 // A tile of kTileRows rows of one user.
 struct RowTile {
   int64_t user;
-  int first;  // row within the user's; at or beyond the extent: nothing to do
+  int first;  // index of its first row within the user's rows; at or beyond the extent the tile is empty
 };
 
-// The tile that is number `index` of RowGroups::tiles(). Ragged: user b owns the numbers from offset(b) / 64 + b on,
-// one more than floor(offset(b + 1) / 64) - floor(offset(b) / 64), which is never fewer than its rows need. So a search
-// in the offsets finds the user without sums over the users before; 32 lanes probe at a time. Called by whole warps.
+// Tile `index` of RowGroups::tiles(). Ragged: the tiles of user b start at index offset(b) / 64 + b; their number is
+// floor(offset(b + 1) / 64) - floor(offset(b) / 64) + 1, which always suffices for its rows. So a search in the offsets
+// finds the user without a prefix sum; each of 32 lanes probes one offset per round. Must be called by whole warps.
 __device__ inline RowTile find_tile(const RowGroups& groups, int64_t index) {
   if (groups.offsets == nullptr) {
     const int64_t per_user = ceil_div(groups.per_user, kTileRows);
     return {index / per_user, static_cast<int>(index % per_user) * kTileRows};
   }
   const int lane = threadIdx.x % kWarp;
-  int64_t user = 0, span = groups.users;  // the answer lies in [user, user + span)
+  int64_t user = 0, span = groups.users;  // the user is in [user, user + span)
   while (span > 1) {
     const int64_t step = (span + kWarp - 1) / kWarp;
     const int64_t probe = user + lane * step;
@@ -79,7 +78,7 @@ __device__ inline RowTile find_tile(const RowGroups& groups, int64_t index) {
   }
   const int64_t first = (index - (groups.offset(user) / kTileRows + user)) * kTileRows;
   const int extent = groups.rows(user).extent;
-  return {user, first < 0 || first > extent ? extent : static_cast<int>(first)};  // offsets that decrease lead anywhere
+  return {user, first < 0 || first > extent ? extent : static_cast<int>(first)};  // decreasing offsets give any value
 }
 
 }  // namespace grank::cuda

@@ -2,20 +2,20 @@
 //
 //   score = out_weight . act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias
 //
-// A block of four warps takes a tile of 64 candidates of one user: their rows are gathered by id, and the history goes
-// past in tiles of 64 keys and values, which cp.async brings into swizzled shared memory while the tile before is in
-// use. Last comes item_weight, as if it were one more tile: with 2 d h <= 128 (d + h) bytes it needs no more room. All
-// products are mma_m16n8k16 with float32 sums. The weights exp(logit - max) lie in [0, 1] and are rounded to the
-// element type before they meet V; their float32 sum is at most L. Logits, hidden layer and score stay in registers.
+// A block of four warps scores a tile of 64 candidates of one user. Their rows are gathered by id; the history is
+// streamed in tiles of 64 keys and values, copied by cp.async to swizzled shared memory while the previous tile is
+// used. item_weight is the last tile: its 2 d h <= 128 (d + h) bytes fit into a stage. All products are mma_m16n8k16
+// with float32 sums. The weights exp(logit - max) are in [0, 1] and are rounded to the element type before the product
+// with V; their float32 sum is at most L. Logits, hidden layer and score stay in registers.
 //
-// Rows of int8 become elements exactly. Everything is linear in a row's scale, which therefore multiplies softmax_scale
-// and the product with item_weight, in float32.
+// int8 rows convert to elements exactly. All products are linear in a row's scale, which multiplies softmax_scale and
+// the product with item_weight, in float32.
 //
-// Given several tiles of candidates, a block keeps a history that leaves a stage for item_weight in shared memory, and
-// streams a longer one once a tile.
+// A block with several tiles of candidates keeps the history in shared memory if one stage remains for item_weight;
+// otherwise it streams the history once per tile.
 //
-// Bytes of a block: 8 a candidate's id and its row, 2 (d + h) a key and 2 d h for item_weight, once a tile or, where
-// the history stays, once; 4 a score. Padding is not read. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
+// Bytes per block: 8 and a row per candidate, 2 (d + h) per key and 2 d h for item_weight, once per tile (once in all
+// if the history is kept); 4 per score. Padding is not read. Operations: 2 C L (d + h) + 2 C d h, and C L exponentials.
 // Shared memory: 128 d + stages (128 (d + h) + 256) bytes, 82432 for two stages at d = h = 128.
 #pragma once
 
@@ -40,7 +40,7 @@ struct ScoreShared {
 };
 
 struct Relu {
-  __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? 0.0f : x; }  // a NaN stays one
+  __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 };
 struct Silu {
   __device__ __forceinline__ float operator()(float x) const { return x * sigmoid(x); }
@@ -61,8 +61,8 @@ __device__ __forceinline__ void add_scores(float (&scores)[2], const float (&hid
   }
 }
 
-// The head, for the 16 candidates of this warp: the scores of its two rows a lane, in all four lanes of a row.
-// `attended` is a @ V before it is multiplied by `normaliser`, and is used up.
+// The score head for the 16 candidates of this warp: each lane gets the scores of its two rows.
+// `attended` is a @ V before the factor `normaliser`, and is overwritten.
 template <class Element, int kWidth, int kHidden>
 __device__ __forceinline__ void score_rows(const ScoreCandidates& p, int64_t user,
                                            const uint32_t (&candidates)[kWidth / 16][4], const float (&row_scale)[2],
@@ -101,7 +101,7 @@ __device__ __forceinline__ void score_rows(const ScoreCandidates& p, int64_t use
   for (float& score : scores) score = sum_of_row(score) + p.out_bias;
 }
 
-// Rows of int8 by id, as elements. The tile may be read after the next barrier.
+// Gathers int8 rows by id as elements. The tile may be read after the next barrier.
 template <int kWidth, class Element, class Source>
 __device__ __forceinline__ void convert_rows(unsigned char* tile, Source source) {
   constexpr int kVectors = kWidth / 16;
@@ -121,13 +121,12 @@ __device__ __forceinline__ void convert_rows(unsigned char* tile, Source source)
   }
 }
 
-// Where a block is: at a tile of keys, or behind the last one at item_weight, of a tile of candidates; and in which
-// stage that lies.
+// Position of a block: tile of candidates, tile of keys (after the last one: item_weight), and its stage.
 struct Place {
   int candidate_tile, key_tile, stage;
 };
 
-// At width 128 shared memory holds hardly more than 2 blocks: the compiler may use the registers of 2 (0: its choice).
+// At width 128 shared memory holds two blocks, so each may use half of the registers (0: the compiler's choice).
 template <class Element, int kWidth, int kHidden>
 __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
     score_candidates_kernel(const ScoreCandidates p, const ScorePlan plan) {
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   const int key_tiles = (history.count + kTileRows - 1) / kTileRows;
   const bool stays = key_tiles < plan.stages;
 
-  // The id of a candidate, -1 if it is none of the table's.
+  // The id of a candidate, -1 if it is outside the table.
   const auto id_of = [&](int tile, int row) {
     const int candidate = first_candidate + tile * kTileRows + row;
     const int64_t id = candidate < num_candidates ? p.candidate_ids[user * num_candidates + candidate] : int64_t{-1};
@@ -196,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   cp_async_commit();
 
   uint32_t candidates[kWidth / 16][4];
-  float scale[2];  // of a candidate's logits
+  float scale[2];  // of the logits of this lane's two candidates
   OnlineSoftmax softmax;
   float attended[kHidden / 8][4];
   while (at.candidate_tile <= last_tile) {
@@ -248,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   }
 }
 
-// Two stages and a tile a block, unless the blocks would fill a large device a few times over and histories up to twice
-// the average stay: within 96 KiB, what every device from sm_80 on can give a block.
+// Two stages and one tile per block; more of both if the grid still fills a large device several times and histories of
+// up to twice the average length then stay in shared memory (96 KiB, which every device from sm_80 on gives a block).
 template <int kWidth, int kHidden>
 ScorePlan score_plan(const ScoreCandidates& problem) {
   using Shared = ScoreShared<kWidth, kHidden>;

@@ -8,7 +8,8 @@ namespace grank::cuda {
 
 enum class HeadActivation { kRelu, kSilu, kGelu };
 
-// Device pointers, rows of keys, values and weights contiguous; 16-byte aligned, all but ids, offsets, scales, scores.
+// Device pointers. Rows of keys, values and weights are contiguous. All but ids, offsets, scales and scores are 16-byte
+// aligned.
 // `element` below is float16 or bfloat16.
 struct ScoreCandidates {
   const int64_t* candidate_ids;  // (users, candidates); outside [0, num_items): the score is -infinity
@@ -17,7 +18,7 @@ struct ScoreCandidates {
   const void* items;       // (num_items, width) of element, or of int8
   const float* row_scale;  // (num_items,) of int8 items, else null
   int64_t num_items;
-  int64_t item_stride;        // bytes from row to row, a multiple of 16
+  int64_t item_stride;        // bytes between rows, a multiple of 16
   const void* keys;           // (num_keys, width) of element
   const void* values;         // (num_keys, hidden) of element
   int64_t num_keys;           // below 2^31 - 64
@@ -31,15 +32,15 @@ struct ScoreCandidates {
   float* scores;  // (users, candidates)
 };
 
-// How a launch is cut up.
+// How a launch is divided into blocks.
 struct ScorePlan {
-  int stages;           // tiles of keys and values that shared memory holds
-  int tiles_per_block;  // tiles of 64 candidates that a block scores, one after another
+  int stages;           // tiles of keys and values in shared memory
+  int tiles_per_block;  // tiles of 64 candidates that a block scores sequentially
 };
 
-// Enqueues the kernel; width and hidden are 16, 32, 64 or 128. A plan changes the time it takes, and nothing else;
-// null: chosen from the shapes. Nothing is allocated or waited for. Throws std::invalid_argument for other widths and
-// for more blocks than a grid takes, std::runtime_error where CUDA refuses the launch.
+// Enqueues the kernel; width and hidden are 16, 32, 64 or 128. A plan changes the run time only;
+// null: chosen from the shapes. Does not allocate or synchronise. Throws std::invalid_argument for other widths and
+// for more blocks than a grid takes, std::runtime_error if the launch fails.
 void score_candidates(const ScoreCandidates& problem, bool bfloat, int width, int hidden, void* stream,
                       const ScorePlan* plan = nullptr);
 

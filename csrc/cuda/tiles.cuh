@@ -1,8 +1,9 @@
-// Tiles of 16-bit rows in shared memory, and what is done with them: copy in, multiply on the tensor cores, store out.
+// Tiles of 16-bit rows in shared memory: copy in, multiply on the tensor cores, store out.
 //
-// A tile is rows of kWidth elements, cut into chunks of 16 bytes. Chunk c of a row lies at place c ^ s, with s counting
-// the row's 128-byte lines modulo the chunks of a row (8 at most): then eight neighbouring rows of one chunk, which is
-// what ldmatrix reads at a time, lie in eight different quarters of the banks, for every width from 16 on.
+// A tile holds rows of kWidth elements, divided into chunks of 16 bytes. The swizzle stores chunk c of a row at place
+// c ^ s, where s is the index of the row's 128-byte line modulo the number of chunks of a row (8 at most). ldmatrix
+// reads one chunk of eight consecutive rows at a time: these lie in different groups of four banks for every width from
+// 16 on.
 //
 // A block has four warps. Warp w owns rows 16 w to 16 w + 15 of its 64 and holds their products in registers, as
 // mma_m16n8k16 leaves them: sums[n][j] is row lane / 4 + 8 (j / 2), column 8 n + 2 (lane % 4) + j % 2.
@@ -34,7 +35,7 @@ struct Tile {
   }
 };
 
-// A row in global memory; zeros stand for it, and nothing is read, where it is not valid.
+// A row in global memory. If it is not valid, nothing is read and zeros are copied.
 struct SourceRow {
   const void* address;
   bool valid;
@@ -44,7 +45,7 @@ struct SourceRow {
 template <int kRows, int kWidth, class Source>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, Source source) {
   constexpr int kChunks = Tile<kWidth>::kChunks;
-  constexpr int kRowsAtOnce = kThreads / kChunks;  // a multiple of 8, so that a thread's chunks lie at one place
+  constexpr int kRowsAtOnce = kThreads / kChunks;  // a multiple of 8: all chunks of a thread have the same swizzle
   const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   unsigned char* const target = tile + Tile<kWidth>::offset(first, chunk);
 #pragma unroll

@@ -9,7 +9,7 @@ from grank_kernels.backends.problems import CandidateCrossAttentionProblem, Scor
 
 try:
     from grank_kernels import _cuda
-except ImportError as error:  # built without nvcc, or a driver library is missing: the package works without it
+except ImportError as error:  # built without nvcc, or a driver library is missing: other backends still run
     _cuda = None  # type: ignore[assignment]
     _import_error = str(error)
 
@@ -46,7 +46,7 @@ def _device_unsupported(name: str, x: torch.Tensor) -> str | None:
 
 @contextmanager
 def _stream_of(device: torch.device) -> Iterator[int]:
-    """The handle of the device's current stream; the device is the current one meanwhile."""
+    """The handle of the device's current stream, with the device made current."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
@@ -56,7 +56,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, at an address that 16-byte copies take."""
+    """`x` contiguous and 16-byte aligned, copied if necessary."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
@@ -127,7 +127,7 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
 
 
 class _Operands:
-    """The tensors of a call as the kernels take them, and what keeps their memory alive until the launch."""
+    """The tensors of a call in the layout of the kernels; keeps their memory alive until the launch."""
 
     def __init__(self, problem: CandidateCrossAttentionProblem) -> None:
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
@@ -156,7 +156,7 @@ class _Operands:
 
 
 def _fresh(shape: torch.Size, like: torch.Tensor, dtype: torch.dtype, ragged: bool, value: float = 0.0) -> torch.Tensor:
-    """Memory for a result. The kernels write every user's rows; ragged ones may be nobody's, and those keep `value`."""
+    """Memory for a result. The kernels write the rows of all users; ragged rows of no user keep `value`."""
     x = torch.empty(shape, dtype=dtype, device=like.device)
     return x.fill_(value) if ragged else x
 

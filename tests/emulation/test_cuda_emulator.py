@@ -1,4 +1,4 @@
-"""The CUDA emulator: every checker finds the bug that is planted for it, and says nothing of the right kernel."""
+"""The CUDA emulator: every checker finds its planted bug and reports nothing for correct kernels."""
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -210,7 +210,7 @@ def test_every_bug_is_planted() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.entry)
 @pytest.mark.parametrize("settings", SEEDS, ids=lambda settings: f"seed{settings.seed}")
-def test_right_kernels_are_not_reported(planted: Emulator, kernel: Kernel, settings: Settings) -> None:
+def test_correct_kernels_are_not_reported(planted: Emulator, kernel: Kernel, settings: Settings) -> None:
     assert torch.equal(kernel.run(planted, settings=settings), kernel.expected)
 
 
@@ -225,7 +225,9 @@ def test_planted_bugs_are_found(checked: Emulator, kernel: Kernel, bug: Bug, tex
 def test_planted_bugs_are_found_in_any_order(
     checked: Emulator, kernel: Kernel, bug: Bug, text: str, settings: Settings
 ) -> None:
-    with pytest.raises(EmulationError, match=text.split(":")[0]):  # which of two accesses comes first is chance
+    with pytest.raises(
+        EmulationError, match=text.split(":")[0]
+    ):  # the schedule decides which of two accesses is reported
         kernel.run(checked, bug, settings)
 
 

@@ -1,7 +1,7 @@
-"""Compiles kernels with the host's compiler, beside the emulator, into a shared library.
+"""Compiles kernels with the host's compiler, together with the emulator, into a shared library.
 
-What is compiled is kept under build/, by the content of the sources: a test run compiles what has changed, and that
-once, however many processes it has.
+Objects and libraries are cached in build/cuda_emulation under a hash of compiler, flags and sources, and built under a
+file lock: the processes of a test run and later runs share them.
 """
 
 import fcntl
@@ -22,11 +22,11 @@ RUNTIME = [HERE / f"{part}.cpp" for part in ("scheduler", "warp", "checker", "tr
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]
 RUNTIME_FLAGS = ["-O3"]
-# -O1 compiles half as long as -O2 and runs as fast: the time goes into the emulator.
-# A call that ends a function has to stay a call, or the emulator would not see from where it comes.
+# -O1 compiles in half the time of -O2 and runs as fast, because the emulator takes most of the run time.
+# Without sibling calls the emulator finds the source line of every access by its return address.
 KERNEL_FLAGS = ["-O1", "-DGRANK_EMULATE_CUDA", "-fno-optimize-sibling-calls", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-# Calls the checker at every memory access. The library is linked without ThreadSanitizer.
+# Makes the compiler call the checker at every memory access; ThreadSanitizer's runtime is not linked.
 CHECKED_FLAGS = ["-fsanitize=thread"]
 
 

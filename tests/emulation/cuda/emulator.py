@@ -1,4 +1,4 @@
-"""Runs compiled kernels in the emulator: tensors in, tensors out, and what the emulator has to say about it."""
+"""Runs compiled kernels in the emulator: tensors in, tensors and the emulator's reports out."""
 
 import ctypes
 import re
@@ -12,16 +12,16 @@ import torch
 
 from .build import ROOT, build
 
-GUARD_BYTES = 4096  # around every tensor; all bits set, so NaN, or -1
-ALIGNMENT = 256  # what cudaMalloc gives
-PRIMITIVES = "emulated_primitives.h"  # inlined into kernels; not where to look
+GUARD_BYTES = 4096  # before and after every tensor, all bits set: NaN as float, -1 as integer
+ALIGNMENT = 256  # of cudaMalloc
+PRIMITIVES = "emulated_primitives.h"  # inlined into kernels, so left out of reported source lines
 
 
 class Rounding(IntEnum):
-    """How mma adds: one after another in float32, or in groups with truncation, as measured on A100 (8) and H100 (16).
+    """How mma adds: sequentially in float32, or in groups with truncation, as published for A100 (8) and H100 (16).
 
-    The last two also put exp2, log2 and rcp off by their documented errors. They say what a result may depend on; they
-    do not claim to be the bits of a GPU.
+    The last two also add the documented errors of exp2, log2 and rcp. They vary what a result may depend on and do not
+    reproduce the bits of a GPU.
     """
 
     SEQUENTIAL = 0
@@ -31,9 +31,9 @@ class Rounding(IntEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """Threads run in order and copies land when they are waited for; with a seed, both at random.
+    """Schedule: threads in order and copies complete at their wait; with a seed, both at random.
 
-    `preempt` is the probability that another thread goes on at a memory access.
+    `preempt` is the probability of a thread switch at a memory access.
     """
 
     seed: int = 0
@@ -43,9 +43,9 @@ class Settings:
 
 @dataclass
 class Output:
-    """A tensor that a kernel writes. Unless it is `initialised`, nothing may read it before it is written.
+    """A tensor that a kernel writes. Unless `initialised`, reading an element before writing it is reported.
 
-    The kernel sees memory full of set bits, NaN or -1, and the tensor is given what stands there at the end.
+    The kernel gets memory with all bits set (NaN or -1), which is copied to the tensor after the run.
     """
 
     tensor: torch.Tensor
@@ -58,7 +58,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Report:
-    """What a checker found: its kind, and a text with the thread, the memory and the source lines."""
+    """One finding of a checker: its kind, and a text with thread, memory and source lines."""
 
     kind: str
     text: str
@@ -68,7 +68,7 @@ class Report:
 
 
 class EmulationError(AssertionError):
-    """The emulator has found something; `reports` says what."""
+    """The emulator reported errors, which are in `reports`."""
 
     def __init__(self, reports: list[Report]) -> None:
         super().__init__("\n".join(map(str, reports)))
@@ -89,7 +89,7 @@ TRAFFIC = ("global_load", "global_store", "shared_load", "shared_store", "copy_s
 
 
 class Counters(ctypes.Structure):
-    """What a run did. Memory traffic is counted in the checked build alone."""
+    """Counts of a run. Memory traffic is counted in the checked build only."""
 
     _fields_ = [(kind, Traffic) for kind in TRAFFIC] + [
         (field, ctypes.c_uint64) for field in ("mma", "barriers", "atomics", "blocks")
@@ -117,8 +117,8 @@ class Emulator:
     Args:
         name: of the library.
         sources: .cu and .cpp files.
-        checked: watch every memory access: races, bounds, alignment, memory that is read before it is written, copies
-            in flight; and count the traffic. Three times slower.
+        checked: check every memory access for races, bounds, alignment, uninitialised memory and copies in flight, and
+            count the traffic. Three times slower.
     """
 
     def __init__(self, name: str, *sources: Path, checked: bool) -> None:
@@ -135,12 +135,12 @@ class Emulator:
         Args:
             entry: name of the function.
             settings: how to run it.
-            arguments: in the order of the function's parameters. A tensor or array is copied, with its strides, to
-                guarded memory, an `Output` also back; None is a null pointer, an int an int64_t, a float a float. The
-                names are for the reports.
+            arguments: in the order of the function's parameters; their names are used in reports. A tensor or array is
+                copied, with its strides, to guarded memory, an `Output` also back; None becomes a null pointer, an int
+                an int64_t, a float a float.
 
         Raises:
-            EmulationError: for whatever a checker found.
+            EmulationError: a checker reported an error.
         """
         self._library.emulation_forget()
         config = _Config(settings.seed, settings.preempt, settings.rounding)
