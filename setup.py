@@ -1,23 +1,29 @@
-"""Calls CMake, which owns the list of native sources; everything else stands in pyproject.toml."""
+"""Calls CMake, which has the list of native sources; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """Builds every extension module by one CMake run, into the place setuptools asks for."""
+    """Builds all extension modules by one CMake run, into the folder that setuptools asks for."""
 
     def run(self) -> None:
         target = Path(self.get_ext_fullpath("grank_kernels._cpu")).resolve().parent
-        build = Path(self.build_temp).resolve()
+        root = Path(__file__).resolve().parent
+        # An editable installation and later in-place builds share one folder: a change compiles what depends on it.
+        kept = root / "build" / f"native-{sys.implementation.cache_tag}"
+        build = kept if self.inplace or self.editable_mode else Path(self.build_temp).resolve()
         configure = [
-            "cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
+            "cmake", "-S", str(root), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
