@@ -1,11 +1,10 @@
 """A search of a table larger than memory, on disk: `python -m benchmarks.billion --rows 1000000000 --dir DIR`.
 
-Writes a table of int8 rows piece by piece (20 bytes a row of 16 numbers: 20 GB for a billion), reads the file and
-searches the table, both with the system's cache emptied and again with what has stayed in it, and compares the result
-with neighbours that were planted and with NumPy, which reads the file on its own. Then the file is removed.
+Writes a table of int8 rows in parts (20 bytes per row of 16 numbers: 20 GB for a billion), reads the file and searches
+the table, each with an empty and with a warm page cache, and compares the result with planted neighbours and with
+NumPy, which reads the file independently. Then the file is removed.
 
-Rates are bytes of the file by seconds. `read` is what the search competes with: the same bytes, read one after the
-other into one buffer of 16 MB.
+Rates are bytes of the file per second. `read` reads the same bytes sequentially into one buffer of 16 MB.
 """
 
 import argparse

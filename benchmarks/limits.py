@@ -1,8 +1,8 @@
-"""What this machine can do, measured in the same run as the searches: `python -m benchmarks.limits`.
+"""Read bandwidth and multiply rates of this machine, measured in the same run as the searches.
 
-Read bandwidth is the best of several ways to read a buffer once with all threads, so it is a lower bound of what the
-memory gives. The matmul rates are those of torch's own libraries on a large square problem: a lead, not a peak. float16
-is left out: torch has no fast float16 matmul on most CPUs, and `mips_topk` multiplies float16 rows in float32.
+`python -m benchmarks.limits` prints them. Read bandwidth is the best of several ways to read a buffer once with all
+threads, so a lower bound. The matmul rates are those of torch's libraries on a large square problem, not a peak.
+float16 is left out: torch has no fast float16 matmul on most CPUs, and `mips_topk` multiplies float16 rows in float32.
 """
 
 import time
@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 
 SIZES = {"cpu": 1536, "cuda": 8192}  # of the square matrices
-PROBE_BYTES = 256 * 10**6  # a larger buffer is read no faster
+PROBE_BYTES = 256 * 10**6  # larger buffers are read at the same rate
 MULTIPLIED = {"cpu": (torch.float32, torch.bfloat16, torch.int8)}
 MULTIPLIED["cuda"] = (*MULTIPLIED["cpu"], torch.float16)
 READ_MB = {"cpu": (1, 16, 64, 128, 256), "cuda": (64, 256, 1024, 4096)}
 
 
 def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
-    """`run`, until the device is done with it: what has to be timed."""
+    """`run`, followed by a device synchronisation."""
     if device == "cpu":
         return run
 
@@ -31,7 +31,7 @@ def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def best_seconds(run: Callable[[], object], device: str = "cpu", *, budget: float = 0.1) -> float:
-    """The shortest of the runs that a budget of seconds allows, at least five, the first of which does not count."""
+    """Shortest time of the runs within a budget of seconds: at least five, after one warm-up."""
     run = finished(run, device)
     run()
     times: list[float] = []
@@ -65,7 +65,7 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     size = SIZES[device]
     a = torch.ones(size, size, dtype=dtype, device=device)
     multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
-    return 2 * size**3 / best_seconds(lambda: multiply(a, a.T), device) / 1e9  # int8: the layout that a GPU takes
+    return 2 * size**3 / best_seconds(lambda: multiply(a, a.T), device) / 1e9  # int8 needs this layout on a GPU
 
 
 def measured() -> dict[str, dict[str, dict[str, float]]]:

@@ -1,7 +1,7 @@
-"""How every benchmark is timed, and what is written of a case.
+"""Timing of every benchmark, and the facts recorded per case.
 
-Methods take turns: within a case each is timed `TURNS` times in a few rounds, one method after the other, so that
-whatever else the machine does falls on all of them. A report puts the rounds of a case's turns together.
+Methods take turns: within a case each is timed `TURNS` times in a few rounds, one method after the other, so that other
+load on the machine affects all of them. A report pools the rounds of all turns of a case.
 """
 
 import gc
@@ -22,7 +22,7 @@ MB = 1e6
 
 
 class Latest(Generic[T]):
-    """Makes things by key and keeps only the latest, which is let go before the next is made: each may be gigabytes."""
+    """A cache of one entry, freed before the next one is made: each may take gigabytes."""
 
     def __init__(self, make: Callable[..., T]) -> None:
         self.make = make
@@ -37,27 +37,27 @@ class Latest(Generic[T]):
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Memory available without swapping."""
     return kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
 
 
 def kilobytes(path: Path, field: str) -> int:
-    """The number of a line such as `VmRSS:  123 kB`."""
+    """The number in a line such as `VmRSS:  123 kB`."""
     return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(field))
 
 
 def measure(
     benchmark: Any, run: Callable[[], object], *, device: str, nbytes: int, operations: int, **facts: Any
 ) -> None:
-    """Times one turn of a call that has been checked.
+    """Times one turn of a call whose result has been checked.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         run: the call.
         device: `cpu` or `cuda`.
-        nbytes: that the call must move at least.
+        nbytes: lower bound of the bytes that the call moves.
         operations: multiplications and additions.
-        facts: `op`, `method`, `case`, `dtype` and whatever else tells the case.
+        facts: `op`, `method`, `case`, `dtype` and further parameters of the case.
     """
     run = limits.finished(run, device)
     start = time.perf_counter()

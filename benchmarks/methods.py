@@ -1,4 +1,4 @@
-"""What finds the k largest inner products: `mips_topk` and its peers, each as a function from items to a search."""
+"""`mips_topk` and its peers: each method is a function from items to a search for the k largest inner products."""
 
 import os
 from collections.abc import Callable
@@ -16,11 +16,11 @@ THREADS = torch.get_num_threads()
 
 
 class Method(NamedTuple):
-    dtype: torch.dtype  # of the rows that an answer is exact for
+    dtype: torch.dtype  # rows for whose scores the answer is exact
     build: Callable[[torch.Tensor], Search]
-    max_batch: int = 1 << 30  # some are one query at a time inside, and take minutes
-    reads: torch.dtype | None = None  # of what is read instead
-    axes: bool = False  # whether it is shown over N and d
+    max_batch: int = 1 << 30  # methods that loop over queries would take minutes
+    reads: torch.dtype | None = None  # dtype of the rows that the scan reads, if another
+    axes: bool = False  # whether it is also measured over N and d
 
     @property
     def bytes_a_number(self) -> int:
@@ -67,7 +67,7 @@ def scann_builder(items: torch.Tensor, k: int) -> Any:
 
 
 def scann_search(searcher: Any, queries: torch.Tensor, k: int, **options: int) -> Any:
-    """One query is answered by one thread, several by all of them; -1 where fewer than k are found."""
+    """One thread for one query, all threads for several; -1 where fewer than k items are found."""
     if len(queries) == 1:
         return searcher.search(queries[0].numpy(), final_num_neighbors=k, **options)[0][None]
     found, scores = searcher.search_batched_parallel(queries.numpy(), final_num_neighbors=k, **options)

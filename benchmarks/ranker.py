@@ -1,4 +1,4 @@
-"""What the benchmarks of the Ranker's two ops share: the device, graphs, memory, and the check of a result."""
+"""Shared by the benchmarks of the Ranker's two ops: device, CUDA graphs, peak memory, check of a result."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ PROCESS = Path("/proc/self/status")
 
 
 def as_graph(run: Run) -> Run:
-    """The same launches replayed as one CUDA graph."""
+    """The same launches as one CUDA graph."""
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -29,15 +29,15 @@ def as_graph(run: Run) -> Run:
 
 
 def extra_bytes(run: Run) -> int:
-    """Peak memory of a call, its result included, over what was in use before (on a CPU of the process)."""
+    """Peak memory of a call, its result included, beyond the memory in use before (on a CPU: of the process)."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be taken again and not be counted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed before is reused and not counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kilobytes(PROCESS, "VmRSS")
     run()
     return 1024 * (kilobytes(PROCESS, "VmHWM") - before)
@@ -46,7 +46,7 @@ def extra_bytes(run: Run) -> int:
 def check(
     got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, roundings: float = 1.0
 ) -> float:
-    """The largest error; at most twice that of plain torch in that dtype, and some roundings of the largest result."""
+    """The largest error, checked to be at most twice that of plain torch in that dtype plus some roundings."""
     error, lost = (float((x.double().cpu() - exact).abs().max()) for x in (got, plain))
     most = 2 * lost + roundings * torch.finfo(dtype).eps * float(exact.abs().max())
     assert error <= most, f"an error of {error:.2g}, at most {most:.2g} was allowed"

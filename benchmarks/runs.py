@@ -1,4 +1,4 @@
-"""What a benchmark run leaves: the machine, its limits and every case, read from pytest-benchmark's JSON or our own."""
+"""A benchmark run: machine, limits and cases, read from pytest-benchmark's JSON or from benchmarks.json."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-Case = dict[str, Any]  # what tells the case, and its `median`, quartiles `q1` and `q3`, in seconds, of `rounds`
+Case = dict[str, Any]  # parameters of the case; `median`, quartiles `q1` and `q3` in seconds; `rounds`
 ROW_GROUPS = {"float32 rows": ("float32",), "16-bit rows": ("float16", "bfloat16"), "8-bit rows": ("int8",)}
 OPS = ("mips_topk", "score_candidates", "candidate_cross_attention")
 
@@ -28,7 +28,7 @@ def read(path: Path) -> Run:
 
 
 def together(benchmarks: list[dict[str, Any]]) -> list[Case]:
-    """The turns of a method at a case as one case, with the statistics of all their rounds."""
+    """Pools the turns of each method and case: one case with the statistics of all rounds."""
     found: dict[tuple[Any, ...], tuple[Case, list[float]]] = {}
     for each in benchmarks:
         case = each["extra_info"]
@@ -44,21 +44,21 @@ def statistics(times: list[float]) -> dict[str, float | int]:
 
 
 def _described(machine: dict[str, Any]) -> dict[str, Any]:
-    """What matters of pytest-benchmark's description of a machine, and ours."""
+    """The relevant part of pytest-benchmark's description of the machine, and ours."""
     processor = machine["cpu"].get("brand_raw", machine["machine"])
     kept = {name: machine[name] for name in ("threads", "versions", "grank_kernels", "system", "release")}
     return {"processor": processor, "cores": machine["cpu"].get("count"), "python": machine["python_version"], **kept}
 
 
 def save(path: Path, run: Run) -> None:
-    """One line a case, and few digits: a difference between two runs can be read."""
+    """Writes one line per case with four digits, so that two runs can be compared by diff."""
     cases = ",\n  ".join(few_digits(case) for case in run.cases)
     machine = json.dumps(run.machine)
     path.write_text(f'{{"machine": {machine},\n "limits": {few_digits(run.limits)},\n "cases": [\n  {cases}\n]}}\n')
 
 
 def few_digits(value: Any, digits: int = 4) -> str:
-    """JSON on one line, every float in it rounded."""
+    """JSON on one line with rounded floats."""
     return json.dumps(json.loads(json.dumps(value), parse_float=lambda x: float(f"{float(x):.{digits}g}")))
 
 
@@ -67,5 +67,5 @@ def ours(case: Case) -> bool:
 
 
 def middle(cases: list[Case]) -> tuple[int, int]:
-    """N and d of the table that most cases are of."""
+    """N and d of the table size with most cases."""
     return Counter((case["N"], case["d"]) for case in cases).most_common(1)[0][0]

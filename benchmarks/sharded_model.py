@@ -1,11 +1,11 @@
-"""A search over G shards on paper: `python -m benchmarks.sharded_model` prints the tables of docs/scaling.md.
+"""Derived costs of a search over G shards: `python -m benchmarks.sharded_model`, see docs/scaling_figures.md.
 
 Bytes are counted, and `benchmarks/sharded.py` and the tests compare them with those that were exchanged. Times are
 derived from rates, and `benchmarks/sharded.py` compares them with measured ones:
 
-    scan      max(bytes of a shard / memory, 2 B n d / arithmetic); meanwhile the arguments go round, 56 bytes a rank
+    scan      max(bytes of a shard / memory, 2 B n d / arithmetic); in parallel, 56 bytes of arguments per rank
     exchange  a ring: G - 1 steps of (latency + message / bandwidth)
-    merge     entries of all lists, B G s, each `merge` seconds; as many queries at a time as there are cores
+    merge     entries of all lists, B G s, each `merge` seconds; one query per core in parallel
 
 A tree of fan-in f takes ceil(log_f G) levels up, of f - 1 messages and a merge of f lists, and as many down.
 """
@@ -33,8 +33,8 @@ class Host(NamedTuple):
 
 
 HOSTS = (
-    # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, as README measured
-    # for two. Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: as `benchmarks/sharded.py` measured.
+    # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, measured for two
+    # (docs/benchmarks.md). Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: measured by sharded.py.
     Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 26e-9, 64),
     # Memory: the datasheet's, of which 80% are read; int8 operations of the datasheet, half of them. Network: 400
     # Gbit/s, assumed 10 us a message. Merge: assumed, 2 ns an entry, for radix sorts.
@@ -43,7 +43,7 @@ HOSTS = (
 
 
 class Cost(NamedTuple):
-    """Of what follows the scan: bytes that a rank receives, and seconds."""
+    """Costs after the scan: bytes that a rank receives, and seconds."""
 
     received: int
     exchange: float
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 
 
 def message(B: int, s: int) -> int:
-    """Bytes of B lists of s ids and scores, and a mark of failure."""
+    """Bytes of B lists of s ids and scores, and a failure flag."""
     return WORD * (1 + B * s + math.ceil(B * s / 2))
 
 

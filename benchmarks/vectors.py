@@ -1,4 +1,4 @@
-"""Items and queries that searches are compared on: Gaussian, word vectors, and what a model has learned."""
+"""Items and queries of the comparisons: Gaussian, word vectors, and vectors of a trained model."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ class Vectors(NamedTuple):
 
 
 def held_out(name: str, rows: torch.Tensor) -> Vectors:
-    """Some of the rows, at random, are the queries."""
+    """Takes random rows as queries."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return Vectors(name, rows[order[QUERIES:].sort().values], rows[order[:QUERIES]])
 
