@@ -1,20 +1,19 @@
-"""What a search costs on a GPU: bytes, operations and launches of each phase, and the time of its roofline.
+"""Cost model of a search on a GPU: bytes, operations and launches per phase, and the roofline time of each.
 
 python -m benchmarks.gpu_cost_model [-N ROWS] [-d WIDTH] [-k K] [--dtype DTYPE] [-B BATCH ...] [--json FILE]
 python -m benchmarks.gpu_cost_model --codegen FILE
 
-The second form takes the rows of `python -m benchmarks.gpu_codegen --json FILE` and says what GRank's Ranker costs.
+The second form takes the rows of `python -m benchmarks.gpu_codegen --json FILE` and prints the cost of GRank's Ranker.
 
-Every figure is derived: counts from the plan that the Triton backend makes for a shape, times from the datasheets in
-gpus.py, the longest of
+Every figure is derived: counts from the Triton backend's plan for a shape, times from the datasheets in gpus.py. The
+time of a phase is the longest of
 
-- bytes of memory over its bandwidth,
-- multiply-adds over the peak of the matrix unit (of the FMA units for float32),
-- bytes that the phase's programs read from the cache, at 64 bytes a clock and multiprocessor: a phase of few programs
-  has few multiprocessors.
+- bytes moved / memory bandwidth,
+- multiply-adds / peak rate of the matrix unit (of the FMA units for float32),
+- bytes read from the cache / 64 bytes per clock and multiprocessor; a phase with few programs has few multiprocessors.
 
-The counts are checked against runs of the kernels in Triton's interpreter (tests/test_gpu_cost_model.py). The times are
-bounds from below: latencies, barriers and the gaps between launches are not in them.
+The counts are checked against runs of the kernels in Triton's interpreter (tests/benchmarks/test_gpu_cost_model.py).
+The times are lower bounds: they leave out latencies, barriers and the gaps between launches.
 """
 
 import argparse
@@ -29,9 +28,9 @@ import torch
 from benchmarks.gpus import ARCHITECTURES, CARDS, Card
 from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, Tile, make_plan
 
-CACHE_BYTES_A_CLOCK = 64  # that one multiprocessor reads from L2
+CACHE_BYTES_A_CLOCK = 64  # of L2, per multiprocessor
 CANDIDATE = 4 + 4  # score, position
-PASSES = 32 + 3  # of `kth_best` over its entries, at most: the range, the bits of a score, the border
+PASSES = 32 + 3  # most passes of `kth_best` over its entries: range, bits of a score, border
 
 
 class Search(NamedTuple):
@@ -45,7 +44,7 @@ class Search(NamedTuple):
 
     @property
     def scale_bytes(self) -> int:
-        """Of the scale of a row or a query."""
+        """Bytes of the scale of a row or a query."""
         return 4 if self.dtype == torch.int8 else 0
 
     @property
@@ -60,13 +59,13 @@ class Phase(NamedTuple):
     """One launch.
 
     Attributes:
-        name: of the kernel.
-        programs: that run it.
-        item_bytes: of rows, from memory, each once.
-        other_bytes: of queries, candidates and answers, read and written.
-        item_loads: bytes of rows that all programs load; after the first load of a row, from L2.
-        other_loads: bytes of all else that they load.
-        multiply_adds: with the padding of tiles.
+        name: name of the kernel.
+        programs: size of the grid.
+        item_bytes: bytes of rows read from memory, each row once.
+        other_bytes: bytes of queries, candidates and results, read and written.
+        item_loads: bytes of rows loaded by all programs; from L2 after the first load of a row.
+        other_loads: bytes of everything else loaded by all programs.
+        multiply_adds: number including the padding of tiles.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Phase(NamedTuple):
     multiply_adds: float = 0
 
     def seconds(self, card: Card, dtype: torch.dtype) -> float:
-        """The roofline on a card."""
+        """Roofline time on a card."""
         busy = min(self.programs, card.sms)
         cache = (self.item_loads + self.other_loads) / (busy * CACHE_BYTES_A_CLOCK * card.clock)
         name = str(dtype).removeprefix("torch.")
@@ -86,7 +85,7 @@ class Phase(NamedTuple):
 
 
 def sample_rank(search: Search, plan: Plan) -> float:
-    """Which of the sampled rows, best first, gives the threshold.
+    """The rank among the sampled rows of the row that gives the threshold.
 
     The kernel takes the r-th best of the maxima of groups. In the s best rows of the sample G (1 - (1 - 1/G)^s)
     different groups are expected; that is r for s = log(1 - r/G) / log(1 - 1/G).
@@ -99,10 +98,10 @@ def sample_rank(search: Search, plan: Plan) -> float:
 
 
 def emitted(search: Search, plan: Plan) -> tuple[float, float]:
-    """Candidates of a query that `scan` emits: mean and standard deviation, for rows in random order.
+    """Candidates per query that `scan` emits: mean and standard deviation, for rows in random order.
 
-    As many rows of the table beat the s-th best of a sample of n as there are failures before the s-th success: a
-    negative hypergeometric distribution, with mean s (N + 1) / (n + 1).
+    The number of rows that beat the s-th best of a sample of n has a negative hypergeometric distribution with mean
+    s (N + 1) / (n + 1).
     """
     if not plan.sampled:
         return search.N, 0.0
@@ -112,7 +111,7 @@ def emitted(search: Search, plan: Plan) -> tuple[float, float]:
 
 
 def hits_a_tile(search: Search, plan: Plan) -> float:
-    """Candidates that `scan` finds in a tile: how often it leaves the path that gpu_codegen calls the loop's."""
+    """Candidates per tile of `scan`, each of which leaves the hot path that gpu_codegen counts."""
     return emitted(search, plan)[0] / search.N * plan.tile.items * plan.tile.queries if plan.splits else 0.0
 
 

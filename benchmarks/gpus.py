@@ -1,29 +1,29 @@
-"""What the GPUs that kernels are compiled for can do, from their makers' datasheets and programming guides.
+"""Limits and peak rates of the GPUs that kernels are compiled for, from datasheets and programming guides.
 
-Everything computed from these figures is derived, not measured.
+Whatever is computed from these figures is derived, not measured.
 """
 
 from typing import NamedTuple
 
 
 class Architecture(NamedTuple):
-    """What the compiler targets: limits of one multiprocessor (AMD: compute unit), and what it does in one clock."""
+    """A compiler target: limits of one multiprocessor (AMD: compute unit), and its rates per clock."""
 
     registers: int  # of 32 bits
-    register_unit: int  # a warp gets multiples of this
-    warp_split: int  # warps are spread over this many schedulers, which share the registers evenly
+    register_unit: int  # registers are allocated to a warp in multiples of this
+    warp_split: int  # schedulers, each with an equal share of warps and registers
     shared: int  # bytes
     shared_unit: int
-    shared_reserved: int  # bytes the system takes of every block
+    shared_reserved: int  # bytes per block taken by the system
     warps: int
     blocks: int
     warp: int  # lanes
-    lanes: int  # that can be issued an instruction in one clock
-    fma: dict[str, int]  # multiplications with addition in one clock, by type of the factors
-    special: int  # exponentials, reciprocals, ... in one clock
+    lanes: int  # lanes that execute an instruction per clock
+    fma: dict[str, int]  # multiply-adds per clock by type of the factors
+    special: int  # exponentials, reciprocals, ... per clock
 
     def blocks_per_sm(self, registers: int, threads: int, shared: int) -> int:
-        """Blocks that are resident at once; 0 if not even one fits."""
+        """Resident blocks per multiprocessor; 0 if one does not fit."""
         warps = -(-threads // self.warp)
         registers_a_warp = -(-max(registers, 1) * self.warp // self.register_unit) * self.register_unit
         warps_by_registers = self.registers // self.warp_split // registers_a_warp * self.warp_split
@@ -32,7 +32,7 @@ class Architecture(NamedTuple):
         return min(self.warps // warps, self.blocks, warps_by_registers // warps, by_shared)
 
     def clocks_per_score(self, dtype: str, d: int) -> float:
-        """Clocks between two scores at the peak rate of the matrix unit (of the FMA units for float32)."""
+        """Clocks per score at the peak rate of the matrix unit (of the FMA units for float32)."""
         return d / self.fma[dtype]
 
 

@@ -1,16 +1,17 @@
-"""Triton's interpreter made right, strict and fast, for tests.
+"""A correct, strict and faster version of Triton's interpreter, for tests.
 
-`strict()` replaces parts of it for the time of a `with` block:
+`strict()` replaces parts of the interpreter inside a `with` block:
 
-- right: a product of bfloat16 multiplies the numbers (Triton 3.7 multiplies their bit patterns); a product adds in one
-  order, k ascending, whatever the shape, so that bits can be compared; a maximum ignores NaN, as the hardware does.
-- strict: what a masked load without `other` leaves undefined comes back as garbage, not as zeros. An access outside
-  every tensor passed to the kernel, to what another program writes, or of two lanes of one store to one element is a
-  `KernelFaultError` that names the tensor and the line. Atomics may meet each other.
-- fast: reductions and scans apply the combining function to whole slices, not element by element; a device function
-  does not patch the language anew at each call, and an addition does not look for an overflow.
+- correct: bfloat16 products multiply the numbers (Triton 3.7 multiplies their bit patterns); products add in a single
+  order, k ascending, for every shape, so that bits can be compared; a maximum ignores NaN, as the hardware does.
+- strict: the undefined values of a masked load without `other` are garbage, not zeros. A `KernelFaultError` with the
+  tensor and the line reports an access outside every tensor passed to the kernel, a race with another program, and two
+  lanes of a store that write the same element. Atomic operations may race with each other.
+- faster: reductions and scans apply the combining function to whole slices, not to single elements; the language is
+  patched once per launch, not once per call; additions are not checked for overflow; the attributes of a block type are
+  computed once.
 
-Programs still run one after another: what depends on how they, or threads, interleave shows only in compiled code.
+Programs still run one after another: faults that need interleaved programs or threads only show in compiled code.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 class KernelFaultError(AssertionError):
-    """What a kernel must not do."""
+    """A kernel made an access that is an error or undefined on a GPU."""
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def strict() -> Iterator[None]:
             setattr(where, name, old)
 
 
-# ---- right ----
+# ---- correct ----
 
 
 def _numbers(x: TensorHandle) -> np.ndarray:
@@ -89,7 +90,7 @@ def _min_max(self: Any, input: Any, val_reduce_op: Any, idx_reduce_op: Any = Non
     return self.to_tensor(reduce(data, axis=axis, keepdims=self.keep_dims), input.dtype)
 
 
-# ---- fast ----
+# ---- faster ----
 
 
 def _slices(ops: Any, input: Any, axis: int) -> list[tuple[Any, ...]]:
@@ -171,8 +172,8 @@ def _tensor(self: Any, handle: Any, dtype: tl.dtype) -> None:
     self.__dict__.update(attributes["tensor"])
 
 
-_modules: set[int] = set()  # whose language is patched in this launch
-_scopes: list[Any] = []  # what undoes it
+_modules: set[int] = set()  # ids of the modules patched in this launch
+_scopes: list[Any] = []  # undo the patches
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +188,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Memory:
-    """The bytes of one tensor: who wrote and who read each, as program number + 1; -1 for several readers."""
+    """The writer and the reader of each byte of a tensor: program number + 1; 0 for none, -1 for several readers."""
 
     def __init__(self, name: str, tensor: torch.Tensor):
         self.name = name
@@ -200,9 +201,9 @@ class _Memory:
         self.atomic = np.zeros(len(self.writer), bool)
 
     def access(self, kind: str, places: np.ndarray, size: int, program: int) -> None:
-        """Notes an access of `size` bytes at each of `places`, or reports that it meets another program's."""
+        """Records an access of `size` bytes at each of `places`; raises if it races with another program."""
         if len(self.writer) == 0:
-            return  # too large to keep books on: only its bounds are checked
+            return  # too large to track: only its bounds are checked
         cells = (places[:, None] + np.arange(size)).ravel()
         foreign_write = (self.writer[cells] != 0) & (self.writer[cells] != program)
         foreign_read = (self.reader[cells] != 0) & (self.reader[cells] != program)

@@ -1,7 +1,7 @@
-"""The Triton kernels for NVIDIA (sm_80 and later) and AMD (gfx942) GPUs: tensors to arguments, buffers, launches.
+"""The Triton backend, for NVIDIA (sm_80 and later) and AMD (gfx942) GPUs.
 
 With TRITON_INTERPRET=1 in the environment when this package is imported, the kernels run on CPU tensors in Triton's
-interpreter: slowly, to test them.
+interpreter: slow, for tests.
 """
 
 import os
@@ -21,7 +21,7 @@ _MAX_INT8_WIDTH = 1 << 17  # 127^2 d stays below 2^31
 
 
 def unavailable() -> str | None:
-    """Why no op of this backend can run here."""
+    """Why no op of this backend can run on this machine; None if it can."""
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -30,7 +30,7 @@ def unavailable() -> str | None:
 
 
 def mips_topk_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
-    """Why `mips_topk` cannot run for these tensors."""
+    """Why `mips_topk` cannot run on these tensors; None if it can."""
     if unavailable() is not None:
         return unavailable()
     if INTERPRETED and not queries.is_cpu:
@@ -60,7 +60,7 @@ def _device_unsupported(device: torch.device) -> str | None:
 
 
 _SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
-"""Bytes of shared memory a program can have, by compute capability; the others have 101376 (8.6, 8.9, 12.0) or more."""
+"""Bytes of shared memory per program by compute capability; at least 101376 for all others (8.6, 8.9, 12.0)."""
 
 
 def _device(device: torch.device) -> Device:
@@ -69,7 +69,7 @@ def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Device("gfx942", properties.multi_processor_count, 1 << 16)
-    name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")  # which products: wgmma, tcgen05, mma.sync
+    name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")  # matrix instructions: wgmma, tcgen05, mma.sync
     shared = _SHARED.get((properties.major, properties.minor), 101376)
     return Device(name, properties.multi_processor_count, shared)
 
@@ -93,7 +93,7 @@ def mips_topk(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) -> str | None:
-    """Why `mips_topk_certified` cannot run for these tensors."""
+    """Why `mips_topk_certified` cannot run on these tensors; None if it can."""
     if items.device != queries.device:
         return f"queries are on {queries.device} and items on {items.device}"
     if items.shape[1] > _MAX_INT8_WIDTH:
@@ -102,7 +102,7 @@ def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) 
 
 
 def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as `mips_topk` of the rows, and how many of them were read for each query, `rescored` (B,) int64."""
+    """`mips_topk` of the rows by way of the int8 copy; also the number of rows rescored per query, (B,) int64."""
     from grank_kernels.backends.triton.mips_topk_launches import Problem, certified_search
 
     (B, d), N = problem.queries.shape, len(problem.items)
@@ -130,14 +130,14 @@ def _with_filters(problem: MipsTopkProblem) -> MipsTopkProblem:
 
 
 def _results(problem: MipsTopkProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for `values` and `positions`."""
+    """Uninitialised `values` and `positions`."""
     shape, device = (len(problem.queries), problem.k), problem.queries.device
     values = torch.empty(shape, dtype=torch.float32, device=device)
     return values, torch.empty(shape, dtype=torch.int64, device=device)
 
 
 def _compute_dtype(problem: MipsTopkProblem) -> torch.dtype:
-    """The precision products are computed in, exactly: the tensors' own, or float32 where they differ."""
+    """The dtype that products are computed in: that of the tensors, or float32 where they differ."""
     queries, items = problem.queries.dtype, problem.items.dtype
     if items == torch.int8:
         return torch.int8

@@ -76,10 +76,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched: the arguments of the backend's `mips_topk`, checked, and how products are computed.
+    """The validated arguments of the backend's `mips_topk`, and the dtype of its products.
 
-    Of the certified copy of float rows `query_scale` and `query_radius` are given, and the queries are int8: what the
-    search then goes by is the upper bound of a score.
+    In a search of a certified copy the queries are int8 with `query_scale` and `query_radius`, and rows are ordered by
+    the upper bounds of their scores.
     """
 
     queries: torch.Tensor
@@ -95,7 +95,7 @@ class Problem:
     query_radius: torch.Tensor | None = None
 
     def of_queries(self, part: slice) -> "Problem":
-        """The same for some of the queries."""
+        """The problem for a slice of the queries."""
         allow, offsets = self.allow, self.exclude_offsets
         return Problem(
             self.queries[part], self.items, self.row_scale, self.ids, self.k,
@@ -290,7 +290,7 @@ def certified_launches(
 
 
 def search(problem: Problem, device: Device, values: torch.Tensor, positions: torch.Tensor) -> None:
-    """Runs a search, in as many steps as the workspace asks for."""
+    """Runs a search, in steps of as many queries as fit the workspace, into `values` and `positions`."""
     p = problem
     B, d = p.queries.shape
     excluded = 0 if p.exclude_ids is None else -(-len(p.exclude_ids) // B)

@@ -1,6 +1,6 @@
-"""How a search is cut into launches: tile shapes by device, width and batch, buffers and grids by the shapes alone.
+"""The plan of a search: tile shapes, grids and buffer sizes, from the device and the shapes alone.
 
-Nothing here looks at data, and nothing imports Triton.
+Nothing here reads data or imports Triton.
 """
 
 import math
@@ -10,23 +10,23 @@ import torch
 
 from grank_kernels.common.checks import round_up
 
-_WORKSPACE = 1 << 30  # bytes of candidates; more queries than fit are searched in steps
-_RESCUE = 1 << 28  # bytes of lists for queries whose threshold failed
+_WORKSPACE = 1 << 30  # bytes of candidates; queries whose candidates exceed it are searched in steps
+_LISTS_MEMORY = 1 << 28  # bytes of the lists of `collect`
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on.
+    """The properties of a GPU that a plan depends on.
 
     Attributes:
         name: "sm_80", "sm_90", "sm_100", "gfx942", or "interpreter".
         processors: multiprocessors or compute units.
-        shared: bytes of shared memory a program can have.
-        small: tables of at most so many rows are emitted whole, without a threshold.
-        rows: queries a program of `threshold` and `select`.
-        block: tiles that `collect` scans between two looks at its lists, at most.
-        cut: lists that it cuts together, and entries of each that it looks at together.
-        rank: entries that a program of `rank` places, and those that it compares them with at a time.
+        shared: bytes of shared memory per program.
+        small: most rows of a table that is emitted whole, without a threshold.
+        rows: queries per program of `threshold` and `select`.
+        block: most tiles that `collect` scans before it checks its lists.
+        cut: lists that `collect` cuts together, and entries of each that it reads at a time.
+        rank: entries that a program of `rank` places, and entries it compares them with at a time.
     """
 
     name: str
@@ -46,7 +46,7 @@ INTERPRETER = Device(
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a product and how it is run: rows, queries, columns; warps, stages of the pipeline."""
+    """Shape of a product (rows, queries, columns), warps per program, and stages of the software pipeline."""
 
     items: int
     queries: int
@@ -56,25 +56,25 @@ class Tile:
 
 
 def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int, warps: int = 4) -> Tile:
-    """The tile for a width, a precision of products and a batch, of at most so many queries.
+    """The tile for rows of width d, products in `compute` and B queries, with at most `most` queries.
 
     items: 128 rows, two 64-row products of a warp group on sm_90; 64 in float32, which has no tensor cores.
-    queries: as few as the batch needs, since each pads the product; as many as registers (and gfx942's 64 KB of shared
-    memory) hold.
+    queries: as few as the batch needs, since the rest is padding; as many as fit registers (on gfx942: its 64 KB of
+    shared memory).
     depth: the whole row up to 256 bytes, so that the loop over tiles has no inner loop and its loads run ahead of the
-    products; wider rows in pieces of 128 bytes, and float32 in 64, for its operands pass through registers. It depends
-    on d and the precision alone, as the order of accumulation does.
-    stages: three of a tile's rows in shared memory, or two where they do not fit.
+    products; wider rows in pieces of 128 bytes, and float32 in pieces of 64, since its operands pass through registers.
+    It depends on d and `compute` alone, and so does the order of accumulation.
+    stages: the rows of three tiles in shared memory, or of two where three do not fit.
     """
     width = max(16 if compute.itemsize > 1 else 32, power_of_2(d))
     needed = max(16, power_of_2(B))
-    if device.name == "interpreter":  # one shape for all, so that one BLAS kernel multiplies all
+    if device.name == "interpreter":  # one shape for every product: one BLAS kernel, one order of addition
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
         return Tile(64, min(64, most, needed), 16, 4, 3)
     row = width * compute.itemsize
     if row > 256:
-        row, most = 128, min(most, 64)  # pieces of the queries take registers too
+        row, most = 128, min(most, 64)  # a piece of the queries is held in registers too
     if device.name == "gfx942":
         most = min(most, 32 if compute == torch.int8 else 64)
     queries = min(most, needed)
@@ -84,19 +84,19 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
 
 @dataclass(frozen=True)
 class Plan:
-    """One step of a search: B queries, N rows.
+    """The plan of one step of a search: B queries, N rows.
 
     Attributes:
-        tile: of `scan`; its width in queries is the largest.
+        tile: of `scan`; no other tile has more queries.
         sample_tile: of `sample`.
         collect_tile: of `collect`.
-        sampled: rows in the sample, 0 for a search without a threshold.
-        groups: maxima of the sample a query.
-        splits: programs along the rows in `scan`; 0 where `collect` does all.
-        collected: programs along the rows in `collect`; 0 where nothing can fail.
-        block: tiles that `collect` scans between two looks at its lists, at most.
-        list_size: entries of a list of `collect`, k + block * items.
-        room: candidates a query beside the k best of earlier chunks.
+        sampled: rows in the sample; 0: every score passes the first threshold.
+        groups: groups of sampled rows; the best score of each is kept per query.
+        splits: programs along the rows in `scan`; 0: `collect` does the whole search.
+        collected: programs along the rows in `collect`; 0: no threshold can fail.
+        block: most tiles that `collect` scans before it checks its lists.
+        list_size: entries of a list of `collect`, at least k + block * items.
+        room: candidates per query beside the k best of earlier chunks.
     """
 
     tile: Tile
@@ -114,13 +114,13 @@ class Plan:
 def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> Plan:
     """The plan for B queries that exclude `excluded` ids each, over a table (or its first chunk) of N rows.
 
-    Three ways. `collect` alone, one pass, for small k and few queries: every 16 queries read the rows from L2 once
-    more, and cutting lists costs as much as a sample does. Small tables are emitted whole. All else is sampled: 1/64 of
-    the rows, at least 8192, whose r-th best is the threshold. So r N / sampled candidates are expected, and more than
-    (r + 6 sqrt(r)) N / sampled, which is the room, for 6 queries in a million; `collect` stands by for these.
+    Small k and few queries: one pass of `collect`; every 16 queries read the rows from L2 once more, and cutting lists
+    costs as much as a sample. Small tables: every score is emitted. Otherwise: a sample of 1/64 of the rows, at least
+    8192, whose r-th best score is the threshold. r N / sampled candidates are expected; 6 queries in a million have
+    more than (r + 6 sqrt(r)) N / sampled, which is the room, and are searched again by `collect`.
     """
     tile = choose_tile(device, d, compute, B, 128)
-    samples = choose_tile(device, d, compute, B, 64)  # which has two more numbers a score
+    samples = choose_tile(device, d, compute, B, 64)  # `sample` keeps two more numbers per score
     lists = choose_tile(device, d, compute, B, 16, warps=8)
     tiles = -(-N // tile.items)
     block = min(tiles, device.block)
@@ -130,7 +130,7 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     def splits(programs: int, query_tiles: int) -> int:
         return max(1, min(tiles, programs // query_tiles))
 
-    waves = 4 * device.processors  # programs of a few sizes keep all processors busy to the end
+    waves = 4 * device.processors  # several programs per processor even out their run times
     if (k <= 32 and B <= 32) or (k <= 64 and B <= 16):
         collected = splits(waves, lists_tiles)
         return Plan(tile, samples, lists, 0, 0, 0, collected, block, list_size, collected * k)
@@ -142,17 +142,17 @@ def make_plan(device: Device, B: int, N: int, d: int, k: int, compute: torch.dty
     r = share + 5 * math.sqrt(share) + 7
     groups = round_up(min(sampled, max(8192, 4 * int(r))), samples.items)
     room = power_of_2(max(1024, math.ceil((r + 6 * math.sqrt(r)) * N / sampled)))
-    collected = _rescuers(device, B, N, k, lists, list_size)
+    collected = _collect_splits(device, B, N, k, lists, list_size)
     return Plan(tile, samples, lists, sampled, groups, scanned, collected, block, list_size, max(room, collected * k))
 
 
 @dataclass(frozen=True)
 class CertifiedPlans:
-    """A search of a certified copy for the rows of largest upper bounds, then of these rows for the k best.
+    """The plans of a certified search.
 
     Attributes:
-        copy: of the first.
-        rescore: of the second: no sample, no scan, `collect` where the bounds do not suffice.
+        copy: the search of the int8 copy for the rows with the largest upper bounds.
+        rescore: the search of these rows for the k best: no sample, no scan; `collect` where the bounds do not suffice.
     """
 
     copy: Plan
@@ -160,7 +160,7 @@ class CertifiedPlans:
 
 
 def listed_rows(k: int) -> int:
-    """How many rows are rescored: of Gaussian tables 1.3 to 2 k reach the k-th best score by their upper bound."""
+    """Rows rescored per query; in Gaussian tables the upper bounds of 1.3 to 2 k rows reach the k-th best score."""
     return 2 * k + 64
 
 
@@ -173,26 +173,28 @@ def make_certified_plans(
     lists = exact.collect_tile
     block = min(-(-N // lists.items), device.block)
     list_size = round_up(k + block * lists.items, 64)
-    collected = _rescuers(device, B, N, k, lists, list_size)
+    collected = _collect_splits(device, B, N, k, lists, list_size)
     rescore = replace(
         exact, sampled=0, groups=0, splits=1, collected=collected, block=block, list_size=list_size,
         room=max(listed, collected * k),
     )  # fmt: skip
     copy = make_plan(device, B, N, d, listed, torch.int8, excluded)
-    samples = choose_tile(device, d, torch.int8, B, 16)  # a row's error beside its scale: for more queries it spills
+    samples = choose_tile(
+        device, d, torch.int8, B, 16
+    )  # with a row's error beside its scale, more queries spill registers
     return CertifiedPlans(replace(copy, sample_tile=samples), rescore)
 
 
-def _rescuers(device: Device, B: int, N: int, k: int, lists: Tile, list_size: int) -> int:
-    """Programs along the rows in a `collect` that stands by: few enough for the memory of their lists."""
+def _collect_splits(device: Device, B: int, N: int, k: int, lists: Tile, list_size: int) -> int:
+    """Programs along the rows in a `collect` for failed thresholds: as many as `_LISTS_MEMORY` has memory for lists."""
     lists_tiles = -(-B // lists.queries)
-    affordable = _RESCUE // (8 * lists_tiles * lists.queries * (list_size + k))
+    affordable = _LISTS_MEMORY // (8 * lists_tiles * lists.queries * (list_size + k))
     programs = max(1, min(2 * device.processors, affordable * lists_tiles))
     return max(1, min(-(-N // lists.items), programs // lists_tiles))
 
 
 def step_of_queries(device: Device, B: int, N: int, d: int, k: int, compute: torch.dtype, excluded: int) -> int:
-    """How many queries to search at a time, so that the candidates fit the workspace."""
+    """Queries per step, so that their candidates fit the workspace."""
     plan = make_plan(device, B, N, d, k, compute, excluded)
     step = max(1, _WORKSPACE // (8 * (k + plan.room + plan.groups)))
     return min(B, max(plan.tile.queries, step // plan.tile.queries * plan.tile.queries))

@@ -1,21 +1,21 @@
-"""Rows to the device, chunk by chunk, for tables that stay in host memory."""
+"""Streams the rows of a table in host memory to the device, chunk by chunk."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-CHUNK_BYTES = 1 << 28  # two buffers of it: 5 ms of a PCIe 5 link each, beside which a launch is nothing
+CHUNK_BYTES = 1 << 28  # of each of two buffers: 5 ms over PCIe 5, so launch overhead is negligible
 
 
 class Chunk(NamedTuple):
     """Consecutive rows of a table, on the device of the queries.
 
     Attributes:
-        base: position of the first.
+        base: position of the first row in the table.
         rows: (n, d).
-        row_scale: (n,), int8 rows only.
-        row_error: (n,), of a certified copy only.
+        row_scale: (n,) float32 of int8 rows, else None.
+        row_error: (n,) float32 of a certified copy, else None.
     """
 
     base: int
@@ -25,10 +25,10 @@ class Chunk(NamedTuple):
 
 
 def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[Chunk]:
-    """The table whole, if it is on the device; or its chunks, copied while the one before is searched.
+    """The table in one chunk if it is on the device, else its chunks, each copied while the one before is searched.
 
-    The copies run on a stream of their own, into two buffers in turn. A copy waits until its buffer has been searched;
-    the current stream waits for the copy. Nothing waits on the host.
+    Copies run on a separate stream into two alternating buffers. A copy waits until its buffer has been searched, and
+    the current stream waits for the copy. The host never waits.
     """
     if items.device == device:
         yield Chunk(0, items, row_scale)
@@ -60,5 +60,5 @@ def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.de
 
 
 def chunk_rows(items: torch.Tensor) -> int:
-    """Rows a chunk of a table in host memory."""
+    """Rows per chunk of a table in host memory."""
     return min(len(items), max(128, CHUNK_BYTES // max(1, items.shape[1] * items.itemsize) // 128 * 128))

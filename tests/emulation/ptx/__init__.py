@@ -1,4 +1,4 @@
-"""Executes PTX on the host: what nvcc or Triton emitted, every thread of every CTA, in numpy.
+"""Simulates PTX from nvcc or Triton on the host: every thread of every CTA, in NumPy.
 
     memory = GlobalMemory()
     x = memory.put("x", array)
@@ -6,9 +6,9 @@
     run = launch(parse(ptx), grid=(4,), block=(128,), arguments=[x, y, 128], memory=memory)
     memory.get("y")
 
-An error of the kernel raises PtxError and names instruction, source line and thread: out of bounds, misaligned,
-uninitialised or in flight, a race, a barrier or a warp instruction that part of the threads came to. Not modelled:
-weak memory order, races within a warp, the rounding of the tensor cores inside one instruction, clusters, mbarrier, TMA
+A fault of the kernel raises PtxError with the instruction, source line and thread: an access out of bounds, misaligned,
+uninitialised or of a copy in flight; a race; a barrier or warp instruction that only some of the threads reach. Not
+modelled: weak memory order, races within a warp, the rounding inside a tensor-core instruction, clusters, mbarrier, TMA
 and tcgen05.
 """
 

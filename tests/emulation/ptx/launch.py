@@ -1,4 +1,4 @@
-"""Runs a kernel over a grid, and reports what was executed and moved."""
+"""Runs a kernel over a grid, and counts executed instructions and moved bytes."""
 
 import ctypes
 import math
@@ -44,7 +44,7 @@ class Run:
 
 
 class Coverage:
-    """Which instructions of a kernel at least one thread executed, over several runs."""
+    """The instructions of a kernel that at least one thread executed, over several runs."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -79,9 +79,9 @@ def launch(
 ) -> Run:
     """Executes the kernel on `memory`.
 
-    `arguments`, one a parameter: addresses and numbers, or the bytes of a struct; trailing parameters may be left out,
-    as Triton leaves its scratch pointers. `shared_bytes` is the dynamic shared memory. With a `seed` the warps run, and
-    atomics happen, in a random order.
+    `arguments` has one entry per parameter: an address, a number, or the bytes of a struct. Trailing parameters may be
+    left out, as Triton does with its scratch pointers. `shared_bytes` is the dynamic shared memory. With a `seed` the
+    warps run, and atomics happen, in a random order.
     """
     resolve(kernel)
     grid3, block3 = ((*map(int, sizes), 1, 1)[:3] for sizes in (grid, block))
@@ -125,7 +125,7 @@ def granule(kernel: Kernel, space: str) -> int:
 
 
 def pack(kernel: Kernel, arguments: Sequence[int | float | np.generic | bytes]) -> bytes:
-    """The arguments as they lie in parameter memory."""
+    """The bytes of parameter memory."""
     if len(arguments) > len(kernel.parameters):
         raise PtxError(f"{kernel.name} takes {len(kernel.parameters)} arguments, got {len(arguments)}")
     packed = bytearray(kernel.parameter_bytes)

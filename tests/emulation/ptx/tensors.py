@@ -1,4 +1,4 @@
-"""Device memory that follows torch tensors."""
+"""Simulated device memory that mirrors torch tensors."""
 
 from types import ModuleType
 from typing import Any
@@ -10,7 +10,7 @@ from .memory import GLOBAL_BASE, POISON, Buffer, GlobalMemory
 
 
 class TensorMemory(GlobalMemory):
-    """A storage is copied in when a launch names it, and back when the launch is over.
+    """Copies a storage to the device when a launch is given it, and back after the launch.
 
     So host code may work on tensors between launches. What `self.torch` allocates may not be read by a kernel before
     something was written to it: the torch of a launcher is replaced by it.
@@ -24,14 +24,14 @@ class TensorMemory(GlobalMemory):
         self.torch = AllocatingTorch(self)
 
     def allocate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Takes a tensor that is full of nothing as the device's."""
+        """Registers an uninitialised tensor as device memory."""
         storage_of(tensor)[:] = POISON
         self.fresh.add(tensor.untyped_storage().data_ptr())
         self.alive.append(tensor)
         return tensor
 
     def upload(self, name: str, tensor: torch.Tensor | None) -> int:
-        """Its address on the device; null of nothing."""
+        """The tensor's address on the device; 0 for None and for empty tensors."""
         if tensor is None or tensor.numel() == 0:
             return 0
         host, at = storage_of(tensor), tensor.untyped_storage().data_ptr()
@@ -51,7 +51,7 @@ class TensorMemory(GlobalMemory):
                 storage_of(tensor)[:] = self._held(tensor)
 
     def content(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a tensor is on the device."""
+        """The tensor's values on the device."""
         held = torch.from_numpy(self._held(tensor).copy()).view(tensor.dtype)
         return held.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
