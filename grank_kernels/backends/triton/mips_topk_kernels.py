@@ -319,7 +319,7 @@ def rescore(queries, rows, listed, lists, shape: tl.constexpr):
     first = _load_queries(queries, lane, tl.arange(0, shape.DEPTH), shape)
     products = _products(first, queries, lane, rows.data + row * rows.stride, row_mask, shape)
     score = tl.sum(tl.where((lane == query)[None, :], products, 0.0), 1)
-    list_index = query + tl.zeros((shape.ITEMS,), tl.int32)
+    list_index = query + tl.full((shape.ITEMS,), 0, tl.int32)
     radius = tl.load(listed.radius + list_index)
     bar = tl.where(radius == radius, tl.load(listed.bound + list_index), float("inf"))
     proven = row_mask & ((score > bar) | (bar == -float("inf")))
