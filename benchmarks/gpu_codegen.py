@@ -88,7 +88,7 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
         **occupancy(target, facts["registers"], threads, kernel.metadata.shared),
         **code_facts(function),
     }
-    if "shape" in launch.arguments:  # the kernel multiplies
+    if "allow" in launch.arguments:  # the kernel passes over the table
         d, depth, items, queries, compute = launch.arguments["shape"]
         dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(compute), "int8")
         tile = Tile(items, queries, depth, dtype, plan_row.code.warps, ARCHITECTURES[target].warp)

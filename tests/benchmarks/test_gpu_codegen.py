@@ -45,7 +45,7 @@ def check(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("target", "match", "kernels"),
     [
-        ("sm_90", "^scan float16 d=128 B=256", 1),
+        ("sm_90", "^(scan float16 d=128 B=256|rescore float16 certified)", 2),
         pytest.param("sm_80", "^scan (float16|int8) d=128 B=256", 2, marks=pytest.mark.slow),
         pytest.param("sm_90", "^scan int8 d=128 B=256", 1, marks=pytest.mark.slow),
         pytest.param("gfx942", "^scan float16 d=128 B=256", 1, marks=pytest.mark.slow),
