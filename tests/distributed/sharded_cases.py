@@ -1,4 +1,4 @@
-"""What `test_sharded.py` starts on every rank: cases that all ranks run in step, each compared with one table.
+"""Cases of `test_sharded.py`, run by a process on every rank: each compares shards with one table.
 
     python tests/sharded_cases.py RANK WORLD_SIZE STORE RESULTS
 

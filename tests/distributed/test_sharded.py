@@ -1,6 +1,6 @@
-"""Tables in shards: the same bits as one table, on every rank; errors on all ranks or none; ranks that are lost.
+"""Tables in shards: the same bits as one table on every rank, errors on all ranks or none, lost ranks.
 
-Ranks are processes over gloo. Those of a fixture run all cases of `sharded_cases.py` in one launch.
+Ranks are processes over gloo. One launch runs all cases of `sharded_cases.py`.
 """
 
 import math

@@ -62,11 +62,18 @@ def test_int8_rounds_half_to_even() -> None:
     assert_quantised(rows)
 
 
-def test_int8_of_odd_rows() -> None:
-    assert_quantised(torch.zeros(3, 4))
-    assert_quantised(torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [1e-44, 3e-45], [1e-40, 1e-41], [3.4e38, -3.4e38]]))
-    assert_quantised(torch.randn(2, 0))
-    assert_quantised(torch.randn(0, 5))
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(3, 4),
+        torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [1e-44, 3e-45], [1e-40, 1e-41], [3.4e38, -3.4e38]]),
+        torch.zeros(2, 0),
+        torch.zeros(0, 5),
+    ],
+    ids=["zeros", "subnormal and large", "no columns", "no rows"],
+)
+def test_int8_of_odd_rows(rows: torch.Tensor) -> None:
+    assert_quantised(rows)
 
 
 @settings(max_examples=200)
@@ -177,17 +184,20 @@ def test_rows_by_id(kind: str) -> None:
     assert table.rows(ids[:0]).shape == (0, 5)
 
 
-def test_rows_of_unknown_ids() -> None:
-    rows = torch.randn(10, 2)
-    for table, known, unknown in (
-        (ItemTable.from_rows(rows), 9, (-1, 10, 2**40)),
-        (ItemTable.from_rows(rows, ids=torch.arange(10) * 2 + 1), 19, (-1, 0, 2, 20, 2**40)),
-        (ItemTable.from_rows(rows[:0], ids=torch.arange(0)), None, (0, -1)),
-        (ItemTable.from_rows(rows[:0]), None, (0, -1)),
-    ):
-        for wrong in unknown:
-            with pytest.raises(ValueError, match=f"ids must be in the table, got {wrong}, which is not"):
-                table.rows(torch.tensor([wrong] if known is None else [known, wrong]))
+UNKNOWN: list[tuple[ItemTable, list[int], tuple[int, ...]]] = [
+    (ItemTable.from_rows(torch.ones(10, 2)), [9], (-1, 10, 2**40)),
+    (ItemTable.from_rows(torch.ones(10, 2), ids=torch.arange(10) * 2 + 1), [19], (-1, 0, 2, 20, 2**40)),
+    (ItemTable.from_rows(torch.ones(0, 2), ids=torch.arange(0)), [], (0, -1)),
+    (ItemTable.from_rows(torch.ones(0, 2)), [], (0, -1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "known", "wrong"), [(table, known, each) for table, known, unknown in UNKNOWN for each in unknown]
+)
+def test_rows_of_unknown_ids(table: ItemTable, known: list[int], wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"ids must be in the table, got {wrong}, which is not"):
+        table.rows(torch.tensor([*known, wrong]))
 
 
 # ---- searching a table ----

@@ -17,14 +17,16 @@ from grank_kernels.table import versions as table_versions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize(("n", "d"), [(300, 16), (77, 5), (1, 1), (0, 3), (4, 0)])
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(("kind", "coarse"), KINDS_OF_TABLES)
-def test_there_and_back(kind: str, coarse: torch.dtype | None, with_ids: bool, mmap: bool, tmp_path: Path) -> None:
-    for n, d in ((300, 16), (77, 5), (1, 1), (0, 3), (4, 0)):
-        table = table_of(n, d, kind, coarse, with_ids)
-        table.save(tmp_path / "table")
-        assert_equal_tables(gk.ItemTable.load(tmp_path / "table", mmap=mmap), table)
+def test_there_and_back(
+    kind: str, coarse: torch.dtype | None, with_ids: bool, mmap: bool, n: int, d: int, tmp_path: Path
+) -> None:
+    table = table_of(n, d, kind, coarse, with_ids)
+    table.save(tmp_path / "table")
+    assert_equal_tables(gk.ItemTable.load(tmp_path / "table", mmap=mmap), table)
     assert os.listdir(tmp_path) == ["table"]
 
 
