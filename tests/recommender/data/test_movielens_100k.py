@@ -1,4 +1,4 @@
-"""A whole run on real data: read, split, train, evaluate. Slow enough to be marked, quick enough for every CI run."""
+"""A whole run on MovieLens-100K: read, split, train, evaluate."""
 
 from importlib import metadata
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the retrieval's softmax runs over: all items, or those a batch asks for as a sample of them."""
+"""The items of the retrieval's softmax: all items, or a batch's targets as a sample of them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dual tower: what it sees, and that it learns."""
+"""The dual tower: which inputs its vectors depend on, and that it learns."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_training_asks_what_serving_answers(model: DualTower) -> None:
 
 
 def test_it_learns() -> None:
-    """Two kinds of users, of whom each kind takes only items of its own."""
+    """Users with even numbers meet even items only, users with odd numbers odd ones."""
     lists = [[int(item) * 2 + user % 2 for item in torch.randperm(N // 2)[:8]] for user in range(60)]
     histories = Histories.from_lists(lists)
     model = DualTower(N, replace(CONFIG, dropout=0.0))

@@ -1,5 +1,4 @@
-"""GRank: what its parts may see of each other (of the attention, see test_blocks), and that training asks what serving
-answers."""
+"""GRank: which inputs its parts depend on (test_blocks has the attention), and that training and serving agree."""
 
 from dataclasses import replace
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(config: GRankConfig) -> GRank:
-    """In double precision, with every part at work: many start too small to matter."""
+    """In double precision, with weights large enough that every part changes the scores."""
     model = GRank(N, config).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -197,7 +196,7 @@ def test_every_parameter_learns(name: str) -> None:
 
 
 def test_it_learns() -> None:
-    """Users who take the items in turn, each from a start of their own: the next item is known."""
+    """Each user's items are consecutive numbers, so the next item follows from the history."""
     walks = (torch.arange(40).unsqueeze(1) * 7 + torch.arange(12)) % N
     histories = Histories.from_lists(walks.tolist())
     model = GRank(N, replace(CONFIG, dropout=0.0, ranker_dropout=0.0))

@@ -1,6 +1,7 @@
-"""The baselines that learn nothing, against their definitions written out."""
+"""The baselines without training, against their definitions written out."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,14 +52,14 @@ def test_item_knn_is_its_definition(train: list[list[int]], asked: list[list[int
             assert values[place] == pytest.approx(best[place], rel=1e-6)
 
 
-def test_every_item_keeps_its_nearest_neighbours() -> None:
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_every_item_keeps_its_nearest_neighbours(kept: int) -> None:
     train = [[0, 1], [0, 1], [0, 2], [0, 3], [3, 1]]
-    for kept in (1, 2, 3):
-        model = ItemKNN.fit(Histories.from_lists(train), ITEMS, neighbours=kept)
-        found = model.recommend(Histories.from_lists([[0]]), 3)
-        scores = definition(train, [0], kept)
-        assert found.indices[0].tolist() == [1, 2, 3][:kept] + [-1] * (3 - kept)  # 1: 2/sqrt(12); 2: 1/2; 3: 1/sqrt(8)
-        assert found.values[0, :kept].tolist() == pytest.approx([scores[item] for item in (1, 2, 3)[:kept]])
+    model = ItemKNN.fit(Histories.from_lists(train), ITEMS, neighbours=kept)
+    found = model.recommend(Histories.from_lists([[0]]), 3)
+    scores = definition(train, [0], kept)
+    assert found.indices[0].tolist() == [1, 2, 3][:kept] + [-1] * (3 - kept)  # 1: 2/sqrt(12); 2: 1/2; 3: 1/sqrt(8)
+    assert found.values[0, :kept].tolist() == pytest.approx([scores[item] for item in (1, 2, 3)[:kept]])
 
 
 def test_equal_scores_come_by_number() -> None:
@@ -81,18 +82,23 @@ def test_popularity() -> None:
     assert model.recommend(Histories.from_lists([]), 3).indices.shape == (0, 3)
 
 
-def test_bad_arguments_are_named() -> None:
-    histories = Histories.from_lists([[0, 7]])
-    with pytest.raises(ValueError, match="histories must hold items from 0 to 6, got 0 to 7"):
-        ItemKNN.fit(histories, ITEMS)
-    with pytest.raises(ValueError, match="neighbours must be 1 or more, got 0"):
-        ItemKNN.fit(histories, 8, neighbours=0)
-    with pytest.raises(ValueError, match="num_items must be 1 or more, got 0"):
-        ItemKNN.fit(histories, 0)
-    model = ItemKNN.fit(histories, 8)
-    with pytest.raises(ValueError, match="histories must hold items from 0 to 7, got 0 to 8"):
-        model.recommend(Histories.from_lists([[8, 0]]), 1)
-    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
-        model.recommend(histories, 0)
-    with pytest.raises(ValueError, match="histories must hold items from 0 to 6, got 0 to 7"):
-        Popularity.fit(histories, 7)
+OUTSIDE = Histories.from_lists([[0, 7]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ItemKNN.fit(OUTSIDE, 7), "histories must hold items from 0 to 6, got 0 to 7"),
+        (lambda: Popularity.fit(OUTSIDE, 7), "histories must hold items from 0 to 6, got 0 to 7"),
+        (lambda: ItemKNN.fit(OUTSIDE, 8, neighbours=0), "neighbours must be 1 or more, got 0"),
+        (lambda: ItemKNN.fit(OUTSIDE, 0), "num_items must be 1 or more, got 0"),
+        (
+            lambda: ItemKNN.fit(OUTSIDE, 8).recommend(Histories.from_lists([[8, 0]]), 1),
+            "histories must hold items from 0 to 7, got 0 to 8",
+        ),
+        (lambda: ItemKNN.fit(OUTSIDE, 8).recommend(OUTSIDE, 0), "k must be 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,4 +1,4 @@
-"""What training windows ask."""
+"""Targets and negatives of training windows."""
 
 import torch
 from torch.nn import functional as F
