@@ -363,6 +363,7 @@ def test_two_processes_refuse_together(exported: Path, whole: dict[str, bytes], 
 
 @pytest.mark.slow
 def test_one_process_that_cannot_write_ends_both(exported: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(whole[MANIFEST])
     part = tmp_path / "part-000003.parquet"  # the second part of rank 1
     part.symlink_to(part)
     done = torchrun(2, *arguments(exported, tmp_path))
