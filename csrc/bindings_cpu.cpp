@@ -3,15 +3,26 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <exception>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include "cpu/candidate_cross_attention.h"
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
 #include "cpu/mips_topk_certified.h"
 #include "cpu/score_candidates.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 
@@ -21,6 +32,65 @@ template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// ---- running without the GIL ----
+
+// Python runs its signal handlers on the main thread; a Python that is embedded on another thread sees no interrupts.
+bool is_main_thread() {
+#if defined(__APPLE__)
+  return pthread_main_np() != 0;
+#elif defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#else
+  return false;
+#endif
+}
+
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+// Python ends a daemon thread that asks for the GIL while the interpreter is finalised by unwinding its stack, which
+// C++ answers by aborting the process (exit code 134). Such a thread sleeps until the process is gone, as under 3.14.
+void take_gil(PyThreadState* state) {
+  while (is_finalizing() && !is_main_thread()) std::this_thread::sleep_for(std::chrono::hours(1));
+  PyEval_RestoreThread(state);
+}
+
+struct Interrupted {};
+
+// Runs a kernel without the GIL. On the main thread signals are handled every 50 ms (threads.h): a handler that raises,
+// as that of Ctrl-C does, ends the kernel, and its exception is the caller's.
+template <typename F>
+void without_gil(F&& run) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr failure;
+  bool interrupted = false;
+  try {
+    const auto check = [](void* saved) {
+      auto*& state = *static_cast<PyThreadState**>(saved);
+      PyEval_RestoreThread(state);
+      const bool raised = PyErr_CheckSignals() != 0;
+      state = PyEval_SaveThread();
+      if (raised) throw Interrupted();
+    };
+    const grank::InterruptScope scope(is_main_thread() ? check : grank::InterruptCheck{}, &state);
+    run();
+  } catch (const Interrupted&) {
+    interrupted = true;
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  take_gil(state);
+  if (interrupted) throw py::error_already_set();
+  if (failure) std::rethrow_exception(failure);
+}
+
+// ---- checks ----
 
 // Offsets must not lead outside the ids, nor ids outside [-1, limit); limit < 0: any id.
 void check_exclude(const int64_t* offsets, const int64_t* ids, int64_t num_queries, int64_t num_ids, int64_t limit) {
@@ -79,8 +149,7 @@ grank::MipsTopkProblem search_problem(const Queries& queries, const TableRows& r
 
 void mips_topk(const Queries& queries, const TableRows& rows, uintptr_t ids, const Exclude& exclude, const Allow& allow,
                const TopK& best) {
-  const py::gil_scoped_release release;
-  grank::mips_topk(search_problem(queries, rows, ids, exclude, allow, best), grank::active_isa());
+  without_gil([&] { grank::mips_topk(search_problem(queries, rows, ids, exclude, allow, best), grank::active_isa()); });
 }
 
 // coarse: addresses of the queries as the int8 copy meets them, and of its rows, stride in bytes, scales, errors.
@@ -88,12 +157,13 @@ void mips_topk_certified(const Queries& queries, const TableRows& rows, uintptr_
                          const Allow& allow, const TopK& best,
                          const std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t>& coarse,
                          uintptr_t rescored) {
-  const py::gil_scoped_release release;
   const grank::CoarseRows copy{pointer<const float>(std::get<0>(coarse)), pointer<const void>(std::get<1>(coarse)),
                                std::get<2>(coarse), pointer<const float>(std::get<3>(coarse)),
                                pointer<const float>(std::get<4>(coarse))};
-  grank::mips_topk_certified(search_problem(queries, rows, ids, exclude, allow, best), copy, grank::active_isa(),
-                             pointer<int64_t>(rescored));
+  without_gil([&] {
+    grank::mips_topk_certified(search_problem(queries, rows, ids, exclude, allow, best), copy, grank::active_isa(),
+                               pointer<int64_t>(rescored));
+  });
 }
 
 void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows,
@@ -101,32 +171,31 @@ void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_ca
                       uintptr_t keys, int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h,
                       uintptr_t cu_seqlens, uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight,
                       float out_bias, float softmax_scale, int activation, int threads, uintptr_t scores) {
-  const py::gil_scoped_release release;
-  grank::score_candidates({pointer<const int64_t>(candidate_ids),
-                           num_users,
-                           num_candidates,
-                           pointer<const void>(rows),
-                           static_cast<grank::DType>(rows_dtype),
-                           num_rows,
-                           d,
-                           row_stride,
-                           pointer<const float>(row_scale),
-                           static_cast<grank::DType>(dtype),
-                           pointer<const void>(keys),
-                           key_stride,
-                           pointer<const void>(values),
-                           value_stride,
-                           h,
-                           pointer<const int64_t>(cu_seqlens),
-                           pointer<const float>(user_hidden),
-                           pointer<const void>(item_weight),
-                           pointer<const float>(out_weight),
-                           out_bias,
-                           softmax_scale,
-                           static_cast<grank::HeadActivation>(activation),
-                           threads,
-                           pointer<float>(scores)},
-                          grank::active_isa());
+  const grank::ScoreCandidatesProblem problem{pointer<const int64_t>(candidate_ids),
+                                              num_users,
+                                              num_candidates,
+                                              pointer<const void>(rows),
+                                              static_cast<grank::DType>(rows_dtype),
+                                              num_rows,
+                                              d,
+                                              row_stride,
+                                              pointer<const float>(row_scale),
+                                              static_cast<grank::DType>(dtype),
+                                              pointer<const void>(keys),
+                                              key_stride,
+                                              pointer<const void>(values),
+                                              value_stride,
+                                              h,
+                                              pointer<const int64_t>(cu_seqlens),
+                                              pointer<const float>(user_hidden),
+                                              pointer<const void>(item_weight),
+                                              pointer<const float>(out_weight),
+                                              out_bias,
+                                              softmax_scale,
+                                              static_cast<grank::HeadActivation>(activation),
+                                              threads,
+                                              pointer<float>(scores)};
+  without_gil([&] { grank::score_candidates(problem, grank::active_isa()); });
 }
 
 // The address of offsets, the address of lengths, one length for all.
@@ -170,10 +239,9 @@ void candidate_cross_attention(int64_t num_users, int64_t num_heads, int64_t d, 
                                float softmax_scale, int threads, const Sequence& queries, const Sequence& keys,
                                const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& out,
                                const Tensor& lse) {
-  const py::gil_scoped_release release;
-  grank::candidate_cross_attention(attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale, threads,
-                                                     queries, keys, q, k, v, bias, out, lse),
-                                   grank::active_isa());
+  const grank::CandidateCrossAttentionProblem p = attention_problem(
+      num_users, num_heads, d, dtype, activation, softmax_scale, threads, queries, keys, q, k, v, bias, out, lse);
+  without_gil([&] { grank::candidate_cross_attention(p, grank::active_isa()); });
 }
 
 void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, int64_t d, int dtype, int activation,
@@ -181,8 +249,7 @@ void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, in
                                         const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
                                         const Tensor& out, const Tensor& lse, const Tensor& grad_out,
                                         const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
-                                        const Tensor& grad_bias, const Tensor& delta) {
-  const py::gil_scoped_release release;
+                                        const Tensor& grad_bias, const Tensor& delta, const Tensor& excess) {
   grank::CandidateCrossAttentionProblem p = attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale,
                                                               threads, queries, keys, q, k, v, bias, out, lse);
   p.grad_out = tensor(grad_out);
@@ -191,7 +258,8 @@ void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, in
   p.grad_v = tensor(grad_v);
   p.grad_bias = tensor(grad_bias);
   p.delta = tensor(delta);
-  grank::candidate_cross_attention_backward(p, grank::active_isa());
+  p.excess = tensor(excess);
+  without_gil([&] { grank::candidate_cross_attention_backward(p, grank::active_isa()); });
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ def candidate_cross_attention_backward(
     grad_v: _Tensor,
     grad_bias: _Tensor,
     delta: _Tensor,
+    excess: _Tensor,
     /,
 ) -> None: ...
 def isa() -> str: ...

@@ -6,6 +6,9 @@
 // `max` need not be the largest, only near: it is raised, and what is there scaled down, where a logit is above it by
 // more than 8, so that no weight is above 2^8. Nothing else is rescaled. All float32; weights are rounded to the
 // values' number of parts where the product has parts (tile_product_parts.h). An overflowed sum would take 2^120 keys.
+//
+// A maximum of 2^20 or more in size is "far": the rounding of a float32 there reaches the size of an exponent, so a far
+// column keeps the logit itself, `peak`, and takes the differences of logits, which are exact where they matter.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +26,14 @@ struct QueryTile {
   alignas(64) float scale[kColumns];  // takes a product to its exponent of 2
   alignas(64) float max[kColumns];
   alignas(64) float sum[kColumns];
-  int columns;  // that are worth computing
+  alignas(64) float peak[kColumns];  // of far columns: the largest logit, of which `max` is the rounded exponent
+  int columns;                       // that are worth computing
 
   void begin(typename Tiles::Panel panel, float* sums, int64_t count) {
     queries = panel;
     out = sums;
     columns = static_cast<int>(round_up(count, 32));
-    for (int c = 0; c < kColumns; ++c) max[c] = -__builtin_inff(), sum[c] = 0;
+    for (int c = 0; c < kColumns; ++c) max[c] = -__builtin_inff(), sum[c] = 0, peak[c] = __builtin_nanf("");
   }
 };
 
@@ -81,31 +85,110 @@ inline Floats largest(const float* logits, int64_t count, Floats scale, Floats s
   return larger(a, b);
 }
 
+constexpr float kSlack = 8;      // a maximum is raised by logits that are above it by more, in exponents of 2
+constexpr float kFar = 0x1p20f;  // see above
+
+inline Ints is_far(Floats max) { return only(Ints{} + 0x7fffffff, max) >= kFar; }
+inline bool is_far(float max) { return __builtin_fabsf(max) >= kFar; }
+inline Floats blend(Ints where, Floats a, Floats b) { return (Floats)(((Ints)a & where) | ((Ints)b & ~where)); }
+
+// Multiplies the sums of a block's columns from `column` on by `down`.
+template <typename Tiles>
+void scale_down(const KeyBlock<Tiles>& block, QueryTile<Tiles>& tile, int column, Floats down) {
+  for (int64_t i = 0; i < (block.first ? 0 : block.h); ++i) {
+    float* out = tile.out + i * kColumns + column;
+    store(out, load<Floats>(out) * down);
+  }
+}
+
 // Turns logits[k][c], which `scale` takes to exponents of 2, into weights and adds them up; raises maxima, and scales
-// what is there down, where that is due.
+// what is there down, where that is due. Returns the vectors of columns with a far maximum, one bit each, lowest first:
+// these are left to weigh_far().
 template <int kParts, typename Tiles>
-void weigh(const float* logits, const float* scale, const KeyBlock<Tiles>& block, QueryTile<Tiles>& tile,
-           typename Tiles::Panel weights) {
-  constexpr float kSlack = 8;
+unsigned weigh(const float* logits, const float* scale, const KeyBlock<Tiles>& block, QueryTile<Tiles>& tile,
+               typename Tiles::Panel weights) {
+  unsigned far = 0;
   for (int c = 0; c < tile.columns; c += kLanes) {
     const Floats by = load<Floats>(scale + c);
     const Floats before = load<Floats>(tile.max + c);
     const Floats found = largest(logits + c, block.count, by, before);
+    if (any(is_far(found))) {
+      far |= 1u << (c / kLanes);
+      continue;
+    }
     const Ints raise = found > before + kSlack;
     const Floats max = (Floats)(((Ints)found & raise) | ((Ints)before & ~raise));
     Floats sum = load<Floats>(tile.sum + c);
     if (any(raise)) {
       const Floats down = exp2(only(raise & (before > -__builtin_inff()), before - max));
       sum *= down;
-      for (int64_t i = 0; i < (block.first ? 0 : block.h); ++i) {
-        float* out = tile.out + i * kColumns + c;
-        store(out, load<Floats>(out) * down);
-      }
+      scale_down(block, tile, c, down);
       store(tile.max + c, max);
     }
     const Floats zero = -only(max > -__builtin_inff(), max);  // where all logits are -inf, weights are 0
     put_numbers<Tiles, kParts>(weights, block.count, c, [&](int64_t k) {
       const Floats weight = exp2(multiply_add(load<Floats>(logits + k * kColumns + c), by, zero));
+      sum += weight;
+      return weight;
+    });
+    store(tile.sum + c, sum);
+  }
+  return far;
+}
+
+// Biases of a block's keys, or null.
+struct Bias {
+  const float* data;
+  int64_t stride;
+  float operator[](int64_t k) const { return data[k * stride]; }
+};
+
+// The same for the vectors of columns that weigh() has left, from the products, without scale and bias. Columns that
+// are not far get the bits that weigh() gives them, so that no column depends on its neighbours.
+template <int kParts, typename Tiles>
+[[gnu::noinline, gnu::cold]] void weigh_far(unsigned vectors, const float* products, float softmax_scale, Bias bias,
+                                            const KeyBlock<Tiles>& block, QueryTile<Tiles>& tile,
+                                            typename Tiles::Panel weights) {
+  const Floats infinity = broadcast<Floats>(__builtin_inff());
+  for (int c = 0; c < tile.columns; c += kLanes) {
+    if ((vectors >> (c / kLanes) & 1) == 0) continue;
+    const bool biased = bias.data != nullptr;
+    const Floats scale = load<Floats>(tile.scale + c);
+    const Floats one = broadcast<Floats>(1.0f);
+    const Floats by = biased ? one : scale;                          // takes an exponent() to the exponent of 2
+    const Floats unit = biased ? broadcast<Floats>(kLog2E) : scale;  // takes the difference of two logit() to one
+    const auto exponent = [&](int64_t k) {
+      const Floats x = load<Floats>(products + k * kColumns + c);
+      return biased ? multiply_add(x, scale, broadcast<Floats>(bias[k] * kLog2E)) : x;
+    };
+    const auto logit = [&](int64_t k) {
+      const Floats x = load<Floats>(products + k * kColumns + c);
+      return biased ? multiply_add(x, broadcast<Floats>(softmax_scale), broadcast<Floats>(bias[k])) : x;
+    };
+    const Ints sign = (Ints)unit & (Ints{} + INT32_MIN);  // of a negative scale: the largest exponent, smallest logit
+    const Floats before = load<Floats>(tile.max + c), peak = load<Floats>(tile.peak + c);
+    const Ints was_far = is_far(before);
+    Floats found = before, top = blend(was_far, (Floats)((Ints)peak ^ sign), broadcast<Floats>(__builtin_nanf("")));
+    for (int64_t k = 0; k < block.count; ++k) {
+      found = larger(found, exponent(k) * by);
+      top = larger(top, (Floats)((Ints)logit(k) ^ sign));
+    }
+    top = (Floats)((Ints)top ^ sign);
+    const Ints far = is_far(found);
+    const Ints raise = found > before + kSlack;
+    const Floats max = blend(far & (top == top), top * unit, blend(raise & ~far, found, before));
+    const Floats down_far =
+        only(~was_far | (peak == peak), exp2(blend(was_far, only(peak != top, (peak - top) * unit), before - max)));
+    const Floats down = blend(far, down_far, exp2(only(raise & (before > -infinity), before - max)));
+    scale_down(block, tile, c, down);
+    store(tile.max + c, max);
+    store(tile.peak + c, blend(far, top, peak));
+    Floats sum = load<Floats>(tile.sum + c) * down;
+    const Floats zero = -only(max > -infinity, max);
+    const Floats base = only((top * unit > -infinity) | (only(Ints{} + 0x7fffffff, top) < infinity), top);
+    put_numbers<Tiles, kParts>(weights, block.count, c, [&](int64_t k) {
+      const Floats near = multiply_add(exponent(k), by, zero);
+      const Floats weight = exp2(blend(far, (logit(k) - base) * unit, near));
       sum += weight;
       return weight;
     });

@@ -9,8 +9,8 @@ namespace grank {
 // Writes out and lse of all rows that a user has. Throws std::bad_alloc, with nothing written.
 void candidate_cross_attention(const CandidateCrossAttentionProblem& problem, const Isa& isa);
 
-// Writes the gradients of all rows that a user has; `delta` is scratch memory. Throws std::bad_alloc, with nothing
-// written.
+// Writes the gradients of all rows that a user has; `delta` and `excess` are scratch memory. Throws std::bad_alloc,
+// with nothing written.
 void candidate_cross_attention_backward(const CandidateCrossAttentionProblem& problem, const Isa& isa);
 
 }  // namespace grank

@@ -10,10 +10,12 @@ namespace {
 
 // 64 rows in the lanes: what they are multiplied with on their own side, and what is known of each.
 struct Lanes {
-  Tiles::Panel first, second;         // queries and grad_out, or keys and values
-  alignas(64) float add[kColumns];    // to a logit: bias, or minus lse
-  alignas(64) float delta[kColumns];  // of queries, else 0
-  alignas(64) float sum[kColumns];    // of dx, over the other side
+  Tiles::Panel first, second;          // queries and grad_out, or keys and values
+  alignas(64) float add[kColumns];     // to a logit: bias, or minus lse
+  alignas(64) float plain[kColumns];   // the same, never in units of log 2
+  alignas(64) float delta[kColumns];   // of queries, else 0
+  alignas(64) float excess[kColumns];  // of queries, else 0
+  alignas(64) float sum[kColumns];     // of dx, over the other side
   int64_t count;
   int columns;
 };
@@ -22,7 +24,7 @@ struct Lanes {
 struct Block {
   Tiles::Matrix first, second;
   Tiles::Across first_across, second_across;
-  float add[Tiles::kKeys], delta[Tiles::kKeys];
+  float add[Tiles::kKeys], plain[Tiles::kKeys], delta[Tiles::kKeys], excess[Tiles::kKeys];
   int64_t count;
 };
 
@@ -61,20 +63,36 @@ float number_at(const AttentionTensor& tensor, int64_t user, int64_t row, int64_
   return x;
 }
 
+// The exponents of the weights of lanes whose lse is far (attention_tile.h), from the product of row k: its logit minus
+// lse, before log 2 is taken out of either, minus `excess`, the log2 of the sum of such weights: a far lse has no
+// digits left for the log of its sum. `x` for the other lanes.
+[[gnu::noinline, gnu::cold]] Floats far_exponent(const Block& block, const Lanes& lanes, bool queries_in_lanes,
+                                                 int64_t k, int c, float softmax_scale, Floats product, Floats x) {
+  const Floats own = load<Floats>(lanes.plain + c), other = broadcast<Floats>(block.plain[k]);
+  const Floats minus_lse = queries_in_lanes ? own : other, bias = queries_in_lanes ? other : own;
+  const Floats logit = multiply_add(product, broadcast<Floats>(softmax_scale), bias);
+  const Floats excess = queries_in_lanes ? load<Floats>(lanes.excess + c) : broadcast<Floats>(block.excess[k]);
+  return blend(is_far(minus_lse), (logit + minus_lse) * kLog2E - excess, x);
+}
+
 // Turns logits into dx and the gradients of the weights into weights. A logit is in units of log 2 for softmax.
+// far: some lse is (attention_tile.h).
 template <AttentionActivation kActivation>
-void differentiate(const Block& block, Lanes& lanes, float scale, float factor, float* logits, float* grad_weights) {
+void differentiate(const Block& block, Lanes& lanes, bool queries_in_lanes, bool far, float softmax_scale, float scale,
+                   float factor, float* logits, float* grad_weights) {
   for (int c = 0; c < lanes.columns; c += kLanes) {
     const Floats add = load<Floats>(lanes.add + c), delta = load<Floats>(lanes.delta + c);
     Floats sum = load<Floats>(lanes.sum + c);
     for (int64_t k = 0; k < block.count; ++k) {
       float *logit = logits + k * kColumns + c, *grad_weight = grad_weights + k * kColumns + c;
-      const Floats x = multiply_add(load<Floats>(logit), broadcast<Floats>(scale), add + block.add[k]);
+      Floats x = multiply_add(load<Floats>(logit), broadcast<Floats>(scale), add + block.add[k]);
       Floats weight, grad;
       if constexpr (kActivation == AttentionActivation::kSoftmax) {
+        if (far) x = far_exponent(block, lanes, queries_in_lanes, k, c, softmax_scale, load<Floats>(logit), x);
         weight = exp2(x);
         grad = weight * (load<Floats>(grad_weight) - (delta + block.delta[k]));
       } else {
+        x = at_least_minus_far(x);
         const Floats gate = 1.0f / (1.0f + exp2(at_most(x * -kLog2E, 126.0f)));
         weight = x * gate * factor;
         grad = load<Floats>(grad_weight) * (gate * multiply_add(x, 1.0f - gate, broadcast<Floats>(1.0f))) * factor;
@@ -106,11 +124,12 @@ class Step {
     Lanes& lanes = *s_.lanes;
     Block& block = *s_.block;
     fill_lanes(p_.q, p_.grad_out, query_);
-    fill_queries(query_, lanes.count, lanes.add, lanes.delta);
-    if (softmax_) find_delta();
+    far_ = fill_queries(query_, lanes.count, lanes.add, lanes.plain, lanes.delta);
+    queries_in_lanes_ = true;
+    if (softmax_) find_delta(), find_excess();
     for (int64_t k = 0; k < keys(); k += block.count) {
       fill_block(p_.k, p_.v, key_ + k, keys() - k);
-      fill_keys(key_ + k, block.count, block.add, block.delta);
+      fill_keys(key_ + k, block.count, block.add, block.plain, block.delta);
       differentiate_block();
       block.first_across = Tiles::across(block.first, block.count, p_.d, s_.across[0]);
       add(block.first_across, Tiles::panel_of(s_.logits, block.count, lanes.columns, s_.between[0]), k == 0, s_.out[0]);
@@ -123,13 +142,14 @@ class Step {
     Lanes& lanes = *s_.lanes;
     Block& block = *s_.block;
     fill_lanes(p_.k, p_.v, key_);
-    fill_keys(key_, lanes.count, lanes.add, lanes.delta);
+    fill_keys(key_, lanes.count, lanes.add, lanes.plain, lanes.delta);
     const int64_t queries = p_.queries.count(user_);
     for (int64_t q = 0; q < queries; q += block.count) {
       fill_block(p_.q, p_.grad_out, query_ + q, queries - q);
-      fill_queries(query_ + q, block.count, block.add, block.delta);
+      far_ = fill_queries(query_ + q, block.count, block.add, block.plain, block.delta);
       for (int64_t i = 0; i < block.count && softmax_; ++i) {
         block.delta[i] = number_at(p_.delta, user_, query_ + q + i, head_, 0);
+        block.excess[i] = number_at(p_.excess, user_, query_ + q + i, head_, 0);
       }
       differentiate_block();
       block.first_across = Tiles::across(block.first, block.count, p_.d, s_.across[0]);
@@ -157,7 +177,9 @@ class Step {
     };
     fill(first, lanes.first);
     fill(second, lanes.second);
-    for (int c = 0; c < kColumns; ++c) lanes.add[c] = lanes.delta[c] = lanes.sum[c] = 0;
+    for (int c = 0; c < kColumns; ++c) {
+      lanes.add[c] = lanes.plain[c] = lanes.delta[c] = lanes.excess[c] = lanes.sum[c] = 0;
+    }
   }
 
   void fill_block(const AttentionTensor& first, const AttentionTensor& second, int64_t row, int64_t left) {
@@ -167,15 +189,21 @@ class Step {
     block.second = Tiles::matrix_or_alias(rows_of(p_, second, user_, row, head_, block.count), s_.matrices[1]);
   }
 
-  void fill_queries(int64_t row, int64_t count, float* add, float* delta) const {
+  // Returns whether some lse is far.
+  bool fill_queries(int64_t row, int64_t count, float* add, float* plain, float* delta) const {
+    bool far = false;
     for (int64_t i = 0; i < count; ++i) {
-      add[i] = -number_at(p_.lse, user_, row + i, head_, 0) * unit();
+      plain[i] = -number_at(p_.lse, user_, row + i, head_, 0);
+      add[i] = plain[i] * unit();
       delta[i] = 0;
+      far |= is_far(plain[i]);
     }
+    return far;
   }
-  void fill_keys(int64_t row, int64_t count, float* add, float* delta) const {
+  void fill_keys(int64_t row, int64_t count, float* add, float* plain, float* delta) const {
     for (int64_t i = 0; i < count; ++i) {
-      add[i] = number_at(p_.bias, user_, row + i, head_, 0) * unit();
+      plain[i] = number_at(p_.bias, user_, row + i, head_, 0);
+      add[i] = plain[i] * unit();
       delta[i] = 0;
     }
   }
@@ -201,6 +229,31 @@ class Step {
     }
   }
 
+  // The log2 of the sum of the weights of queries whose lse is far, 0 of others; for this pass and for that of the
+  // keys.
+  void find_excess() {
+    Lanes& lanes = *s_.lanes;
+    Block& block = *s_.block;
+    alignas(64) float sums[kColumns] = {};
+    for (int64_t k = 0; far_ && k < keys(); k += block.count) {
+      fill_block(p_.k, p_.v, key_ + k, keys() - k);
+      fill_keys(key_ + k, block.count, block.add, block.plain, block.delta);
+      Tiles::multiply<false>(block.first, block.count, lanes.first, p_.d, lanes.columns, s_.logits);
+      for (int c = 0; c < lanes.columns; c += kLanes) {
+        Floats sum = load<Floats>(sums + c);
+        for (int64_t i = 0; i < block.count; ++i) {
+          const Floats product = load<Floats>(s_.logits + i * kColumns + c);
+          sum += exp2(far_exponent(block, lanes, true, i, c, p_.softmax_scale, product, Floats{}));
+        }
+        store(sums + c, sum);
+      }
+    }
+    for (int64_t c = 0; c < lanes.count; ++c) {
+      lanes.excess[c] = is_far(lanes.plain[c]) && sums[c] > 0 ? __builtin_log2f(sums[c]) : 0.0f;
+      __builtin_memcpy(p_.excess.at(user_, query_ + c, head_), &lanes.excess[c], sizeof(float));
+    }
+  }
+
   void differentiate_block() {
     const Block& block = *s_.block;
     Lanes& lanes = *s_.lanes;
@@ -208,10 +261,11 @@ class Step {
     Tiles::multiply<false>(block.second, block.count, lanes.second, p_.d, lanes.columns, s_.grad_weights);
     const float scale = p_.softmax_scale * unit();
     if (softmax_) {
-      differentiate<AttentionActivation::kSoftmax>(block, lanes, scale, 1.0f, s_.logits, s_.grad_weights);
+      differentiate<AttentionActivation::kSoftmax>(block, lanes, queries_in_lanes_, far_, p_.softmax_scale, scale, 1.0f,
+                                                   s_.logits, s_.grad_weights);
     } else {
-      differentiate<AttentionActivation::kSilu>(block, lanes, scale, 1.0f / static_cast<float>(keys()), s_.logits,
-                                                s_.grad_weights);
+      differentiate<AttentionActivation::kSilu>(block, lanes, queries_in_lanes_, false, p_.softmax_scale, scale,
+                                                1.0f / static_cast<float>(keys()), s_.logits, s_.grad_weights);
     }
   }
 
@@ -235,6 +289,7 @@ class Step {
   const int64_t user_, head_;
   const Scratch s_;
   int64_t query_, key_, first_;
+  bool queries_in_lanes_ = false, far_ = false;
 };
 
 void grad_queries(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head, int64_t first, int64_t count,

@@ -63,7 +63,10 @@ void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& bloc
   }
   with_parts<Tiles>(s.weights, [&](auto parts) {
     if (softmax) {
-      weigh<parts>(s.logits, scale, block, tile, s.weights);
+      const unsigned far = weigh<parts>(s.logits, scale, block, tile, s.weights);
+      if (far == 0) return;
+      if (bias != nullptr) Tiles::multiply<false>(block.keys, block.count, tile.queries, p.d, tile.columns, s.logits);
+      weigh_far<parts>(far, s.logits, p.softmax_scale, Bias{bias, bias_stride}, block, tile, s.weights);
     } else {
       weigh_by_silu<parts>(s.logits, block.count, silu_factor, tile, scale, s.weights);
     }
@@ -83,7 +86,12 @@ void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head,
       for (int64_t j = 0; j < p.d; ++j) tile.out[j * kColumns + c] = 0;
     }
     if (softmax) {
-      const float lse = none ? __builtin_inff() : (tile.max[c] + __builtin_log2f(tile.sum[c])) * kLn2;
+      float lse = (tile.max[c] + __builtin_log2f(tile.sum[c])) * kLn2;
+      if (is_far(tile.max[c])) {
+        const float logit = p.bias.data != nullptr ? tile.peak[c] : tile.peak[c] * p.softmax_scale;
+        lse = logit + __builtin_log2f(tile.sum[c]) * kLn2;
+      }
+      if (none) lse = __builtin_inff();
       __builtin_memcpy(p.lse.at(user, row + c, head), &lse, sizeof lse);
     }
   }

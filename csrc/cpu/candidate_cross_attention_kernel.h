@@ -14,7 +14,7 @@
 //
 // Forward of softmax is the online softmax of attention_tile.h. Memory a thread: forward 4 (128 kGroup d + kKeys (3 d +
 // 128) + 64 d) bytes, backward 4 (kKeys (4 d + 256) + 512 d), half as much again where float32 has three parts;
-// backward a float32 a query and head for delta. Nothing of size C x L.
+// backward two float32 a query and head for delta and excess. Nothing of size C x L.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +66,7 @@ struct CandidateCrossAttentionProblem {
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
   AttentionTensor grad_bias;  // float32; or null
   AttentionTensor delta;      // float32, by query: grad_queries writes it, grad_keys reads it; null for silu
+  AttentionTensor excess;     // the same; log2 of the sum of the weights where lse is too large to hold it, else 0
 };
 
 struct AttentionPass {

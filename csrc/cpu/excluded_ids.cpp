@@ -1,11 +1,17 @@
 #include "excluded_ids.h"
 
 #include <algorithm>
+#include <random>
 
 #include "reservoirs.h"
 #include "threads.h"
 
 namespace grank {
+
+const uint64_t ExcludedIds::kSeed = [] {
+  std::random_device random;
+  return uint64_t{random()} << 32 | random();
+}();
 
 ExcludedIds::ExcludedIds(const MipsTopkProblem& p, int threads) {
   if (p.exclude_offsets == nullptr) return;

@@ -1,5 +1,6 @@
-// The ids that a query must not be given: a hash table for every query, since sorting a thousand ids of each would cost
-// as much as a fifth of an int8 search of a million rows.
+// The excluded ids of each query: one hash table a query, since sorting a thousand ids of each would cost a fifth of an
+// int8 search of a million rows. Linear probing; every bit of an id and of a seed drawn once a process decides on its
+// slot, so that no arithmetic progression of ids, nor a list made against the hash, shares a probe sequence.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +34,13 @@ class ExcludedIds {
   }
 
   static uint64_t start_of(int64_t id, int bits) {
-    return (static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u) >> (64 - bits);
+    uint64_t x = static_cast<uint64_t>(id) ^ kSeed;  // then the finaliser of SplitMix64
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return (x ^ x >> 31) >> (64 - bits);
   }
 
+  static const uint64_t kSeed;
   std::vector<Table> tables_;
   std::unique_ptr<uint32_t[]> slots_;  // 0: free; else 1 + the place among the query's ids
 };

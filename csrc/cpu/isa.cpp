@@ -66,7 +66,8 @@ bool runs_here(const std::string& isa) {
 }  // namespace
 
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all{
+  // Never destroyed: threads may still search while the process exits.
+  static const auto& all = *new std::vector<Isa>{
 #define RANKER(isa) \
   {&isa::score_candidates_kernel, &isa::attention_forward, &isa::attention_grad_queries, &isa::attention_grad_keys}
 #define X(isa, wide) {#isa, runs_here(#isa), &wide::mips_topk_kernel, RANKER(wide), RANKER(isa)},

@@ -179,7 +179,10 @@ class Step {
     for (int64_t t = 0; t * kColumns < count_; ++t) {
       QueryTile<Tiles>& tile = s_.tiles[t];
       Tiles::multiply<false>(block.keys, count, tile.queries, p_.d, tile.columns, s_.logits);
-      with_parts<Tiles>(s_.weights, [&](auto parts) { weigh<parts>(s_.logits, tile.scale, block, tile, s_.weights); });
+      with_parts<Tiles>(s_.weights, [&](auto parts) {
+        const unsigned far = weigh<parts>(s_.logits, tile.scale, block, tile, s_.weights);
+        if (far != 0) weigh_far<parts>(far, s_.logits, p_.softmax_scale, Bias{}, block, tile, s_.weights);
+      });
       add_values(block, s_.weights, tile);
     }
   }

@@ -142,8 +142,14 @@ inline Floats exp2(Floats x) {
 #endif
 }
 
+// The larger of x and -2^20, where silu and its gradient have long vanished: silu() divides by at most 2^126.
+inline Floats at_least_minus_far(Floats x) { return -at_most(-x, 0x1p20f); }
+
 // x / (1 + exp(-x))
-inline Floats silu(Floats x) { return x / (1.0f + exp2(at_most(x * -kLog2E, 126.0f))); }
+inline Floats silu(Floats x) {
+  x = at_least_minus_far(x);
+  return x / (1.0f + exp2(at_most(x * -kLog2E, 126.0f)));
+}
 
 // 1 - erf(x) for x >= 0, off by at most 1.5e-7 (Abramowitz and Stegun, 7.1.26).
 inline Floats erfc_of_positive(Floats x) {

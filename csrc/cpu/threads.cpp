@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -35,6 +36,22 @@ class DefaultFloatMode {
 #endif
 };
 
+struct Interrupt {
+  InterruptCheck check = nullptr;
+  void* context = nullptr;
+  std::chrono::steady_clock::time_point last{};
+};
+thread_local Interrupt interrupt;
+
+// Helpers have no check of their own: the caller's exception ends their loop.
+void check_interrupt() {
+  if (interrupt.check == nullptr) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - interrupt.last < std::chrono::milliseconds(50)) return;
+  interrupt.last = now;
+  interrupt.check(interrupt.context);
+}
+
 struct Job {
   ParallelBody body;
   void* context;
@@ -48,7 +65,10 @@ struct Job {
   void work(int worker) {
     const DefaultFloatMode mode;
     try {
-      for (int64_t step; (step = next.fetch_add(1, std::memory_order_relaxed)) < steps;) body(context, step, worker);
+      for (int64_t step; (step = next.fetch_add(1, std::memory_order_relaxed)) < steps;) {
+        body(context, step, worker);
+        check_interrupt();
+      }
     } catch (...) {
       if (!failed.exchange(true)) failure = std::current_exception();
       next = steps;
@@ -127,6 +147,11 @@ void run_with_helpers(Job& job) {
 }
 
 }  // namespace
+
+InterruptScope::InterruptScope(InterruptCheck check, void* context) {
+  interrupt = {check, context, std::chrono::steady_clock::now()};
+}
+InterruptScope::~InterruptScope() { interrupt = {}; }
 
 void parallel_for(int threads, int64_t steps, ParallelBody body, void* context) {
   Job job{body, context, steps, static_cast<int>(std::min<int64_t>(threads, steps)) - 1};

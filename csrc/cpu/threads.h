@@ -5,6 +5,18 @@
 
 namespace grank {
 
+// Called by parallel_for between two steps of the calling thread, at most every 50 ms; it may throw to end the loop.
+using InterruptCheck = void (*)(void* context);
+
+// Sets the check of this thread while it lives.
+class InterruptScope {
+ public:
+  InterruptScope(InterruptCheck check, void* context);
+  ~InterruptScope();
+  InterruptScope(const InterruptScope&) = delete;
+  InterruptScope& operator=(const InterruptScope&) = delete;
+};
+
 // One step of a parallel loop: `worker` in [0, threads) names the scratch memory it may use.
 using ParallelBody = void (*)(void* context, int64_t step, int worker);
 

@@ -95,8 +95,11 @@ class _Search:
         if ids is not None and N == 0:
             ids = ids.new_zeros(1)  # an empty tensor has the address 0, which says that positions are the ids
         self.queries = queries
-        self.values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
-        self.positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
+        try:
+            self.values = torch.empty(B, k, dtype=torch.float32, device="cpu")  # whatever torch.set_default_* say
+            self.positions = torch.empty(B, k, dtype=torch.int64, device="cpu")
+        except RuntimeError as error:  # torch's allocator: "DefaultCPUAllocator: can't allocate memory"
+            raise MemoryError(f"k must leave room for {B} x k results of 12 bytes, got {k}") from error
         self.alive = (items, row_scale, ids, exclude_offsets, exclude_ids, allow)
         self.arguments = (
             (queries.data_ptr(), B),
@@ -246,10 +249,10 @@ def candidate_cross_attention_backward(
     grad_q = _fresh(call.q, not call.ragged_q)
     grad_k, grad_v = _fresh(call.k, call.all_keys), _fresh(call.v, call.all_keys)
     grad_bias = None if call.bias_k is None else _fresh(call.bias_k, call.all_keys)
-    delta = torch.empty_like(lse) if call.softmax else None
+    delta, excess = torch.empty(2, *lse.shape, dtype=torch.float32, device="cpu") if call.softmax else (None, None)
     gradients = [
         call.by_query(grad_out), call.by_query(grad_q), call.by_key(grad_k), call.by_key(grad_v),
-        call.by_key(grad_bias), call.by_query(delta),
+        call.by_key(grad_bias), call.by_query(delta), call.by_query(excess),
     ]  # fmt: skip
     _cpu.candidate_cross_attention_backward(*call.operands(out, lse), *gradients)
     return grad_q, grad_k, grad_v, grad_bias

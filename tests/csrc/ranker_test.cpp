@@ -320,7 +320,7 @@ void attend(DType dtype, const std::vector<int64_t>& counts, const std::vector<i
   on_every_isa(op, dtype, {B, H, D, Q, K}, [&](const grank::Isa& isa, int threads, const std::string& name) {
     const Tensor got(dtype, Q * H, D, gap), got_q(dtype, Q * H, D, gap), got_k(dtype, K * H, D, gap),
         got_v(dtype, K * H, D, gap);
-    const auto lse = floats(Q * H), delta = floats(Q * H), got_bias = floats(K * H);
+    const auto lse = floats(Q * H), delta = floats(Q * H), excess = floats(Q * H), got_bias = floats(K * H);
     grank::CandidateCrossAttentionProblem p{};
     p.num_users = B, p.num_heads = H, p.d = D, p.dtype = dtype, p.threads = threads;
     p.activation = silu ? grank::AttentionActivation::kSilu : grank::AttentionActivation::kSoftmax;
@@ -328,7 +328,7 @@ void attend(DType dtype, const std::vector<int64_t>& counts, const std::vector<i
     p.queries = {cu_q.data(), nullptr, 0}, p.keys = {cu_k.data(), nullptr, 0};
     p.q = strided(q), p.k = strided(k), p.v = strided(v), p.out = strided(got), p.grad_out = strided(grad);
     p.grad_q = strided(got_q), p.grad_k = strided(got_k), p.grad_v = strided(got_v);
-    if (!silu) p.lse = numbers(lse.get()), p.delta = numbers(delta.get());
+    if (!silu) p.lse = numbers(lse.get()), p.delta = numbers(delta.get()), p.excess = numbers(excess.get());
     if (with_bias) p.bias = numbers(bias.get()), p.grad_bias = numbers(got_bias.get());
     grank::candidate_cross_attention(p, isa);
     grank::candidate_cross_attention_backward(p, isa);

@@ -10,6 +10,7 @@ from oracle import isas, run_python
 from ranker_checks import check_attention
 from ranker_oracle import FLOATS, Attention, attention
 
+import grank_kernels as gk
 from grank_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -94,6 +95,7 @@ def test_a_query_alone_and_among_others(activation: str) -> None:
 
 MEMORY = """
 import torch
+import grank_kernels as gk
 from grank_kernels.backends import cpu
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 
@@ -129,3 +131,39 @@ def test_memory_of_a_call() -> None:
     row, thread = 4 * d, 6 * (128 * 4 * d + keys * (3 * d + 128) + 64 * d)
     assert forward < queries * (row + 4) + 2 * thread + (256 << 10)
     assert backward < queries * (3 * row + 4) + 4 * 6 * (keys * (4 * d + 256) + 512 * d) + (256 << 10)
+
+
+def far_biases(kind: str, keys: int) -> torch.Tensor | None:
+    """Finite biases up to the largest of float32, two of which are equal."""
+    bias = torch.randn(2, keys, 1)
+    match kind:
+        case "two huge":
+            bias[:, [70, keys - 10]] = 3e38
+        case "all low":
+            bias[:] = -3e38
+        case "some low":
+            bias[:, ::2] = -3e38
+    return None if kind == "none" else bias
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("biases", ["none", "two huge", "all low", "some low"])
+@pytest.mark.parametrize("size", [1.0, 2e9, -2e9, 1e20, 1e37])
+def test_finite_logits_of_any_size_are_weighed_as_torch_weighs_them(size: float, biases: str, isa: str) -> None:
+    """Products that are exact in float32: ties among the largest, neighbours that vanish, and both in one batch."""
+    q = torch.zeros(2, 37, 1, 16)
+    q[..., 0], q[..., 1] = torch.randint(0, 2, (2, 37, 1)), torch.randint(0, 2, (2, 37, 1))
+    k = torch.zeros(2, 150, 1, 16)
+    k[..., 0], k[..., 1] = torch.randint(-4, 5, (2, 150, 1)) * 0.25 * size, torch.randint(-4, 5, (2, 150, 1)) * 0.5
+    v, grad_out, bias = torch.randn(2, 150, 1, 16), torch.randn(2, 37, 1, 16), far_biases(biases, 150)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
+    got, lse = gk.candidate_cross_attention(q, k, v, bias_k=bias, softmax_scale=0.5, return_lse=True, backend="cpu")
+    logits = torch.einsum("bchd,blhd->bhcl", q, k) * 0.5
+    logits = logits if bias is None else logits + bias.permute(0, 2, 1)[:, :, None]
+    want = torch.einsum("bhcl,blhd->bchd", logits.softmax(-1), v)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, logits.logsumexp(-1).permute(0, 2, 1), rtol=1e-6, atol=1e-5)
+    got_grads = torch.autograd.grad(got, leaves, grad_out)
+    for i, (x, y) in enumerate(zip(got_grads, torch.autograd.grad(want, leaves, grad_out), strict=True)):
+        terms = float(k.detach().abs().max()) if i == 0 else 1.0  # of which a gradient of q is made
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-5 * max(1.0, terms))

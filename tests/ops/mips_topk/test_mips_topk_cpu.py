@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -359,3 +360,84 @@ def test_memory_of_a_search() -> None:
     assert len(peaks) == 6
     # 32 MB and (values, indices, a reservoir of 2 k keys, scratch) for 256 queries; all scores would take 300 MB.
     assert max(peaks) < 32 + 256 * 100 * (4 + 8 + 16 + 16) / 2**20, peaks
+
+
+# ---- what would take long, or too much ----
+
+
+@pytest.mark.parametrize("step", [1, 1134903170, 2**32])
+def test_excluded_ids_in_any_progression(step: int) -> None:
+    """Steps that a multiplicative hash sends to few slots: probing among a million ids would take hours."""
+    count = 1_000_000
+    ids = torch.arange(count) * step
+    rows, queries = torch.randn(2000, 4), torch.randn(2, 4)
+    more = {"ids": ids[:2000], "exclude": ids[1000:].expand(2, -1)}
+    got = search(queries, rows, 30, kind="float32", backend="cpu", **more)
+    want = search(queries, rows[:1000], 30, kind="float32", backend="cpu", ids=ids[:1000])
+    assert_same(got, want)
+
+
+def test_more_results_than_memory() -> None:
+    with pytest.raises((ValueError, MemoryError), match=r"k must .*1099511627776"):
+        gk.mips_topk(torch.randn(2, 4), torch.randn(50, 4), 2**40, backend="cpu")
+
+
+INTERRUPT = """
+import os, signal, threading, time, torch, grank_kernels as gk
+torch.set_num_threads(2)
+queries, rows, sent = torch.randn(64, 64), torch.randn(200_000, 64), []
+
+def search(repeats):
+    gk.mips_topk(queries.repeat(repeats, 1), rows, 10, backend="cpu")
+
+def seconds(repeats):
+    begin = time.perf_counter()
+    search(repeats)
+    return time.perf_counter() - begin
+
+repeats = 1
+while seconds(repeats) < 1:
+    repeats *= 2
+
+def interrupt():
+    time.sleep(0.2)
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+want = gk.mips_topk(queries, rows, 10, backend="cpu")
+threading.Thread(target=interrupt).start()
+try:
+    search(repeats)
+except KeyboardInterrupt:
+    share = (time.perf_counter() - sent[0]) / seconds(repeats)
+    got = gk.mips_topk(queries, rows, 10, backend="cpu")
+    print("interrupted", share < 0.5, torch.equal(got.indices, want.indices))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_interrupt_ends_a_search() -> None:
+    """Early in it, rather than after it; the next search is a whole one."""
+    done = run_python(INTERRUPT)
+    assert done.stdout.strip() == "interrupted True True", done.stdout + done.stderr
+
+
+EXIT = """
+import threading, time, torch, grank_kernels as gk
+queries, rows, begun = torch.randn(256, 64), torch.randn(100_000, 64), threading.Semaphore(0)
+
+def search_on():
+    while True:
+        gk.mips_topk(queries, rows, 50, backend="cpu")
+        begun.release()
+
+for _ in range(3):
+    threading.Thread(target=search_on, daemon=True).start()
+for _ in range(3):
+    begun.acquire()
+"""
+
+
+def test_exit_while_daemon_threads_search() -> None:
+    done = run_python(EXIT)
+    assert (done.returncode, done.stderr) == (0, "")

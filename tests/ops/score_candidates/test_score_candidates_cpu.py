@@ -143,3 +143,17 @@ def test_keys_and_values_of_any_stride() -> None:
     assert torch.equal(problem.but(keys=views[0], values=views[1]).scores("cpu"), want)
     turned = Scoring(**{**vars(problem), "keys": problem.keys.T.contiguous().T})
     assert torch.equal(turned.scores("cpu"), want)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("table", [torch.float32, torch.int8])
+@pytest.mark.parametrize("size", [2e9, -2e9, 1e20, 1e35])
+def test_finite_logits_of_any_size_are_weighed_as_torch_weighs_them(size: float, table: torch.dtype, isa: str) -> None:
+    """Ties among the largest logits and ordinary logits, in one batch."""
+    base = scoring([300] * 3, 40, 16, 16, table=table, softmax_scale=1.0)
+    keys = torch.zeros(900, 16)
+    keys[:, 0] = torch.randint(-4, 5, (900,)) * size
+    problem = base.but(keys=keys)
+    exact = problem.formula(torch.float64)
+    there = problem.candidate_ids >= 0
+    torch.testing.assert_close(problem.scores("cpu")[there].double(), exact[there], rtol=1e-4, atol=1e-4)
