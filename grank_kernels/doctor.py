@@ -1,4 +1,4 @@
-"""`show_config`: versions, devices, and for every backend whether it can run and why not."""
+"""`show_config`: versions, devices and the state of every backend."""
 
 import platform
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ def _cuda_module() -> str:
 
 
 def show_config() -> str:
-    """A text for people and bug reports: versions, devices, every backend and whether it can run, or why not."""
+    """Versions, devices and, for every backend, whether it can run or why not: a text for bug reports."""
     lines = [
         f"grank_kernels {__version__}",
         f"torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}",

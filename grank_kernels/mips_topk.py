@@ -18,7 +18,7 @@ from grank_kernels.table.row_mask import RowMask
 
 
 class TopK(NamedTuple):
-    """What `mips_topk` returns: the fields of `torch.topk`'s result.
+    """The result of `mips_topk`, with the field names of `torch.topk`'s result.
 
     Attributes:
         values: (B, k) float32, descending.
@@ -33,7 +33,7 @@ _pytree._register_namedtuple(TopK, serialized_type_name="grank_kernels.TopK")  #
 
 
 class TopKArrays(NamedTuple):
-    """What `mips_topk` returns for queries of NumPy: the memory of `TopK` as NumPy arrays."""
+    """The result of `mips_topk` for NumPy queries: a `TopK` as NumPy arrays."""
 
     values: npt.NDArray[np.float32]
     indices: npt.NDArray[np.int64]
@@ -82,37 +82,43 @@ def mips_topk(
 
     No (B, N) matrix is made. Scores are accumulated in float32 (int32 for int8 tables) and depend on their query and
     their row alone, bit for bit. Equal scores: the smaller index first. A NaN score is never returned.
-    Differentiable in `values` with respect to `queries` and to an `items` tensor (for an int8 table with respect to the
-    queries as if they had not been quantised).
+    `values` are differentiable in `queries` and in an `items` tensor, in reverse and forward mode, also under
+    `torch.func` transforms and `vmap`. (An int8 table differentiates as if queries were not quantised; an `ItemTable`
+    itself gets no gradient.)
 
-    Every tensor may also be a NumPy array or an object with `__dlpack__` (JAX, CuPy, ...), which is not copied.
+    Every tensor may also be a NumPy array or an object with `__dlpack__` (JAX, CuPy, ...), without a copy.
 
     Args:
         queries: (B, d), or (d,) for one query; float32, float16 or bfloat16.
-        items: (N, d) float32, float16 or bfloat16, rows at any stride (a last dimension that is not contiguous is
-            copied), or an `ItemTable`, whose ids are then returned, take part in ties and are taken by `exclude`. With
-            queries on a GPU the items may also be in pinned host memory (`items.pin_memory()`): they are then copied
-            chunk by chunk, while the chunk before is searched. Or a `ShardedItemTable`: every rank then calls, and has
-            the result of all shards.
-        k: 1 or more, no upper limit; where fewer items are eligible the rest is -inf and -1.
-        exclude: ids never to return, by query: (B, E) int64 padded with -1, or a pair (offsets (B + 1,) int64, ids
-            int64), query b's ids being `ids[offsets[b]:offsets[b + 1]]`. With one query also (E,). Ids that a table
-            with ids of its own does not hold are ignored.
+        items: one of
+            (N, d) float32, float16 or bfloat16 with any row stride (a non-contiguous last dimension is copied);
+            an `ItemTable`, whose ids are returned, order equal scores and are those of `exclude`;
+            a `ShardedItemTable`, searched by all ranks together: each gets the result of all shards.
+            With queries on a GPU the items may be in pinned host memory (`items.pin_memory()`): the copy of a chunk
+            overlaps the search of the one before.
+        k: 1 or more, without an upper limit; if fewer items are eligible, -inf and -1 fill the rest.
+        exclude: ids never to return, by query; one of
+            (B, E) int64, padded with -1; for one query also (E,);
+            a tuple (offsets (B + 1,), ids), both int64: query b excludes `ids[offsets[b]:offsets[b + 1]]`;
+            a list of B entries, each a list of ints, an int64 tensor or an int64 array.
+            Ids that a table with ids of its own does not hold are ignored.
         allow: the eligible rows: bool (N,) or (B, N), or `table.mask(ids)`. Bool masks are in the order of `table.ids`,
             and refused once updates have removed or replaced rows, after which they may be of an older order;
             `table.mask` stays right.
         out: a pair (values (B, k) float32, indices (B, k) int64) to write the result to.
         backend: None for the first that can run, or "cpu", "triton" or "reference": a named backend runs or raises.
-        progress: called with the rows that are done and all there are, after every 16 MB of a table that is streamed
-            from its file (`mmap=True`, without an int8 copy). Other searches do not call it.
+        progress: called with (rows done, rows in all) after every 16 MB of a table streamed from its file
+            (`mmap=True` without an int8 copy). Other searches do not call it.
 
     Returns:
-        `TopK(values, indices)`, each (B, k), or (k,) for one query. For queries of NumPy they are NumPy arrays.
+        `TopK(values, indices)`, each (B, k), or (k,) for one query; NumPy arrays for NumPy queries.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: a dtype, shape, device, id or backend that does not fit; the message names the argument. On a GPU
-            excluded ids out of range are ignored, since looking would cost a synchronisation.
+        TypeError: an argument of the wrong type, or a tensor that is sparse, nested or a subclass with its own
+            operations (DTensor, ...).
+        ValueError: a wrong dtype, shape, device, id or backend, or a tensor whose storage was freed. On a GPU excluded
+            ids out of range are ignored instead, since reading them would synchronise.
+        MemoryError: the result would not fit into the machine's memory.
 
     Source: GRank (arXiv 2510.15299), section on serving: brute-force MIPS over the item table.
     """
@@ -136,10 +142,10 @@ def count_rescored(
     allow: Array | RowMask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """How many rows in full precision the same search by `mips_topk` reads for every query of a certified table.
+    """The number of full-precision rows that the same search by `mips_topk` reads, per query of a certified table.
 
-    These are the rows that the int8 copy cannot rule out: 2 to 3 k for most tables. All N of them are read for a query
-    that the bound says nothing of, and for all queries where k is above N / 32.
+    These are the rows that the int8 copy cannot rule out: 2 to 3 k for most tables. It is N for a query without a
+    bound (NaN, infinity), and for every query if k is above N / 32.
 
     Args:
         queries: as `mips_topk` takes them.

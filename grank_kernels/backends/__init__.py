@@ -1,6 +1,6 @@
-"""One module a backend; in each, one function an op, and `<op>_unsupported(...)` that says why it cannot run.
+"""The backends, in order of preference: a module each, with one function an op and `<op>_unsupported(...) -> reason`.
 
-`BACKENDS` is the whole registry, in order of preference. A backend imports no op: it gets checked tensors.
+A backend imports no op; it receives validated tensors.
 """
 
 from types import ModuleType

@@ -10,13 +10,13 @@ import torch
 
 
 class MipsTopkProblem(NamedTuple):
-    """What `mips_topk` searches.
+    """The arguments of `mips_topk`.
 
     Attributes:
         queries: (B, d) float32, float16 or bfloat16.
-        items: (N, d), the rows: those dtypes too, or int8 with
-        row_scale: (N,) float32, else None.
-        ids: (N,) int64, which order equal scores and which `exclude_ids` name; None: the positions.
+        items: (N, d), the rows: float32, float16, bfloat16 or int8.
+        row_scale: (N,) float32, the scales of int8 rows; else None.
+        ids: (N,) int64, which order equal scores and are those of `exclude_ids`; None: positions are the ids.
         k: 1 or more.
         exclude_offsets: (B + 1,) int64, or None: query b must not be given
             `exclude_ids[exclude_offsets[b] : exclude_offsets[b + 1]]`.
@@ -35,18 +35,18 @@ class MipsTopkProblem(NamedTuple):
 
 
 class ScoreCandidatesProblem(NamedTuple):
-    """What `score_candidates` scores.
+    """The arguments of `score_candidates`.
 
     Attributes:
-        candidate_ids: (B, C) int64, positions in `items` (a table's own ids are translated already); negative: -inf,
-            whatever the rest holds, and no row is read. On a GPU also for N or more.
-        items: (N, d) float32, float16, bfloat16, or int8 with
-        row_scale: (N,) float32, else None.
-        keys: (T, d) of one dtype, float32, float16 or bfloat16, with all that follows, whatever that of `items`.
+        candidate_ids: (B, C) int64, positions in `items`, not ids. A negative one scores -inf and reads no row; on a
+            GPU so does one of N or more.
+        items: (N, d) float32, float16, bfloat16 or int8.
+        row_scale: (N,) float32, the scales of int8 rows; else None.
+        keys: (T, d) float32, float16 or bfloat16; the following tensors have the same dtype, `items` may have another.
         values: (T, h).
         cu_seqlens: (B + 1,) int64, not decreasing: user b has the rows from `cu_seqlens[b]` to `cu_seqlens[b + 1]`; on
-            a GPU clamped to [0, T]. Rows outside belong to no user. Without any, the attended part of the hidden layer
-            is 0.
+            a GPU clamped to [0, T]. Rows outside belong to no user. With an empty history the attention term of the
+            hidden layer is 0.
         user_hidden: (B, h).
         item_weight: (d, h).
         out_weight: (h,).
@@ -75,17 +75,17 @@ class ScoreCandidatesProblem(NamedTuple):
 
 
 class CandidateCrossAttentionProblem(NamedTuple):
-    """What `candidate_cross_attention` and its gradient are of.
+    """The arguments of `candidate_cross_attention` and of its gradient.
 
     Attributes:
-        q: (B, C, H, D), where queries that all users share come expanded, `stride(0) == 0`; or with `cu_seqlens_q`
+        q: (B, C, H, D), expanded (`stride(0) == 0`) if all users share the queries; or with `cu_seqlens_q`
             (total_q, H, D). float32, float16 or bfloat16, k and v the same.
         k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D).
         v: like k.
         cu_seqlens_q: (B + 1,) int64, not decreasing, or None: user b has the rows `[cu[b], cu[b + 1])`; on a GPU
             clamped to the rows there are.
         cu_seqlens_k: the same for k and v.
-        seqused_k: (B,) int64, only without `cu_seqlens_k`: the keys that count, the first ones; None: all.
+        seqused_k: (B,) int64, only without `cu_seqlens_k`: user b has the first `seqused_k[b]` keys; None: all.
         softmax_scale: of the products, for both activations; None: `D ** -0.5`.
         bias_k: k's shape without D, float32, or None.
         activation: "softmax" or "silu".

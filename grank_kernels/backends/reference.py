@@ -1,7 +1,7 @@
-"""Plain torch on any device: the definition, the oracle of the tests, and what runs where nothing faster can.
+"""The reference backend: plain torch on any device, the definition of every op and the oracle of the tests.
 
-The functions named like an op say, in their docstrings, what every backend's function of that name owes; what it is
-given, problems.py says.
+The docstring of a function named like an op states the contract of that function in every backend; its argument is
+documented in problems.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
 from grank_kernels.table.quantise import Coarse, certify_queries, quantise
 
-SEGMENT = 128  # dimensions summed before the partial sum is added to the total
-CHUNK_SCORES = 1 << 22  # scores held at a time
+SEGMENT = 128  # dimensions of a partial sum
+CHUNK_SCORES = 1 << 22  # scores in memory at a time
 
 
 def unavailable() -> str | None:
@@ -59,9 +59,9 @@ def mips_topk_certified_unsupported(queries: torch.Tensor, items: torch.Tensor) 
 
 
 def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`mips_topk` of the rows, bit for bit, and how many of them were scored for each query, `rescored` (B,) int64.
+    """The bits of `mips_topk` of the rows, and the number of rows scored for each query, `rescored` (B,) int64.
 
-    Only rows are scored whose upper bound by the int8 copy (quantise.py) reaches the k-th largest lower bound.
+    A row is scored if its upper bound from the int8 copy (quantise.py) reaches the k-th largest lower bound.
     """
     queries, items, _, ids, k, exclude_offsets, exclude_ids, allow = problem
     B, N = len(queries), len(items)
@@ -71,7 +71,7 @@ def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch
 
     def bounds(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         score = _int8_scores(numbers, query_scale, coarse.rows[start:stop], coarse.scale[start:stop])
-        off = radius[:, None] * coarse.error[start:stop]  # NaN: nothing is known
+        off = radius[:, None] * coarse.error[start:stop]  # NaN: no bound
         allowed = _allowed(torch.ones_like(score, dtype=torch.bool), allow, excluded, start, stop)
         lower = (score - off).nan_to_num(-torch.inf, neginf=-torch.inf).masked_fill(~allowed, -torch.inf)
         return lower, (score + off).nan_to_num(torch.inf, posinf=torch.inf).masked_fill(~allowed, torch.nan)
@@ -91,12 +91,12 @@ def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch
         own_ids = None if ids is None else ids[mine]
         value, place = mips_topk(MipsTopkProblem(queries[b : b + 1], items[mine], None, own_ids, k))
         values[b] = value[0]
-        positions[b] = F.pad(mine, (0, 1), value=-1)[place[0]]  # place -1 is the last, which says -1 again
+        positions[b] = F.pad(mine, (0, 1), value=-1)[place[0]]  # place -1 reads the padding, -1
     return values, positions, query.bincount(minlength=B)
 
 
 def _chunks(B: int, N: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends of so many rows that their scores are `CHUNK_SCORES`."""
+    """(start, stop) of chunks of rows with `CHUNK_SCORES` scores."""
     step = max(1, CHUNK_SCORES // max(B, 1))
     for start in range(0, N, step):
         yield start, min(N, start + step)
@@ -109,7 +109,7 @@ def _allowed(
     start: int,
     stop: int,
 ) -> torch.Tensor:
-    """(B, stop - start): what the filters leave of `allowed`, which is written to."""
+    """(B, stop - start) bool: `allowed` and the filters, written in place."""
     if allow is not None:
         allowed &= allow[..., start:stop]
     if excluded is not None:
@@ -120,7 +120,7 @@ def _allowed(
 
 
 def _scores(queries: torch.Tensor, rows: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
-    """(B, n) float32, each a function of its query and its row alone, bit for bit."""
+    """(B, n) float32 scores; the bits of each depend on its query and its row alone."""
     queries = queries.float()
     if row_scale is not None:
         return _int8_scores(*quantise(queries), rows, row_scale)
@@ -151,7 +151,7 @@ def _best_first(values: torch.Tensor, eligible: torch.Tensor, ids: torch.Tensor)
 def _excluded_positions(
     offsets: torch.Tensor | None, excluded: torch.Tensor | None, ids: torch.Tensor | None, B: int, N: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The (query, position) pairs that are excluded; ids that no row has are left out."""
+    """Excluded pairs as (queries, positions); ids without a row are dropped."""
     if offsets is None or excluded is None:
         return None
     offsets, excluded = offsets.contiguous(), excluded.contiguous()  # searchsorted warns otherwise
@@ -162,14 +162,14 @@ def _excluded_positions(
         known &= excluded < N
         return query[known], excluded[known]
     by_id, position = ids.sort(stable=True)
-    place = (torch.searchsorted(by_id, excluded, right=True) - 1).clamp(min=0)  # of rows replaced, and not, the newest
+    place = (torch.searchsorted(by_id, excluded, right=True) - 1).clamp(min=0)  # the newest of the rows of one id
     known &= by_id[place] == excluded if N else torch.zeros_like(known)
     return query[known], position[place[known]]
 
 
-# ---- the Ranker: one user after the other, float32 ----
+# ---- the Ranker's ops: a loop over users, in float32 ----
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of the head; gelu is the exact one, with erf
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of the head; gelu with erf, not tanh
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -181,7 +181,7 @@ R = TypeVar("R")
 
 
 def _in_full(op: Callable[P, R]) -> Callable[P, R]:
-    """Whatever autocast says: a backend's sums are float32."""
+    """Disables autocast, so that sums are float32."""
 
     @wraps(op)
     def run(*operands: P.args, **named: P.kwargs) -> R:
@@ -198,13 +198,14 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
 
 @_in_full
 def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
-    """Scores (B, C) float32 of every user's candidates.
+    """Scores (B, C) float32 of the candidates.
 
     For user b and `e = items[candidate_ids[b, c]]` (times its scale), K and V the user's rows of keys and values:
     `out_weight @ act(softmax(scale e K^T) V + e item_weight + user_hidden[b]) + out_bias`.
     """
-    candidate_ids, rows, row_scale, keys, values = problem[:5]
-    user_hidden, activate = problem.user_hidden, ACTIVATIONS[problem.activation]
+    candidate_ids, rows, row_scale = problem.candidate_ids, problem.items, problem.row_scale
+    keys, values, user_hidden = problem.keys, problem.values, problem.user_hidden
+    activate = ACTIVATIONS[problem.activation]
     scores = torch.full(candidate_ids.shape, -torch.inf, dtype=torch.float32, device=rows.device)
     item_weight, out_weight = problem.item_weight.float(), problem.out_weight.float()
     for b, user in enumerate(_sequences(keys, problem.cu_seqlens)):
@@ -229,8 +230,8 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
     """`out` of q's shape and dtype, and `lse` of q's shape without D, float32.
 
     By user and head, for `s = scale q k^T + bias_k` over the user's L keys: `out = softmax(s) v` and `lse` the
-    logarithm of the sum of exp(s); or, for `activation` "silu", `out = silu(s) v / L`, and `lse` is (0,).
-    A user without keys (a query whose logits are all -inf) has `out = 0` and `lse = +inf`, and so have rows of no user.
+    logarithm of the sum of exp(s); for `activation` "silu" `out = silu(s) v / L`, and `lse` is (0,).
+    `out = 0` and `lse = +inf` for a user without keys, a query whose logits are all -inf, and rows outside all offsets.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -242,10 +243,8 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
         if activation == "silu":
             weights = F.silu(logits) / max(logits.shape[-1], 1)
         else:
-            total = logits.logsumexp(-1)
-            none = total == -torch.inf
-            weights = _softmax(logits)
-            lse[user_q] = total.masked_fill(none, torch.inf).T
+            weights, total = _softmax(logits), logits.logsumexp(-1)
+            lse[user_q] = total.masked_fill(total == -torch.inf, torch.inf).T
         out[user_q] = torch.einsum("hcl,lhd->chd", weights, _wide(v[user_k])).to(out.dtype)
     return out, lse
 
@@ -254,10 +253,10 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
 def candidate_cross_attention_backward(
     grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
+    """Gradients of `out` in q, k, v and bias_k (None without one), of their shapes and dtypes, contiguous.
 
-    Deterministic: no sum whose order changes from run to run. Rows of no user and keys that do not count have gradient
-    0. The gradient of shared queries is by user, (B, C, H, D): the sum over users is taken outside.
+    Deterministic: the order of every sum is fixed. Rows and keys outside all offsets and lengths have gradient 0. The
+    gradient of shared queries is by user, (B, C, H, D): the caller sums over users.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -283,14 +282,14 @@ def candidate_cross_attention_backward(
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension; zeros where every logit is -inf."""
+    """The softmax over the last dimension; zeros where every logit is -inf."""
     return logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _sequences(
     x: torch.Tensor, cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None = None
 ) -> list[tuple[int | slice, ...]]:
-    """Where each user's rows are: an index into x (B, L, ...), or with offsets into x (total, ...)."""
+    """An index of each user's rows: into x (B, L, ...), or with offsets into x (total, ...)."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.clamp(0, len(x)).tolist()
         return [(slice(start, stop),) for start, stop in pairwise(bounds)]
@@ -299,11 +298,11 @@ def _sequences(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """float32; float64 stays, so that the tests can differentiate by differences."""
+    """The tensor in float32; float64 stays, for tests by finite differences."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
-    """(H, C, L) of one user's q (C, H, D), k (L, H, D) and bias (L, H)."""
+    """Logits (H, C, L) of one user, from q (C, H, D), k (L, H, D) and bias (L, H)."""
     logits = scale * torch.einsum("chd,lhd->hcl", _wide(q), _wide(k))
     return logits if bias is None else logits + bias.T[:, None]

@@ -1,8 +1,8 @@
-"""`mips_topk` over tables that stay on disk: part by part, while the next parts are being read.
+"""`mips_topk` over a table in a file: part by part, while the next part is read ahead.
 
-A part is short enough for memory and long enough that a search of it is worth its start. Parts are searched by the same
-op as tables in memory, which reads their bytes once, out of the system's page cache; what this process allocates does
-not grow with the table. A score depends on its row alone, so the parts' results are those of the whole, merged.
+Parts are searched by the op for tables in memory, which reads their bytes once, from the page cache. The process
+allocates memory for two lists of k places a query, however long the table. A score depends on its query and row alone,
+so the merged results of the parts are those of the whole table.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +22,13 @@ Search = Callable[[MipsTopkProblem], tuple[torch.Tensor, torch.Tensor]]
 def search(
     op: Search, mapping: Mapping, problem: MipsTopkProblem, progress: Callable[[int, int], object] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `op`, a backend's `mips_topk` or the torch op, returns of all rows; but ids in place of positions.
+    """Values and ids (B, k) of all rows of the problem, which are in `mapping`.
 
-    Rows, scales and ids are in `mapping`. After every part, `progress` is told how many rows are done, and how many
-    there are.
+    Args:
+        op: searches one part: a backend's `mips_topk`, or the torch op.
+        mapping: the mapped file.
+        problem: of the whole table.
+        progress: called after every part with (rows done, rows in all).
     """
     queries, rows, row_scale, ids, k, _, excluded, allow = problem
     columns = [x for x in (rows, row_scale, ids) if x is not None]
@@ -53,14 +56,14 @@ def search(
 
 
 def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """All rows, `PART_BYTES` at a time."""
+    """Slices of `PART_BYTES` of rows."""
     step = max(1, PART_BYTES // max(1, rows.shape[1] * rows.itemsize))
     for start in range(0, len(rows), step):
         yield slice(start, min(start + step, len(rows)))
 
 
 def within(excluded: torch.Tensor, part: slice) -> torch.Tensor:
-    """Positions counted from the start of a part; -1 for those outside."""
+    """Positions relative to the start of a part; -1 for positions outside it."""
     shifted: torch.Tensor = excluded - part.start
     return shifted.masked_fill((shifted < 0) | (excluded >= part.stop), -1)
 

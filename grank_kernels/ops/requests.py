@@ -1,4 +1,4 @@
-"""The validated arguments of a search, and of `items` of any op."""
+"""Validation of a search's arguments, and of `items` for every op."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], object]
 
 
 class SearchRequest(NamedTuple):
-    """What `mips_topk` was asked, validated: the search of one table and of a shard take it as it is.
+    """The validated arguments of `mips_topk`, as the search of a table and of a shard takes them.
 
     Attributes:
         queries: (B, d) float32, float16 or bfloat16.
