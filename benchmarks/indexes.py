@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grank_kernels.common.checks import check_tensor
+from grank_kernels.common.checks import check_int, check_tensor
 from grank_kernels.mips_topk import TopK
 
 _NUMBERS = 1 << 24  # gathered at a time: 64 MB
@@ -35,9 +35,9 @@ class Index(ABC):
             TypeError: an argument is of the wrong type.
             ValueError: vectors or settings that do not fit.
         """
-        check_tensor("vectors", vectors, (torch.float32,), (2,))
+        vectors = check_tensor("vectors", vectors, (torch.float32,), (2,))
         if vectors.shape[1] < 1:
-            raise ValueError(f"vectors have shape {tuple(vectors.shape)}; they take (N, d) with d at least 1")
+            raise ValueError(f"vectors must be (N, d) with d of 1 or more, got {tuple(vectors.shape)}")
         _check_finite("vectors", vectors)
         self.vectors = vectors.detach().contiguous()
 
@@ -56,12 +56,12 @@ class Index(ABC):
             TypeError: an argument is of the wrong type.
             ValueError: a shape, dtype or device that does not fit, or numbers that are not finite.
         """
-        check_tensor("queries", queries, (torch.float32,), (2,))
+        queries = check_tensor("queries", queries, (torch.float32,), (2,))
         N, d = self.vectors.shape
         if queries.shape[1] != d:
-            raise ValueError(f"queries have shape {tuple(queries.shape)}; they take (B, {d}), the width of the vectors")
+            raise ValueError(f"queries must be (B, {d}), the width of the vectors, got {tuple(queries.shape)}")
         _check_finite("queries", queries)
-        _check_at_least("k", k, 1)
+        check_int("k", k, 1)
         if len(queries) == 0 or N == 0:
             found = TopK(queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64))
         else:
@@ -106,8 +106,8 @@ class FaissHNSW(Index):
             ef_search: as above.
         """
         super().__init__(vectors)
-        _check_at_least("neighbours", neighbours, 2)
-        _check_at_least("ef_construction", ef_construction, 1)
+        check_int("neighbours", neighbours, 2)
+        check_int("ef_construction", ef_construction, 1)
         faiss = _faiss()
         self._index = faiss.IndexHNSWFlat(vectors.shape[1], neighbours, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = ef_construction
@@ -115,7 +115,7 @@ class FaissHNSW(Index):
         self.ef_search = ef_search
 
     def _search(self, queries: Tensor, k: int) -> TopK:
-        _check_at_least("ef_search", self.ef_search, 1)
+        check_int("ef_search", self.ef_search, 1)
         parameters = _faiss().SearchParametersHNSW(efSearch=max(self.ef_search, k))
         values, indices = map(torch.from_numpy, self._index.search(queries.numpy(), k, params=parameters))
         return TopK(values.masked_fill_(indices < 0, -math.inf), indices)
@@ -147,8 +147,8 @@ class FaissIVFPQ(Index):
         """
         super().__init__(vectors)
         N, d = vectors.shape
-        _check_at_least("nlist", nlist, 1)
-        _check_at_least("parts", parts, 1)
+        check_int("nlist", nlist, 1)
+        check_int("parts", parts, 1)
         if d % parts:
             raise ValueError(f"parts must divide the width of the vectors, got {parts} and {d}")
         if max(nlist, 256) > N:
@@ -162,8 +162,8 @@ class FaissIVFPQ(Index):
         self.nprobe, self.refine = nprobe, refine
 
     def _search(self, queries: Tensor, k: int) -> TopK:
-        _check_at_least("nprobe", self.nprobe, 1)
-        _check_at_least("refine", self.refine, 1)
+        check_int("nprobe", self.nprobe, 1)
+        check_int("refine", self.refine, 1)
         parameters = _faiss().SearchParametersIVF(nprobe=min(self.nprobe, self._index.nlist))
         wanted = min(k * self.refine, len(self.vectors))
         _, candidates = self._index.search(queries.numpy(), wanted, params=parameters)
@@ -200,7 +200,7 @@ class Tree(Index):
         """
         super().__init__(vectors)
         for name, value, least in (("branch", branch, 2), ("leaf", leaf, 1), ("rounds", rounds, 1)):
-            _check_at_least(name, value, least)
+            check_int(name, value, least)
         if branch & (branch - 1):
             raise ValueError(f"branch must be a power of two, got {branch}")
         self.beam, self._branch = beam, branch
@@ -222,7 +222,7 @@ class Tree(Index):
         return torch.arange((1 << level) + 1) * len(self.vectors) >> level
 
     def _search(self, queries: Tensor, k: int) -> TopK:
-        _check_at_least("beam", self.beam, 1)
+        check_int("beam", self.beam, 1)
         smallest, largest = (int(size) for size in self._leaves.diff().aminmax())
         beam = min(max(self.beam, -(-k // smallest)), len(self._leaves) - 1)
         step = max(1, _NUMBERS // (beam * max(self._branch, largest) * (queries.shape[1] + 1)))
@@ -301,13 +301,6 @@ def _check_finite(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be on the CPU, got {x.device}")
     if not bool(x.isfinite().all()):
         raise ValueError(f"{name} must be finite, got NaN or infinities")
-
-
-def _check_at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
 
 
 def _faiss() -> Any:

@@ -202,10 +202,10 @@ def test_large_beams_are_searched_in_parts(problem: tuple[Tensor, Tensor], monke
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: Tree([[1.0]]), TypeError, "vectors must be a torch.Tensor, got list"),
-        (lambda: Tree(torch.ones(3)), ValueError, r"vectors have shape \(3,\); they take 2 dimensions"),
-        (lambda: Tree(torch.ones(3, 0)), ValueError, r"shape \(3, 0\); they take \(N, d\) with d at least 1"),
-        (lambda: Tree(torch.ones(3, 2).half()), ValueError, "vectors are torch.float16; they take torch.float32"),
+        (lambda: Tree([[1.0]]), TypeError, "vectors must be a torch.Tensor or an array, got list"),
+        (lambda: Tree(torch.ones(3)), ValueError, r"vectors must have 2 dimensions, got \(3,\)"),
+        (lambda: Tree(torch.ones(3, 0)), ValueError, r"vectors must be \(N, d\) with d of 1 or more, got \(3, 0\)"),
+        (lambda: Tree(torch.ones(3, 2).half()), ValueError, "vectors must be torch.float32, got torch.float16"),
         (lambda: Tree(torch.full((3, 2), math.nan)), ValueError, "vectors must be finite, got NaN"),
         (lambda: Tree(torch.ones(3, 2, device="meta")), ValueError, "vectors must be on the CPU, got meta"),
         (lambda: Tree(torch.ones(3, 2), branch=6), ValueError, "branch must be a power of two, got 6"),
@@ -228,10 +228,10 @@ def test_what_cannot_be_built_is_named(build: Callable[[], Any], error: type[Exc
 @pytest.mark.parametrize(
     ("queries", "k", "error", "message"),
     [
-        (torch.ones(2, 3), 1, ValueError, r"queries have shape \(2, 3\); they take \(B, 2\)"),
-        (torch.ones(2), 1, ValueError, r"queries have shape \(2,\); they take 2 dimensions"),
+        (torch.ones(2, 3), 1, ValueError, r"queries must be \(B, 2\), the width of the vectors, got \(2, 3\)"),
+        (torch.ones(2), 1, ValueError, r"queries must have 2 dimensions, got \(2,\)"),
         (torch.full((1, 2), math.inf), 1, ValueError, "queries must be finite"),
-        (torch.ones(1, 2).double(), 1, ValueError, "queries are torch.float64; they take torch.float32"),
+        (torch.ones(1, 2).double(), 1, ValueError, "queries must be torch.float32, got torch.float64"),
         (torch.ones(1, 2), 0, ValueError, "k must be 1 or more, got 0"),
         (torch.ones(1, 2), 1.0, TypeError, "k must be an int, got float"),
         (torch.ones(1, 2), True, TypeError, "k must be an int, got bool"),

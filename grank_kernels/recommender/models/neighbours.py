@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grank_kernels.common.checks import check_int
 from grank_kernels.mips_topk import TopK, mips_topk
 from grank_kernels.recommender.data.histories import Histories
 
@@ -38,8 +39,7 @@ class ItemKNN:
             ValueError: `num_items` or `neighbours` is below 1, or an item is outside [0, num_items).
         """
         for name, value in (("num_items", num_items), ("neighbours", neighbours)):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+            check_int(name, value, 1)
         users = _incidence(histories, num_items)
         items = users.T.tocsr()
         scale = 1 / np.sqrt(np.maximum(np.diff(items.indptr), 1)).astype(np.float32)
@@ -64,8 +64,7 @@ class ItemKNN:
             `TopK(values, indices)`, (B, k) float32 and int64, padded with -inf and -1 after the last item with a
             positive score. Equal scores: the smaller index first.
         """
-        if k < 1:
-            raise ValueError(f"k must be 1 or more, got {k}")
+        k = check_int("k", k, 1)
         num_items = self._similarities.shape[0]
         values = np.full((len(histories), k), -np.inf, np.float32)
         indices = np.full((len(histories), k), -1, np.int64)

@@ -55,7 +55,7 @@ def furthest(queries: torch.Tensor, rows: torch.Tensor, basis: torch.Tensor | No
 
 
 @pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
-@pytest.mark.parametrize("d", [1, 7, 64, 300])
+@pytest.mark.parametrize("d", [1, 7, 64, 200])
 def test_no_score_is_further_off_than_its_bound(shape: str, d: int) -> None:
     rows = rows_like(shape, 200, d)
     queries = torch.cat([torch.randn(5, d), rows[:10], torch.eye(d)[:3] * 1e-3])
@@ -77,7 +77,7 @@ def test_the_bound_is_reached_within_a_factor(d: int) -> None:
     assert furthest(along, rows, None) > 0.4
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_score_is_further_off_whatever_the_numbers(data: st.DataObject) -> None:
     d = data.draw(st.one_of(st.integers(1, 20), st.sampled_from([127, 129, 400])))
@@ -123,10 +123,11 @@ def test_a_basis_is_an_inverse_pair_and_only_for_rows_that_need_it() -> None:
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
 def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str, backend: str) -> None:
-    rows = rows_like(shape, 6000, 33)
+    n = 1600 if backend == "reference" else 6000
+    rows = rows_like(shape, n, 33)
     queries = torch.cat([torch.randn(6, 33), rows[:3], torch.zeros(1, 33), -rows[5:6]])
     exact, certified = tables(rows, kind)
-    for k in (1, 10, 187):
+    for k in (1, 10, n // 32):
         want = gk.mips_topk(queries, exact, k, backend=backend)
         assert_same(gk.mips_topk(queries, certified, k, backend=backend), want)
 
