@@ -1,12 +1,12 @@
-"""The figures of docs/results.md: trains every row, several seeds of the headline rows, and writes the tables.
+"""The figures of docs/results.md: train every row, several seeds of the headline rows, and write the tables.
 
 python -m benchmarks.results train --data ml-1m=DIR [--only unigrf] [--seeds 0 1 2] [--runs build/runs]
 python -m benchmarks.results write [--runs build/runs] [--page docs/results.md] [--picture docs/results.png]
 
-`train` goes on where it was stopped and skips what is done; rows land one by one. One thread each: start it twice, with
-different rows, on two cores. `write` adds the reports of the runs to docs/results.json, where those of earlier runs
-stay, and fills the page from there; it says how many seeds stand behind each figure. What benchmarks.retrieval_systems
-has left there as systems-ml-1m.json and systems-1000000.json, it adds too.
+`train` resumes an interrupted run and skips finished ones. It uses one thread: start it twice, with different rows, on
+two cores. `write` merges the reports of the runs, and the systems-ml-1m.json and systems-1000000.json of
+benchmarks.retrieval_systems, into docs/results.json, which keeps the reports of earlier runs, and writes the tables of
+the page from it, with the number of seeds of every figure.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Reports = dict[str, dict[str, Any]]  # by the name of a run's folder, or of a co
 
 
 class Row(NamedTuple):
-    """One line of a table: an experiment under each of its seeds, or what counts alone say about its data."""
+    """One line of a table: an experiment under each of its seeds, or a baseline that only counts."""
 
     name: str
     config: str
@@ -98,7 +98,7 @@ def train(runs: Path, data: dict[str, str], only: str, seeds: Sequence[int]) -> 
         folder = runs / f"{row.slug}-seed_{seed}"
         if only not in f"{table} {row.slug}" or (seed != seeds[0] and not row.headline):
             continue
-        if (folder / "report.json").exists():
+        if is_done(folder / "report.json"):
             continue
         overrides = [*row.overrides, f"training.seed={seed}"]
         path = data.get(row.config.split("/")[0])
@@ -112,8 +112,13 @@ def train(runs: Path, data: dict[str, str], only: str, seeds: Sequence[int]) -> 
             count(experiment, row.counts, folder)
 
 
+def is_done(report: Path) -> bool:
+    """Whether a run has been evaluated on all users."""
+    return report.exists() and "incomplete" not in json.loads(report.read_text())
+
+
 def count(experiment: Experiment, counts: type[Popularity] | type[ItemKNN], folder: Path) -> None:
-    """The report of a baseline that learns nothing."""
+    """Write the report of a baseline that only counts."""
     split = experiment.data.split(read(experiment.data.name, experiment.data.path))
     start = time.perf_counter()
     fitted = counts.fit(split.train, split.num_items)
@@ -138,21 +143,21 @@ def flat(report: dict[str, Any]) -> dict[str, float]:
 
 
 def known(record: Path, runs: Path) -> Reports:
-    """What the record holds and the runs add to it, which goes before."""
+    """The reports of the record and of the runs; those of the runs replace older ones."""
     reports: Reports = json.loads(record.read_text()) if record.exists() else {}
-    paths = {path.parent.name: path for path in runs.glob("*-seed_*/report.json")}
+    paths = {path.parent.name: path for path in runs.glob("*-seed_*/report.json") if is_done(path)}
     paths |= {name: runs / f"{name}.json" for name in SYSTEMS if (runs / f"{name}.json").exists()}
     return reports | {name: json.loads(path.read_text()) for name, path in paths.items()}
 
 
 def save(record: Path, reports: Reports) -> None:
-    """One line a run, and six digits: a difference between two records can be read."""
+    """Write one line for each run, with six digits, so that a diff of two records is readable."""
     lines = (f"{json.dumps(name)}: {few_digits(report, 6)}" for name, report in sorted(reports.items()))
     record.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def collect(reports: Reports, row: Row) -> dict[str, list[float]]:
-    """The figures of every seed that is done, by name."""
+    """The figures of all finished seeds, by name."""
     found: dict[str, list[float]] = {}
     for run_name, report in sorted(reports.items()):
         if run_name.rpartition("-seed_")[0] == row.slug:

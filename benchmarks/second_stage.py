@@ -1,10 +1,10 @@
-"""What a second stage adds to the order of its candidates, user by user: is it more than chance, and for whom?
+"""Gain of a second stage over the order of the retrieval, for each user, with standard errors and by history length.
 
 python -m benchmarks.second_stage RUN [RUN ...] [--k1 200] [--k 50]
 
-Runs are seeds of one experiment. A user's gain is the mean over them of Recall@k after the second stage less Recall@k
-before it; errors are standard errors over the users, for the seeds at hand. Both orders are of the same users, so they
-are told apart far better than by the errors of their recalls.
+The runs are seeds of one experiment. A user's gain is Recall@k after the second stage minus Recall@k before it,
+averaged over the runs. Errors are standard errors over the users. The differences are paired by user, so their errors
+are much smaller than those of the two recalls.
 """
 
 import argparse
