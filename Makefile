@@ -118,7 +118,7 @@ sanitize: $(VENV)/installed
 	  echo build/thread/mips_topk_test --concurrent; \
 	  echo build/thread/update_soak; \
 	  echo '! build/thread/update_soak --planted-race 2>build/planted_race.log && grep -q "data race" build/planted_race.log'; \
-	  } | xargs -P 2 -I{} sh -c 'echo "sanitize: $$1" && eval "$$1" || { echo "sanitize: FAILED $$1"; exit 255; }' sh {}
+	  } | xargs -d '\n' -P 2 -I{} sh -c 'echo "sanitize: $$1" && eval "$$1" || { echo "sanitize: FAILED $$1"; exit 255; }' sh {}
 
 # A copy of the package beside native modules that count: the tests import it, and the modules in place stay as they are.
 # What needs a processor with AMX is left out on others, where it runs emulated by `make sanitize` alone.
