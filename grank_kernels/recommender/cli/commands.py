@@ -37,6 +37,13 @@ DataChanged = Annotated[
     bool,
     typer.Option("--data-changed", help="Accept data that changed after the training; new items are left out."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors only.")]
+Titles = Annotated[Path | None, typer.Option(help="File of item ids and titles.")]
+UserColumn = Annotated[str | None, typer.Option(help="Column of user ids (default: user, userId, uid, ...).")]
+ItemColumn = Annotated[str | None, typer.Option(help="Column of item ids (default: item, movieId, asin, ...).")]
+TimeColumn = Annotated[str | None, typer.Option(help="Column of times (default: timestamp, ts, date, ...).")]
+RatingColumn = Annotated[str | None, typer.Option(help="Column of ratings (default: rating, stars, event, ...).")]
 K1 = Annotated[int, typer.Option(min=1, help="Number of items to retrieve.")]
 
 
@@ -56,29 +63,77 @@ def _options(
 
 
 @app.command()
+def inspect(
+    data: Annotated[
+        Path, typer.Argument(help="Your own file: text with a separator, or Parquet; a folder or pattern.")
+    ],
+    as_json: AsJson = False,
+    items: Titles = None,
+    user_column: UserColumn = None,
+    item_column: ItemColumn = None,
+    time_column: TimeColumn = None,
+    rating_column: RatingColumn = None,
+) -> None:
+    """Say how a file of your own is read: users, items, events, time, dropped lines. Trains nothing."""
+    from grank_kernels.recommender.cli.own_data import data_config
+
+    understood = data_config(data, (user_column, item_column, time_column, rating_column), items).understand()
+    if as_json:
+        _print_json(understood.to_dict())
+    else:
+        print("\n".join(map(_printable, understood.lines())))
+
+
+@app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the experiment, as those in configs/.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of the run; an interrupted run is resumed.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA_OR_CONFIG", help="Your own file (see `grank inspect`), or a YAML file of settings."
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder of the run; the same command resumes an interrupted run.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as section.key=value, e.g. training.epochs=3.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="File or folder of the data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With a YAML file: file or folder of the data set.")] = None,
+    items: Titles = None,
+    user_column: UserColumn = None,
+    item_column: ItemColumn = None,
+    time_column: TimeColumn = None,
+    rating_column: RatingColumn = None,
     data_changed: DataChanged = False,
     threads: Threads = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a model and print its report on the test split as JSON."""
-    from grank_kernels.recommender.training.experiment import Experiment
+    """Train a model on your own file or by a YAML file, and print its report on the test split as JSON."""
+    from grank_kernels.recommender.cli import own_data
 
-    given = [*(overrides or []), *([f"data.path={data}"] if data else [])]
-    experiment = Experiment.load(config, given)
-    path = experiment.data.path
-    if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist: data.path (--data) must be the data of {experiment.data.name}")
+    columns, given = (user_column, item_column, time_column, rating_column), list(overrides or [])
+    if config.suffix in own_data.YAML:
+        from grank_kernels.recommender.training.experiment import Experiment
+
+        if items is not None or any(columns):
+            raise typer.BadParameter("--items and --*-column are for a file of your own, not for a YAML file")
+        experiment = Experiment.load(config, [*given, *([f"data.path={data}"] if data else [])])
+        path = experiment.data.path
+        if path is not None and experiment.data.name != "own" and not Path(path).exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: data.path (--data) must be the data of {experiment.data.name}"
+            )
+    else:
+        if data is not None:
+            raise typer.BadParameter("--data is for a YAML file; a file of your own is the first argument")
+        settings = own_data.data_config(config, columns, items)
+        understood = settings.understand()
+        experiment = own_data.sized(understood, settings, given)
+        for line in [] if quiet else [*understood.lines(), own_data.settings_line(experiment)]:
+            _note(_printable(line))
     _set_threads(threads)
     from grank_kernels.distributed.ranks import leave
     from grank_kernels.recommender.training.run import run
 
-    report = run(experiment, folder, data_changed=data_changed)
+    report = run(experiment, folder, data_changed=data_changed, progress=not quiet)
     leave()
     if report:
         _print_json({name: value for name, value in report.items() if name != "machine"})

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from grank_kernels.recommender.data.arrays import read_arrays
 from grank_kernels.recommender.data.interactions import Interactions
 from grank_kernels.recommender.data.movielens import INSTALL, read_movielens_1m, read_movielens_20m, read_movielens_100k
+from grank_kernels.recommender.data.own_file import understand
 from grank_kernels.recommender.data.shops import read_amazon, read_user_behavior
 
 
@@ -29,6 +30,7 @@ DATASETS = {
     "user-behavior": Dataset(read_user_behavior, "https://tianchi.aliyun.com/dataset/649"),
     "amazon": Dataset(read_amazon, "https://jmcauley.ucsd.edu/data/amazon/links.html, ratings only"),
     "arrays": Dataset(read_arrays, "your own: numpy.savez(path, user=..., item=..., timestamp=..., rating=...)"),
+    "own": Dataset(lambda path: understand(path).interactions, "your own: `grank inspect FILE` says how it is read"),
 }
 
 

@@ -1,6 +1,6 @@
 """Values of a user's own file: ids, times and ratings from text, each judged by a stated rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def _integers(texts: npt.NDArray[Any], negative: bool) -> npt.NDArray[Any]:
     return texts.astype(np.str_).astype(np.uint64 if big else np.int64)
 
 
-def kind_of(column: Any, kinds: dict[str, Callable[[Any], Any]]) -> str | None:
+def kind_of(column: Any, kinds: Mapping[str, Callable[[Any], Any]]) -> str | None:
     """The kind that most of the first values of a column of text are of; None if the most are of none."""
     from pyarrow import ArrowInvalid
 

@@ -13,6 +13,7 @@ import yaml
 
 from grank_kernels.common.atomic_files import write_text
 from grank_kernels.recommender.data import DATASETS, Interactions, Split, half_and_half, leave_one_out, read
+from grank_kernels.recommender.data.own_file import ColumnNames, Understood, understand
 from grank_kernels.recommender.data.splits import REPEATS
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.models.registry import build_model, model_class
@@ -22,6 +23,7 @@ from grank_kernels.recommender.training.settings import TrainingConfig
 KS = {"leave_one_out": (10, 50, 200), "half_and_half": (10, 50, 200, 500)}
 """The cuts k that each protocol reports."""
 
+_COLUMNS = ("user_column", "item_column", "time_column", "rating_column")
 _SECTIONS = ("settings", "data", "training")
 
 
@@ -37,6 +39,11 @@ class DataConfig(Settings):
         validation: number of validation users (half_and_half).
         test: number of test users (half_and_half).
         repeats: "keep", "first" or "last": policy for rows in which a user meets an item again; see `leave_one_out`.
+        user_column: name of a column of your own file ("own"); None for the usual names. So are the next three.
+        item_column: column of item ids.
+        time_column: column of times.
+        rating_column: column of ratings.
+        titles: file of item ids and titles, for your own file.
     """
 
     name: str = takes("ml-100k", choices=tuple(DATASETS))
@@ -46,10 +53,27 @@ class DataConfig(Settings):
     validation: int = takes(500, least=1)
     test: int = takes(1000, least=1)
     repeats: str = takes("keep", choices=REPEATS)
+    user_column: str | None = None
+    item_column: str | None = None
+    time_column: str | None = None
+    rating_column: str | None = None
+    titles: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in (*_COLUMNS, "titles") if getattr(self, name) is not None]
+        if given and self.name != "own":
+            raise ValueError(f"{given[0]} must be left out unless name is own, got {getattr(self, given[0])!r}")
 
     def read(self) -> Interactions:
         """Read the data set."""
-        return read(self.name, self.path)
+        return read(self.name, self.path) if self.name != "own" else self.understand().interactions
+
+    def understand(self) -> Understood:
+        """Read your own file, and say what it was understood as."""
+        if self.path is None:
+            raise ValueError("path must be a file of your own, got None")
+        return understand(self.path, ColumnNames(*(getattr(self, name) for name in _COLUMNS)), self.titles)
 
     def split(self, interactions: Interactions) -> Split:
         """Split interactions by the protocol."""
@@ -133,8 +157,22 @@ class Experiment:
 
     def save(self, path: str | Path) -> None:
         """Write all settings as YAML, as `load` reads it."""
+        write_text(path, self._text())
+
+    def overridden(self, overrides: Sequence[str]) -> "Experiment":
+        """The experiment with other values, as `load` takes them; another model has its own default settings."""
+        given = _mapping(_parsed(self._text()), "settings")
+        sections = {name: dict(given[name]) for name in _SECTIONS}
+        if any(each.startswith("model=") and each != f"model={self.model}" for each in overrides):
+            sections["settings"] = {}
+        for override in overrides:
+            _apply(override, given, sections)
+        return self._from_text(given, sections)
+
+    def _text(self) -> str:
         settings = {"model": self.model, **self._sections(), "k1": list(self.k1)}
-        write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        return text
 
     def flat(self) -> dict[str, Any]:
         """All settings by their full names, such as `training.epochs`."""
@@ -145,9 +183,10 @@ class Experiment:
         return {name: getattr(self, name).to_dict() for name in _SECTIONS}
 
     def with_absolute_path(self) -> "Experiment":
-        """The same experiment; `data.path` does not depend on the current folder."""
-        path = self.data.path
-        return self if path is None else replace(self, data=replace(self.data, path=os.path.abspath(path)))
+        """The same experiment; `data.path` and `data.titles` do not depend on the current folder."""
+        paths = {"path": self.data.path, "titles": self.data.titles}
+        absolute: dict[str, Any] = {name: os.path.abspath(path) for name, path in paths.items() if path is not None}
+        return replace(self, data=replace(self.data, **absolute)) if absolute else self
 
     def build(self, num_items: int) -> Recommender:
         """A new model; its weights are drawn from the seed of the training."""

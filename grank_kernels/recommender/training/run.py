@@ -159,7 +159,7 @@ def _check_same(folder: Path, experiment: Experiment) -> None:
     differing = [
         f"{name} is {before.get(name)} there, {now.get(name)} here"
         for name in before | now
-        if before.get(name) != now.get(name) and name != "data.path"
+        if before.get(name) != now.get(name) and name not in ("data.path", "data.titles")
     ]
     if differing:
         got = f"{folder} with another one: {'; '.join(differing)}"
