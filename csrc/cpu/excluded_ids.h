@@ -1,6 +1,6 @@
-// The excluded ids of each query: one hash table a query, since sorting a thousand ids of each would cost a fifth of an
-// int8 search of a million rows. Linear probing; every bit of an id and of a seed drawn once a process decides on its
-// slot, so that no arithmetic progression of ids, nor a list made against the hash, shares a probe sequence.
+// The excluded ids of each query: one hash table per query, because sorting 1000 ids per query would take a fifth of an
+// int8 search of a million rows. Linear probing. The hash mixes every bit of the id with a random seed per process, so
+// neither arithmetic progressions of ids nor crafted lists form long probe sequences.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,11 @@ class ExcludedIds {
  private:
   struct Table {
     int64_t first;       // slot
-    int bits;            // 2^bits slots, at most half of them taken
-    const int64_t* ids;  // of the query
+    int bits;            // 2^bits slots, load factor at most 1/2
+    const int64_t* ids;  // the query's excluded ids
   };
 
-  // Where an id stands, or the free slot where it would.
+  // The slot of an id, or the free slot at the end of its probe sequence.
   int64_t slot_of(const Table& t, int64_t id) const {
     for (uint64_t at = start_of(id, t.bits);; ++at) {
       const int64_t slot = t.first + static_cast<int64_t>(at & ((uint64_t{1} << t.bits) - 1));
@@ -34,7 +34,7 @@ class ExcludedIds {
   }
 
   static uint64_t start_of(int64_t id, int bits) {
-    uint64_t x = static_cast<uint64_t>(id) ^ kSeed;  // then the finaliser of SplitMix64
+    uint64_t x = static_cast<uint64_t>(id) ^ kSeed;  // followed by the finaliser of SplitMix64
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
     return (x ^ x >> 31) >> (64 - bits);
@@ -42,7 +42,7 @@ class ExcludedIds {
 
   static const uint64_t kSeed;
   std::vector<Table> tables_;
-  std::unique_ptr<uint32_t[]> slots_;  // 0: free; else 1 + the place among the query's ids
+  std::unique_ptr<uint32_t[]> slots_;  // 0: free; else 1 + index into the query's ids
 };
 
 }  // namespace grank

@@ -22,7 +22,7 @@ class Search : public RowScan<Search> {
         found_(problem.num_queries, std::max(k_, sample_.rank), threads_, problem.ids),
         scratch_(allocate<Key>(threads_ * found_.capacity())) {}
 
-  // Of the rows of list[0 .. count), or of the first `count` rows where list is null.
+  // Searches the rows list[0 .. count), or rows [0, count) if list is null.
   void run(const uint32_t* list, int64_t count) {
     if (sample_.rows > 0) {
       collect(sampled_rows(count, sample_.rows).data(), sample_.rows, sample_.rank);
@@ -49,22 +49,23 @@ class Search : public RowScan<Search> {
     for (int64_t b = 0; b < p_.num_queries; ++b) found_.end(b);
   }
 
-  // Thresholds that other threads raise may come late.
+  // May read a threshold that another thread has raised meanwhile: a lower bound all the same.
   float bound_of(int64_t query, uint32_t first_row, float) const {
     const Key threshold = found_.threshold(query);
-    // Behind the threshold's own row a tie is lost, unless external ids decide it.
+    // Rows after the threshold's own row lose a tie, unless external ids break it.
     const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
     const float bound = score_of_bits(static_cast<uint32_t>(threshold >> 32) + tie_is_lost);
     if (p_.dtype != DType::kInt8) return bound;
-    // The kernel compares float(sum) * row_scale: two roundings where the score has three, 2^-24 each, and one here.
-    // Far from overflow and underflow those are relative errors, below 2^-21 in all.
+    // The kernel compares float(sum) * row_scale. With the division here, that and the score differ by at most 6
+    // roundings of 2^-24 each, a relative error below 2^-21 unless a value overflows or underflows.
     const float scaled = bound / query_scale_[query];
     const bool safe = std::fabs(bound) > 1e-28f && std::fabs(scaled) > 1e-28f && std::fabs(scaled) < 1e38f;
     return safe ? scaled - std::fabs(scaled) * 1e-6f : -std::numeric_limits<float>::infinity();
   }
 
   bool offer(int worker, int64_t query, uint32_t row, float score) {
-    if (std::isnan(score)) return false;  // of int8 rows: what was compared does not know of the query's scale
+    if (std::isnan(score))
+      return false;  // int8 rows: the compared value leaves out the query's scale, which may be NaN
     const Key key = key_of(score, row);
     return found_.is_wanted(query, key) && is_eligible(query, row) && found_.add(worker, query, key);
   }

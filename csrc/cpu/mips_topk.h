@@ -1,15 +1,15 @@
-// The k best rows of a table for every query: threshold, emit, finish.
+// Exact top-k of the inner products of each query with the rows of a table: threshold, emit, finish.
 //
-// 1. Threshold. Score a sample of the rows and take its r-th best, so that with probability > 1 - 1e-5 at least k rows
-//    of the table beat it (row_scan.h: sample_of). Any lower bound of the k-th best is valid.
-// 2. Scan and emit. Tile by tile inner products, one compare a score; what reaches the threshold goes into the query's
-//    reservoir. A full reservoir keeps its k best, and the worst of them is the new threshold for all threads.
-// 3. Finish. Fewer than k and a sampled threshold: scan again without it. Then select and sort by (score, id).
+// 1. Threshold. Scores a row sample and takes its r-th best score; with probability > 1 - 1e-5 at least k rows of the
+//    table are above it (row_scan.h: sample_of). Any lower bound of the k-th best score is a valid threshold.
+// 2. Scan and emit. Computes inner products tile by tile, with one comparison per score; scores >= the threshold go to
+//    the query's reservoir. A full reservoir keeps its k best, and the worst of these is the new threshold of all
+//    threads.
+// 3. Finish. With fewer than k candidates above a sampled threshold, scans again without it. Sorts by (score, id).
 //
-// The result does not depend on the thresholds, hence neither on threads nor on their timing.
-// Memory: 8 (k + max(k, 64)) + 4 d bytes a query (a fifth of that for int8), 72 bytes a query and thread, and for every
-// thread 64 packed rows and one reservoir more; where queries have masks of their own, num_rows / 8 bytes a thread, 4
-// MB at most.
+// The result does not depend on the thresholds, hence not on thread count or timing.
+// Memory: per query 8 (k + max(k, 64)) + 4 d bytes (int8: a fifth of the 4 d), per (query, thread) 72 bytes, per thread
+// 64 packed rows and one reservoir, and with per-query masks num_rows / 8 bytes, at most 4 MB.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 namespace grank {
 
 struct MipsTopkProblem {
-  // Queries: (num_queries, d) float32, contiguous. int8 rows quantise them as api documents: s = max|q| / 127.
+  // Queries: (num_queries, d) float32, contiguous. Quantised for int8 rows (row_scan.h: quantise).
   const float* queries;
   int64_t num_queries;
   // Items: (num_rows, d), the last dimension contiguous.
@@ -31,29 +31,29 @@ struct MipsTopkProblem {
   int64_t row_stride;      // bytes
   const float* row_scale;  // (num_rows,), int8 only
   const int64_t* ids;      // (num_rows,) external ids, unique; null: the positions are the ids
-  // Rows never to return: those of query b stand at exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is no
-  // id.
+  // Excluded ids of query b: exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is padding.
   const int64_t* exclude_offsets;  // (num_queries + 1,) or null
   const int64_t* exclude_ids;
-  // Eligible rows: allow[b * allow_stride + i]; allow_stride 0: the same for all queries. Null: all.
+  // Row mask: row i is eligible for query b if allow[b * allow_stride + i]; allow_stride 0: one mask for all queries.
+  // Null: all rows.
   const bool* allow;
   int64_t allow_stride;
   int64_t k;  // 1 or more
   int threads;
-  // Outputs, (num_queries, k): scores descending, equal scores by ascending id; -infinity and -1 where rows run out.
+  // Outputs, (num_queries, k): scores descending, ties by ascending id; padded with (-infinity, -1).
   float* values;
   int64_t* positions;
 };
 
-// Throws std::bad_alloc, and may have written to the outputs then.
+// Throws std::bad_alloc; the outputs are then undefined.
 void mips_topk(const MipsTopkProblem& problem, const Isa& isa);
 
-// The same of the rows list[0 .. count) alone, all of them different.
+// The same over the rows list[0 .. count) only, without duplicates.
 void mips_topk_of_rows(const MipsTopkProblem& problem, const Isa& isa, const uint32_t* list, int64_t count);
 
-// Answers the queries of which a mask of their own leaves at most a 32nd of the rows, each over these rows alone:
-// gathering them takes less than the query's share of a scan of all, and a scan would meet few eligible rows above its
-// thresholds. Returns which are answered; empty: none.
+// Answers the queries whose own mask allows at most 1/32 of the rows, by gathering these rows: cheaper than the query's
+// share of a full scan, whose sampled threshold few eligible rows would reach. Returns a flag per query; empty: no
+// query was answered.
 std::vector<char> mips_topk_of_few(const MipsTopkProblem& problem, const Isa& isa);
 
 }  // namespace grank

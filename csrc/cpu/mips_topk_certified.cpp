@@ -15,10 +15,10 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// As in grank_kernels/table/quantise.py: WEIGHT, SLACK, LEAST, MOST.
+// WEIGHT, SLACK, LEAST, MOST of grank_kernels/table/quantise.py.
 constexpr double kWeight = 1.0 / 150, kSlack = 1 + 0x1p-13, kLeast = 0x1p-40, kMost = 0x1p50;
 
-// The radius of a query: NaN if the bound does not apply to it.
+// The radius of a query; NaN if its norm is outside the range of the bound.
 float radius_of(const float* q, const float* turned, int64_t d, const int8_t* q8, float scale) {
   double squares = 0, turned_squares = 0, off = 0;
   for (int64_t j = 0; j < d; ++j) {
@@ -34,17 +34,17 @@ float radius_of(const float* q, const float* turned, int64_t d, const int8_t* q8
 }
 
 struct Candidate {
-  float lower, upper;  // bounds of its score
+  float lower, upper;  // bounds of the score
   uint32_t row;
 };
 
-// Of every query the rows that may be among its k best.
+// Per query, the rows whose upper bound reaches the threshold.
 class Candidates : public SharedBuffers<Candidate, Candidates> {
  public:
   Candidates(int64_t num_queries, int64_t most, int workers)
       : SharedBuffers(num_queries, 4 * most + 1024, workers), thresholds_(static_cast<size_t>(num_queries), -kInf) {}
 
-  // Scores below it are not among the best; infinity: of a query that is given up.
+  // A lower bound of the k-th best score; infinity: the query is left to the full search.
   float threshold(int64_t query) const {
     float threshold;
     __atomic_load(&thresholds_[query], &threshold, __ATOMIC_RELAXED);
@@ -57,14 +57,14 @@ class Candidates : public SharedBuffers<Candidate, Candidates> {
     buffer(query).count = 0;
   }
 
-  // Begins a scan of which the candidates for the `keep` best are wanted. A buffer starts small, or the threshold would
-  // rise late, and grows where the bounds leave more.
+  // Begins a scan for the `keep` best rows. A small initial limit raises the threshold early; it grows if the bounds
+  // leave more candidates.
   void begin(int64_t keep) {
     keep_ = keep;
     for (int64_t b = 0; b < num_queries(); ++b) buffer(b).limit = std::min(2 * keep + 256, capacity());
   }
 
-  // Raises the threshold to the k-th largest lower bound and drops what that rules out.
+  // Raises the threshold to the k-th largest lower bound and drops candidates below it.
   void compact(int64_t query) {
     tighten(query);
     Buffer& b = buffer(query);
@@ -89,7 +89,7 @@ class Candidates : public SharedBuffers<Candidate, Candidates> {
     buffer(query).count = 0;
   }
 
-  // After a scan, tightened: writes the rows, in the order of the table, to `rows`.
+  // Writes the candidates' positions, ascending, to `rows`; returns their number. Call tighten() before.
   int64_t rows(int64_t query, uint32_t* rows) const {
     const Candidate* c = entries(query);
     std::transform(c, c + count(query), rows, [](const Candidate& x) { return x.row; });
@@ -114,7 +114,8 @@ MipsTopkProblem coarse_problem(const MipsTopkProblem& problem, const CoarseRows&
   return p;
 }
 
-// Where the best rows are excluded, those that are left lie closer together, and more of them are candidates.
+// Largest number of excluded ids, at most 4096. Without the best rows, scores around the k-th best are denser, and more
+// rows are candidates.
 int64_t most_excluded(const MipsTopkProblem& p) {
   int64_t most = 0;
   for (int64_t b = 0; p.exclude_offsets != nullptr && b < p.num_queries; ++b) {
@@ -155,7 +156,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
       if (is_answered(b)) return;
       rescored_[b] = rescore(b, rows_.get() + worker * candidates_.capacity()) ? candidates_.count(b) : -1;
     });
-    for (int64_t b = 0, end; b < p_.num_queries; b = end + 1) {  // runs of queries that are left
+    for (int64_t b = 0, end; b < p_.num_queries; b = end + 1) {  // runs of unanswered queries
       for (; b < p_.num_queries && rescored_[b] >= 0;) ++b;
       for (end = b; end < p_.num_queries && rescored_[end] < 0; ++end) rescored_[end] = p_.num_rows;
       if (end > b) mips_topk(some_queries(exact_, b, end - b), isa_);
@@ -171,7 +172,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
     for (int64_t b = 0; b < p_.num_queries; ++b) candidates_.end(b);
   }
 
-  // -infinity as long as there is no threshold, NaN, which nothing reaches, of a query that is given up.
+  // -infinity without a threshold. NaN, which no score reaches, for queries given up.
   float bound_of(int64_t query, uint32_t, float error) const {
     return (candidates_.threshold(query) - radius_[query] * error) / query_scale_[query];
   }
@@ -183,7 +184,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
            candidates_.add(worker, query, candidate);
   }
 
-  // False if the query must be searched in the whole table.
+  // False if the query needs the full search.
   bool rescore(int64_t query, uint32_t* rows) {
     candidates_.tighten(query);
     const float threshold = candidates_.threshold(query);
@@ -193,7 +194,7 @@ class CertifiedSearch : public RowScan<CertifiedSearch> {
     one.allow = nullptr;  // candidates are eligible
     one.exclude_offsets = nullptr;
     mips_topk_of_rows(one, isa_, rows, candidates_.rows(query, rows));
-    // A sampled threshold may be above the k-th best score; then there are fewer than k that reach it.
+    // Fewer than k scores >= a sampled threshold: it was above the k-th best score.
     return threshold == -kInf || (one.positions[p_.k - 1] >= 0 && one.values[p_.k - 1] >= threshold);
   }
 

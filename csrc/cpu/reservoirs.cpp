@@ -9,8 +9,8 @@ int64_t room_for(int64_t keep) { return keep + std::max<int64_t>(keep, 64); }
 
 constexpr int64_t kRadixCount = 256;  // below it a comparison sort is faster
 
-// Sorts by score, best first, equal scores in any order: least significant byte first, bytes that are all equal left
-// out. Returns where the result is: `keys` or `scratch`.
+// Radix sort by score, descending, least significant byte first; a byte equal in all keys is skipped. Ties in any
+// order. Returns the sorted array: `keys` or `scratch`.
 Key* radix_sort(Key* keys, Key* scratch, int64_t count) {
   uint32_t starts[4][256] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -68,7 +68,7 @@ const Key* Reservoirs::best(int64_t query, int64_t n, Key* scratch) {
     return k;
   }
   k = radix_sort(k, scratch, count);
-  for (int64_t begin = 0; begin < n;) {  // what the scores leave undecided
+  for (int64_t begin = 0; begin < n;) {  // ties of the score
     int64_t end = begin + 1;
     while (end < count && k[end] >> 32 == k[begin] >> 32) ++end;
     if (end - begin > 1) std::sort(k + begin, k + end, better_);

@@ -1,4 +1,4 @@
-// Where the candidates of a scan go: for every query the best ones seen so far, and a threshold for those to come.
+// The best candidates of each query so far, and the score threshold for further ones.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@
 
 namespace grank {
 
-// A candidate as one integer: the larger, the better. Upper half the score, lower half the complement of the row's
-// position, so that of equal scores the smaller position is better.
+// A candidate as one integer, larger is better: the ordered bits of the score above the complement of the row position,
+// so that the smaller position wins a tie.
 using Key = uint64_t;
 
 inline Key key_of(float score, uint32_t row) { return static_cast<Key>(ordered_bits(score + 0.0f)) << 32 | ~row; }
 inline float score_of(Key key) { return score_of_bits(static_cast<uint32_t>(key >> 32)); }
 inline uint32_t row_of(Key key) { return ~static_cast<uint32_t>(key); }
 
-// Worse than every candidate, -infinity in the first row included; its own row does not exist.
+// Below every candidate's key, that of -infinity in row 0 included; no row has this position.
 constexpr Key kNoThreshold = static_cast<Key>(0x007fffff) << 32;
 
-// "a is better than b": with external ids those decide between equal scores.
+// Order of candidates: score descending, then external id (without ids: position) ascending.
 struct Better {
   const int64_t* ids;
   bool operator()(Key a, Key b) const {
@@ -34,11 +34,13 @@ std::unique_ptr<T[]> allocate(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // uninitialised, unlike make_unique
 }
 
-// Where the threads of a scan put what they find of a query, for a Derived that says what is wanted
-// (bool is_wanted(int64_t query, Entry) const) and makes room in a full buffer (void compact(int64_t query)).
+// One buffer of entries per query, filled by the threads of a scan. Derived (CRTP) has
 //
-// Threads collect a few entries of each query on their own before they share them, so that a lock is taken once for
-// several. Memory: `capacity` entries a query, and kStaged a query and thread.
+//   bool is_wanted(int64_t query, Entry entry) const   whether an entry is kept
+//   void compact(int64_t query)                        makes room in a full buffer
+//
+// Each thread stages up to kStaged entries per query before it copies them to the shared buffer: one lock per batch.
+// Memory: `capacity` entries per query, and kStaged per (query, thread).
 template <typename Entry, typename Derived>
 class SharedBuffers {
  public:
@@ -52,7 +54,7 @@ class SharedBuffers {
     count = 0;
     return true;
   }
-  // Shares what the threads still hold; called between scans, when no thread adds.
+  // Flushes the staged entries of all threads. Not concurrent with add().
   void end(int64_t query) {
     for (int worker = 0; worker < workers_; ++worker) {
       uint8_t& count = staged_count_[worker * num_queries_ + query];
@@ -61,7 +63,7 @@ class SharedBuffers {
     }
   }
 
-  // After a scan: the number of entries there are.
+  // Number of entries. Not concurrent with add().
   int64_t count(int64_t query) const { return buffers_[query].count; }
   int64_t capacity() const { return capacity_; }
 
@@ -76,9 +78,9 @@ class SharedBuffers {
         staged_count_(static_cast<size_t>(workers * num_queries), 0) {}
 
   struct Buffer {
-    bool locked = false;  // a spin lock: what it guards takes a few hundred nanoseconds
+    bool locked = false;  // a spin lock: the critical section takes a few hundred nanoseconds
     int64_t count = 0;
-    int64_t limit = 0;  // entries that there is room for, at most the capacity
+    int64_t limit = 0;  // compact() runs at this many entries; at most the capacity
   };
 
   Entry* entries(int64_t query) const { return entries_.get() + query * capacity_; }
@@ -109,29 +111,29 @@ class SharedBuffers {
   std::vector<uint8_t> staged_count_;
 };
 
-// The best of every query: its capacity is k + max(k, 64) keys.
+// The best keys of each query; capacity k + max(k, 64).
 class Reservoirs : public SharedBuffers<Key, Reservoirs> {
  public:
   Reservoirs(int64_t num_queries, int64_t most, int workers, const int64_t* ids);
 
-  // The threshold of a query: candidates that are worse are not wanted. It rises while other threads add.
+  // Candidates below the threshold are dropped. It rises while other threads add.
   Key threshold(int64_t query) const { return __atomic_load_n(&thresholds_[query], __ATOMIC_RELAXED); }
   bool is_wanted(int64_t query, Key key) const {
     const Key bar = threshold(query);
     return bar == kNoThreshold || !better_(bar, key);
   }
 
-  // Begins a scan of which the `keep` best are wanted of every query, `keep` being at most the constructor's `most`.
+  // Begins a scan for the `keep` best rows of each query; `keep` <= the constructor's `most`.
   void begin(int64_t keep);
 
-  // After a scan: the best `n` of the candidates (n at most their number), best first. `scratch` has room for all.
+  // The best `n` <= count(query) candidates in order, after a scan. `scratch`: capacity() keys.
   const Key* best(int64_t query, int64_t n, Key* scratch);
 
-  // Empties a query's reservoir. If it holds as many as were to be kept, the worst of the best `keep` becomes the
-  // threshold of the next scan.
+  // Empties a query's reservoir. With at least `keep` entries, the `keep`-th best becomes the threshold of the next
+  // scan.
   void restart(int64_t query);
 
-  // Leaves the best `keep`, the worst of which is the threshold from now on.
+  // Keeps the best `keep` entries and raises the threshold to the worst of them.
   void compact(int64_t query);
 
  private:

@@ -3,9 +3,9 @@
 namespace grank {
 
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k) {
-  // A row of the sample costs a cache miss, shared by all queries; an emitted candidate costs about as much.
+  // A sampled row costs one cache miss for all queries together; an emitted candidate costs about the same per query.
   int64_t rows = num_queries < 8 ? 1024 : 16384;
-  if (rows > num_rows / 16) {  // a short table: k log(num_rows / k) candidates must be more than the sample costs
+  if (rows > num_rows / 16) {  // a short table: sampling pays only if k log(num_rows / k) candidates cost more
     if (k < 64) return {};
     rows = num_rows / 16;
   }
@@ -35,14 +35,14 @@ float quantise(const float* q, int64_t d, int8_t* q8) {
   const float scale = largest / 127.0f;
   for (int64_t j = 0; j < d; ++j) {
     const float x = std::nearbyint(q[j] / scale);
-    // A scale of zero, infinity or NaN leaves no number to round; the product with the scale then says it all.
+    // With a scale of 0, infinity or NaN the quotient may be NaN: q8 = 0, and the score is 0 or NaN by the scale.
     q8[j] = std::isnan(x) ? 0 : static_cast<int8_t>(std::clamp(x, -127.0f, 127.0f));
   }
   return scale;
 }
 
 int64_t list_allowed(const bool* allow, int64_t begin, int64_t end, uint32_t* list) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(allow);  // a bool tensor may be a view of others than 0 and 1
+  const auto* bytes = reinterpret_cast<const uint8_t*>(allow);  // a bool tensor may view bytes other than 0 and 1
   int64_t n = 0;
   for (int64_t i = begin; i < end;) {
     const int64_t stop = std::min<int64_t>(i + 32, end);
@@ -67,7 +67,7 @@ MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int6
   some.positions += first * problem.k;
   if (some.exclude_offsets != nullptr) some.exclude_offsets += first;
   if (some.allow != nullptr) some.allow += first * problem.allow_stride;
-  if (count == 1) some.allow_stride = 0;  // shared by all
+  if (count == 1) some.allow_stride = 0;  // one query: a shared mask
   return some;
 }
 

@@ -1,11 +1,11 @@
-// One pass over the rows of a table, or over some of them, for all queries: steps of tiles shared out among threads,
-// filters, and the kernel of the instruction set. What is made of the scores is up to a Derived that has
+// One pass over all or some rows of a table for all queries: distributes steps of tiles to threads, applies filters and
+// calls the kernel of the instruction set. Derived (CRTP) consumes the scores:
 //
 //   float bound_of(int64_t query, uint32_t first_row, float error) const
-//                        what a score must reach to be offered, in the rows from `first_row` on, whose largest error is
-//                        `error`; int8 rows: in units of the query's scale, low enough for rounding
+//                        least score that is offered, for rows >= first_row with quantisation errors <= `error`.
+//                        int8 rows: divided by the query's scale, and lowered by the rounding error of that division
 //   bool offer(int worker, int64_t query, uint32_t row, float score)
-//                        takes the score of a row, which may be filtered out; true if the query's bound may have risen
+//                        receives a score >= the bound; the row may be filtered out. True if the bound may have risen
 #pragma once
 
 #include <algorithm>
@@ -22,30 +22,32 @@
 
 namespace grank {
 
-// A sample of the rows and the rank in it whose score is, with probability > 1 - 1e-5, below the k-th best of all. The
-// sample holds about Poisson(e) of the k best, e = k * rows / num_rows, and e + 4.3 sqrt(e) + 3 is above that quantile.
+// Size of a row sample, and a rank in it whose score is below the k-th best score with probability > 1 - 1e-5. The
+// number of top-k rows in the sample is about Poisson(e), e = k * rows / num_rows; e + 4.3 sqrt(e) + 3 is above its
+// 1 - 1e-5 quantile.
 struct Sample {
-  int64_t rows = 0;  // 0: not worth it
+  int64_t rows = 0;  // 0: no sampling
   int64_t rank = 0;
 };
 Sample sample_of(int64_t num_rows, int64_t num_queries, int64_t k);
 
-// One row of every stride, at a place in it that no order of the table can be aligned with.
+// A jittered stratified sample: `count` equal strata, a pseudo-random row of each, so that no periodic order of the
+// table aligns with it.
 std::vector<uint32_t> sampled_rows(int64_t num_rows, int64_t count);
 
-// int8 numbers and their scale: q is about scale * q8.
+// Symmetric int8 quantisation: writes q8 (d,) with q ~ scale * q8 and returns scale = max|q| / 127.
 float quantise(const float* q, int64_t d, int8_t* q8);
 
-// Writes the positions from `begin` to `end` that a mask allows to `list`, which has room for all; returns how many.
+// Writes the positions in [begin, end) with a true mask to `list` (end - begin,); returns their number.
 int64_t list_allowed(const bool* allow, int64_t begin, int64_t end, uint32_t* list);
 
-// Queries from `first` on, `count` of them, as a problem of their own.
+// The problem of the queries [first, first + count).
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count);
 
 template <typename Derived>
 class RowScan {
  protected:
-  // row_error: (num_rows,), not negative, or null. answered: (num_queries,), those that are offered nothing; or empty.
+  // row_error: (num_rows,), not negative, or null. answered: (num_queries,), true for queries to skip; or empty.
   RowScan(const MipsTopkProblem& problem, const float* row_error, const MipsTopkKernel& kernel,
           std::vector<char> answered)
       : p_(problem),
@@ -60,7 +62,7 @@ class RowScan {
     pack_queries();
   }
 
-  // Offers the rows of list[0 .. count), or the first `count` rows where list is null.
+  // Scores the rows list[0 .. count), or rows [0, count) if list is null.
   void scan(const uint32_t* list, int64_t count) {
     const int64_t blocks = (p_.num_queries + kStepQueries - 1) / kStepQueries;
     const int64_t rows = shared_filter() ? rows_to_filter(count) : kStepRows;
@@ -86,23 +88,23 @@ class RowScan {
   std::unique_ptr<float[]> query_scale_;  // int8 only
 
  private:
-  // A step of a scan: some tiles of rows times some queries. Small enough to balance the threads, large enough to hide
-  // what a step costs; the packed queries of a step stay in the second-level cache.
+  // Rows and queries per step: small enough to balance the threads, large enough to amortise the cost of a step; the
+  // packed queries of a step fit the L2 cache.
   static constexpr int64_t kStepRows = 32 * kTileRows;
   static constexpr int64_t kStepQueries = 11 * kQueriesMultiple;
 
-  // What emit() must know of the tile being scanned.
+  // The context that emit() gets: the tile being scanned.
   struct Tile {
     Derived* search;
     int worker;
     float* bounds;
     int64_t first_query;
     uint32_t first_row;
-    const uint32_t* list;  // the rows' positions, or null: they follow first_row
+    const uint32_t* list;  // row positions; null: consecutive from first_row
     float error;
   };
 
-  // Waking a thread costs about as much as a hundred thousand multiply-adds.
+  // Waking a thread costs about 100,000 multiply-adds.
   static int useful_threads(const MipsTopkProblem& p) {
     const double work = static_cast<double>(p.num_rows) * static_cast<double>(p.d) * (4.0 + p.num_queries);
     return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
@@ -124,20 +126,20 @@ class RowScan {
 
   bool shared_filter() const { return p_.allow != nullptr && p_.allow_stride == 0; }
 
-  // Rows of a step that are filtered before they are scanned: so many that tiles are full where few are eligible, and
-  // that there are steps for all threads.
+  // Rows per step under a shared mask: enough to fill tiles when few rows are eligible, and at least four steps per
+  // thread.
   int64_t rows_to_filter(int64_t count) const {
     const int64_t share = count / (4 * threads_) / kStepRows * kStepRows;
     return std::min(std::max(share, kStepRows), 32 * kStepRows);
   }
 
-  // Read as bytes: a bool tensor may be a view of others than 0 and 1.
+  // Read as bytes: a bool tensor may be a view of bytes other than 0 and 1.
   const uint8_t* allowed(int64_t query) const {
     return reinterpret_cast<const uint8_t*>(p_.allow) + query * p_.allow_stride;
   }
   bool is_allowed(int64_t query, uint32_t row) const { return allowed(query)[row] != 0; }
 
-  // Whether rows are scanned faster as they lie than one by one, as it is in a table of which a few rows are gone.
+  // Whether a contiguous scan is faster than gathering: at least half of the rows are allowed, as with few tombstones.
   bool mostly_allowed(int64_t begin, int64_t end) const {
     const uint8_t* allow = allowed(0);
     int64_t count = 0;
@@ -145,7 +147,7 @@ class RowScan {
     return 2 * count >= end - begin;
   }
 
-  // Those of list[begin .. end) that all queries may have; returns how many.
+  // Copies the allowed rows of list[begin .. end) to `kept`; returns their number.
   int64_t keep_allowed(const uint32_t* list, int64_t begin, int64_t end, uint32_t* kept) const {
     int64_t n = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -170,13 +172,13 @@ class RowScan {
 
   void scan_step(const uint32_t* list, int64_t begin, int64_t end, int64_t first_query, int worker) {
     if (!shared_filter()) return scan_rows(list, begin, end, first_query, worker);
-    if (list == nullptr && mostly_allowed(begin, end)) {  // the others are dropped when they are offered
+    if (list == nullptr && mostly_allowed(begin, end)) {  // offer() drops the other rows
       for (int64_t row = begin; row < end; row += kStepRows) {
         scan_rows(nullptr, row, std::min(row + kStepRows, end), first_query, worker);
       }
       return;
     }
-    // Rows that no query may have are not even read.
+    // Gathers the eligible rows; the others are not read.
     uint32_t eligible[2 * kStepRows];
     int64_t n = 0;
     for (int64_t row = begin; row < end; row += kStepRows) {
@@ -193,7 +195,7 @@ class RowScan {
 
   float largest_error(const uint32_t* list, int64_t begin, int64_t end) const {
     if (row_error_ == nullptr) return 0;
-    int32_t largest = 0;  // floats that are not negative are ordered like their bits, which the compiler can compare
+    int32_t largest = 0;  // non-negative floats order like their bits, and the compiler vectorises an integer maximum
     for (int64_t i = begin; i < end; ++i) {
       int32_t bits;
       __builtin_memcpy(&bits, row_error_ + (list != nullptr ? list[i] : i), 4);
@@ -216,13 +218,13 @@ class RowScan {
     const uint32_t first_row = list != nullptr ? list[begin] : static_cast<uint32_t>(begin);
     const float error = largest_error(list, begin, end);
     for (int64_t q = 0; q < num_queries; ++q) {
-      const bool wanted = !is_answered(first_query + q);  // NaN is what nothing reaches
+      const bool wanted = !is_answered(first_query + q);  // no score is >= NaN
       bounds[q] =
           wanted ? derived->bound_of(first_query + q, first_row, error) : std::numeric_limits<float>::quiet_NaN();
     }
     const char* rows = static_cast<const char*>(p_.rows);
     const int64_t row_bytes = std::min<int64_t>(p_.d * element_bytes(p_.dtype), 512);
-    const auto fetch = [&](uint32_t row) {  // of rows that lie apart
+    const auto fetch = [&](uint32_t row) {  // prefetches a gathered row
       for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(rows + row * p_.row_stride + line);
     };
     for (int64_t i = begin; list != nullptr && i < std::min<int64_t>(begin + kTileRows, end); ++i) fetch(list[i]);
@@ -231,13 +233,13 @@ class RowScan {
       float listed_scale[kTileRows];
       const float* row_scale = p_.row_scale != nullptr ? p_.row_scale + row : nullptr;
       MipsTopkTile tile{rows + row * p_.row_stride, p_.row_stride, nullptr, row_scale, ~uint64_t{0}};
-      if (list != nullptr || end - row < kTileRows) {  // a short tile repeats its last row
+      if (list != nullptr || end - row < kTileRows) {  // a partial tile repeats its last row
         const int64_t n = std::min<int64_t>(kTileRows, end - row);
         for (int64_t i = 0; i < kTileRows; ++i) {
           const int64_t at = row + std::min(i, n - 1);
           listed[i] = list != nullptr ? list[at] : static_cast<uint32_t>(at);
           if (p_.row_scale != nullptr) listed_scale[i] = p_.row_scale[listed[i]];
-          if (list != nullptr && row + kTileRows + i < end) fetch(list[row + kTileRows + i]);  // of the next tile
+          if (list != nullptr && row + kTileRows + i < end) fetch(list[row + kTileRows + i]);  // the next tile
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
       }
