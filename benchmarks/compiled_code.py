@@ -1,4 +1,4 @@
-"""What can be said of compiled code: registers and spills, the loop over tiles, the instructions that a tile costs."""
+"""Facts about compiled kernels: registers, spills, occupancy, and the instructions per score in the loop over tiles."""
 
 import re
 import subprocess
@@ -20,17 +20,17 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 @cache
 def tool(name: str) -> str:
-    """NVIDIA's cuobjdump or nvdisasm: of the CUDA toolkit, or those that come with Triton."""
+    """Path of cuobjdump or nvdisasm, from the CUDA toolkit or from Triton's package."""
     found = which(name)
     if found is None and (triton := find_spec("triton")) is not None and triton.origin is not None:
         found = which(name, path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     if found is None:
-        raise FileNotFoundError(f"there is no {name}: it comes with triton and with the CUDA toolkit")
+        raise FileNotFoundError(f"{name} was not found: install triton or the CUDA toolkit")
     return found
 
 
 def cubin_facts(cubin: bytes) -> Iterator[tuple[Function, Facts]]:
-    """Every kernel of a cubin: its code, and the registers, bytes of stack and of static shared memory it takes."""
+    """Every kernel of a cubin: its code, registers, spilled bytes, and bytes of static shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -47,9 +47,9 @@ def cubin_facts(cubin: bytes) -> Iterator[tuple[Function, Facts]]:
 
 
 def amdgcn_facts(text: str) -> tuple[Function, Facts]:
-    """The kernel of an assembly text for AMD: the figures stand in the metadata at its end.
+    """The kernel of an assembly text for AMD: its code, and the figures in the metadata at the end of the text.
 
-    Scalar registers that do not fit are kept in lanes of vector registers, not in memory, and are no spill to memory.
+    Scalar registers spill to lanes of vector registers, not to memory, and are counted apart.
     """
     figure = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, flags=re.MULTILINE)}
     return read_amdgcn(text), {
@@ -60,7 +60,7 @@ def amdgcn_facts(text: str) -> tuple[Function, Facts]:
 
 
 def code_facts(function: Function) -> Facts:
-    """What can be said of a kernel's code without knowing what it computes."""
+    """Facts that need no knowledge of a kernel's algorithm."""
     loads = [i.bytes for i in function.instructions if i.kind in ("global load", "async copy")]
     kinds = [kind for kind in MATRIX if function.count(kind)]
     return {
@@ -71,23 +71,23 @@ def code_facts(function: Function) -> Facts:
 
 
 class Tile(NamedTuple):
-    """Of a kernel that scores: rows x queries x numbers of each, and the warps that share the work."""
+    """Rows x queries x depth multiplied at a time by the warps of a block."""
 
     items: int
     queries: int
-    depth: int
+    depth: int  # components of a row per step
     dtype: str
     warps: int
-    lanes: int
+    lanes: int  # per warp
 
     def multiply_adds(self, instruction: Instruction) -> int:
-        """Products with addition of all warps together, if each executes the instruction."""
+        """Multiply-adds of one instruction, executed by every warp of the block."""
         opcode = instruction.opcode
         if instruction.kind == "fma":
             return self.warps * self.lanes * (2 if "FFMA2" in opcode or "_pk_" in opcode else 1)
-        if instruction.kind == "tcgen05":  # one warp for all; the shape is in a register, 32 bytes deep
+        if instruction.kind == "tcgen05":  # issued by one warp for all; shape in a register, 32 bytes deep
             return min(self.items, 128) * self.queries * 32 // ITEMSIZE[self.dtype]
-        if found := re.search(r"(\d+)x(\d+)x(\d+)", opcode):  # HGMMA.64x128x16, by four warps; v_mfma_f32_32x32x8
+        if found := re.search(r"(\d+)x(\d+)x(\d+)", opcode):  # HGMMA.64x128x16 (four warps), v_mfma_f32_32x32x8
             return prod(map(int, found.groups())) * self.warps // (4 if instruction.kind == "wgmma" else 1)
         if found := re.search(r"\.168(\d+)", opcode):  # HMMA.16816
             return 16 * 8 * int(found[1]) * self.warps
@@ -95,14 +95,14 @@ class Tile(NamedTuple):
 
 
 def loop_facts(function: Function, kinds: tuple[str, ...], tile: Tile, d: int, copies: int = 0) -> Facts:
-    """What a score costs in the loop over tiles.
+    """Instructions per score in the loop over tiles.
 
     Args:
-        function: the code.
-        kinds: of the instructions that multiply.
-        tile: what is multiplied.
-        d: numbers of a row.
-        copies: that every iteration must start, where branches lead around them.
+        function: the kernel's code.
+        kinds: kinds of the multiplying instructions.
+        tile: shape of the product.
+        d: width of a row.
+        copies: asynchronous copies that an iteration starts, if they are behind a branch.
     """
     loops = function.loops(kinds)
     if not loops:
@@ -129,13 +129,12 @@ def tile_path(
 ) -> tuple[list[Instruction], Loop]:
     """Instructions of one whole tile, and the loop over tiles.
 
-    That is the innermost loop if it makes all products of a tile; else the one around it, in whose iteration the inner
-    one is repeated as often as the products need. Where a tile is too small for its warps some of them make the same
-    products, twice as many or four times as many.
+    The innermost loop, if one iteration makes all products of a tile; otherwise the loop around it, with the innermost
+    loop repeated as often as the products need. If a tile is too small for its warps, two or four warps make the same
+    products.
 
     Raises:
-        ValueError: the matrix instructions that were found do not make the products of a tile, so that something of the
-            code was not understood.
+        ValueError: the matrix instructions do not add up to the products of a tile: the code was misread.
     """
     products = tile.items * tile.queries * tile.depth * -(-d // tile.depth)
     over_tiles, inside = hot, sum(tile.multiply_adds(i) for i in hot.path if i.kind in kinds)
@@ -149,9 +148,9 @@ def tile_path(
 
 
 def copies_in_flight(loop: Loop) -> int:
-    """Groups of asynchronous copies that are still under way while something is multiplied, at most.
+    """Largest number of groups of asynchronous copies in flight during an iteration.
 
-    `DEPBAR.LE SB0, n` lets n groups go on; copies that begin after it and before the next such wait are another.
+    `DEPBAR.LE SB0, n` leaves n groups in flight; the copies between it and the next wait are one group more.
     """
     most = in_flight = 0
     waited = False

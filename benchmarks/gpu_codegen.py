@@ -1,29 +1,28 @@
-"""What the compilers made of the GPU kernels, without a GPU: `python -m benchmarks.gpu_codegen --json FILE [--check]`.
+"""Static analysis of the compiled GPU kernels: `python -m benchmarks.gpu_codegen --json FILE [--check]`; needs no GPU.
 
-One row a kernel, configuration and target: registers, spills, shared memory and occupancy; the kind of matrix
-instruction, the widest load, the copies in flight; and the instructions that a score costs in the hot loop, beside the
-number of issue slots it may cost. Registers, spills and instructions are the compiler's. Occupancy, issue slots and
-everything that follows from them are derived from the figures in gpus.py. Nothing here is measured.
+One row per kernel, configuration and target: registers, spills, shared memory, occupancy, the kind of matrix
+instruction, the widest load, the copies in flight, and the instructions per score in the hot loop beside the issue
+slots per score. Registers, spills and instructions are read from the compiled code; occupancy and issue slots are
+derived from the figures in gpus.py. Nothing is measured.
 
-Issue slots. A multiprocessor issues an instruction to `lanes` lanes a clock (128 on NVIDIA: four schedulers, one warp
-of 32 each) and multiplies `fma` pairs of factors a clock, so the d products of a score take d / fma clocks, in which
+Issue slots. A multiprocessor issues one instruction to `lanes` lanes per clock (128 on NVIDIA: four schedulers, one
+warp of 32 each) and makes `fma` multiply-adds per clock. The d multiply-adds of a score take d / fma clocks, in which
 
     lanes * d / fma
 
-instructions can be issued for it: 16, 8 and 4 on sm_80, sm_90 and sm_100 for float16 at d = 128, half of that for int8
-or for d = 64. An instruction that every lane executes once for each of its scores counts 1. If one tile holds all
-queries of a batch, every tile of rows comes from memory: then the row's bytes take
-d itemsize / (queries * bytes a clock), and the slots are those of the longer of the two times.
+instructions can be issued: 16, 8 and 4 on sm_80, sm_90 and sm_100 for float16 at d = 128, half as many for int8 or
+for d = 64. An instruction that every lane executes once for each of its scores counts 1. If one tile holds all queries
+of a batch, every tile of rows is read from memory, which takes d * itemsize / (queries * bytes per clock) clocks per
+score; the slots are counted in the longer of the two times.
 
-A kernel above its slots is bound by issue, and `issue_share` is the share of the roofline that is left to it. A kernel
-is asked to leave at least what it is expected to reach, the lower end of it: a loop over d of one or two steps, the
-barriers of every tile and the last wave take the rest. That is `REACHED`, times 0.8 for int8, whose slots are half as
-many. So it may take slots / REACHED instructions, matrix instructions and a budget of others. For AMD nothing is
-expected, so nothing is asked. All this is about tiles without a hit; `with_hit_per_score` is the whole loop, every
-branch entered, and gpu_cost_model says how many hits a tile has.
+A kernel with more instructions than slots is bound by issue; `issue_share` is the share of the roofline it can still
+reach. A kernel must be able to reach `REACHED` of it (times 0.8 for int8, which has half the slots); short loops over
+d, barriers and the last wave take the rest. So it may execute slots / REACHED instructions per score: its matrix
+instructions and a budget of others. There is no budget for AMD. All this holds for tiles without a hit;
+`with_hit_per_score` counts the whole loop, every branch entered, and gpu_cost_model has the hits per tile.
 
-`faults` says of a row what is wrong with it, by this and by what every kernel is asked: nothing spilled, products on
-tensor cores, the rows of a tile read by loads of 16 bytes, copies in flight while a tile is multiplied.
+`faults` lists the requirements that a row fails: the budget, no spills, products on tensor cores, rows read by loads
+of 16 bytes, copies in flight while a tile is multiplied.
 """
 
 import argparse
@@ -51,15 +50,15 @@ from benchmarks.compiled_code import (
 from benchmarks.gpus import ARCHITECTURES, CARDS
 from benchmarks.machine_code import MATRIX, Function
 
-# Share of the roofline that the kernels are expected to reach at least.
+# Least share of the roofline that a kernel must be able to reach.
 REACHED = {"sm_80": 0.6, "sm_90": 0.4, "sm_100": 0.3}
-REACHED_BY_INT8 = 0.8  # of that
+REACHED_BY_INT8 = 0.8  # factor for int8
 
 MATRIX_OF = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
 def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool, exponentials: int = 0) -> float:
-    """Issue slots that a score may take at the roofline, as the module describes them."""
+    """Issue slots per score at the roofline; derivation in the module's docstring."""
     architecture = ARCHITECTURES[target]
     clocks = max(architecture.clocks_per_score(dtype, d), exponentials / architecture.special)
     if one_tile:
@@ -69,7 +68,7 @@ def slots(target: str, dtype: str, d: int, queries: int, one_tile: bool, exponen
 
 
 def triton_row(plan_row: Any, kernel: Any) -> Facts:
-    """The facts of one row of `compile_plan` and what Triton compiled for it."""
+    """The facts of one row of `compile_plan` and its compiled kernel."""
     launch, target = plan_row.launch, plan_row.code.target
     threads = plan_row.code.warps * ARCHITECTURES[target].warp
     if "amdgcn" in kernel.asm:
@@ -88,13 +87,13 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
         **occupancy(target, facts["registers"], threads, kernel.metadata.shared),
         **code_facts(function),
     }
-    if "allow" in launch.arguments:  # the kernel passes over the table
+    if "allow" in launch.arguments:  # the kernel scans the table
         d, depth, items, queries, compute = launch.arguments["shape"]
         dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(str(compute), "int8")
         tile = Tile(items, queries, depth, dtype, plan_row.code.warps, ARCHITECTURES[target].warp)
         row |= {"dtype": dtype, "d": d, "tile": f"{tile.items}x{tile.queries}x{depth}"}
-        row["tile_bytes"] = tile.items * min(d, depth) * ITEMSIZE[dtype]  # of one step
-        row["one_tile"] = launch.grid[0] == 1  # of queries
+        row["tile_bytes"] = tile.items * min(d, depth) * ITEMSIZE[dtype]  # per step over d
+        row["one_tile"] = launch.grid[0] == 1  # one tile holds all queries
         row["slots_per_score"] = slots(target, dtype, d, tile.queries, row["one_tile"])
         row |= loop_facts(function, MATRIX if row["matrix"] != "none" else ("fma",), tile, d)
         instructions = row["matrix_per_score"] + row["other_per_score"]
@@ -104,13 +103,16 @@ def triton_row(plan_row: Any, kernel: Any) -> Facts:
 
 
 def faults(row: Facts) -> list[str]:
-    """What a row is blamed for; nothing, if all is well.
+    """Requirements that a row fails.
 
-    Excepted: float32 products are exact, so they run on the FMA units, and their own instructions fill the slots. AMD's
-    gfx942 has no asynchronous copies of 16 bytes; its loads go through registers. Triton 3.7 compiles int8 products for
-    sm_100 to mma, not tcgen05, at a rate that NVIDIA does not publish, so that there are no slots to count. `sample`
-    scores one row in 64 and may take 16 times the slots, a quarter of a scan. `collect` on several query tiles runs for
-    the few queries whose threshold failed, and may take what it takes. The CUDA kernels use mma everywhere.
+    Exceptions:
+
+    - float32 products run on the FMA units, whose instructions alone fill the slots: no budget.
+    - gfx942 has no asynchronous copies of 16 bytes; its loads go through registers.
+    - Triton 3.7 compiles int8 products for sm_100 to mma, not tcgen05, and NVIDIA publishes no rate for it: no budget.
+    - `sample` scores one row in 64: 16 times the slots, a quarter of a scan.
+    - `collect` on several query tiles only runs for queries with a failed threshold: no budget.
+    - The CUDA kernels use mma on every target.
     """
     found = []
     if row["spilled_bytes"]:
@@ -129,12 +131,12 @@ def faults(row: Facts) -> list[str]:
         found.append("no copies in flight while a tile is multiplied")
     most = row["budget_other_per_score"]
     if most is not None and row["other_per_score"] > most:
-        found.append(f"{row['other_per_score']:.2f} instructions a score beside the products, {most:.2f} allowed")
+        found.append(f"{row['other_per_score']:.2f} instructions per score beside the products, {most:.2f} allowed")
     return found
 
 
 def budget(row: Facts) -> float | None:
-    """Instructions that a score may take beside its matrix instructions; None where there is no limit."""
+    """Most instructions per score beside the matrix instructions; None means no limit (see `faults`)."""
     target, dtype, kernel = row["target"], row["dtype"], row["kernel"]
     if target not in REACHED or dtype == "float32" or (target, dtype) == ("sm_100", "int8"):
         return None
@@ -144,7 +146,7 @@ def budget(row: Facts) -> float | None:
     return float(row["slots_per_score"] * (16 if kernel == "sample" else 1) / reached - row["matrix_per_score"])
 
 
-# Kernels of csrc/cuda by the parts of their mangled names; shared memory as the headers of the kernels state it.
+# Kernels of csrc/cuda: pattern of the mangled template arguments, bytes of dynamic shared memory.
 CUDA_KERNELS = {
     "score_candidates": (
         r"kernelINS0_\d+(b?float16)ELi(?P<d>\d+)ELi(?P<h>\d+)E",
@@ -164,14 +166,14 @@ CUDA_THREADS = 128
 
 
 def cuda_row(target: str, function: Function, facts: Facts) -> Facts | None:
-    """The facts of one kernel of the CUDA module; None for a function that is none of its kernels."""
+    """The facts of one kernel of the CUDA module; None for any other function."""
     name = re.match(r"_ZN5grank4cuda\d+(\w+?)_(kernelI.*)", function.name)
     if name is None or name[1] not in CUDA_KERNELS:
         return None
     pattern, shared = CUDA_KERNELS[name[1]]
     found = re.match(pattern, name[2])
     if found is None:
-        raise ValueError(f"{function.name}: template arguments of another form")
+        raise ValueError(f"{function.name}: unknown form of template arguments")
     d = int(found["d"])
     h = int(found.groupdict().get("h", d))
     row = {
@@ -186,20 +188,20 @@ def cuda_row(target: str, function: Function, facts: Facts) -> Facts | None:
         **code_facts(function),
     }
     if name[1] in ("score_candidates", "candidate_cross_attention"):
-        exponentials = 2 if "SiluWeights" in row["configuration"] else 1  # silu: and a reciprocal
+        exponentials = 2 if "SiluWeights" in row["configuration"] else 1  # silu: an exponential and a reciprocal
         row["dtype"] = found[1]
         row["slots_per_score"] = slots(target, "float16", d + h, 64, False, exponentials)
         row["tile_bytes"] = 64 * (d + h) * 2
-        tile = Tile(64, 64, d + h, "float16", CUDA_THREADS // 32, 32)  # of a key and its value
+        tile = Tile(64, 64, d + h, "float16", CUDA_THREADS // 32, 32)  # depth: a key and its value
         row |= loop_facts(function, MATRIX, tile, d + h, copies=row["tile_bytes"] // 16 // CUDA_THREADS)
         instructions = row["matrix_per_score"] + row["other_per_score"]
         row["issue_share"] = min(1.0, row["slots_per_score"] / instructions)
-        row["budget_other_per_score"] = None  # the slots of narrow heads are too few to be a target
+        row["budget_other_per_score"] = None  # narrow heads have too few slots for a target
     return row
 
 
 def cuda_rows(targets: tuple[str, ...], match: str, module: Path) -> Iterator[Facts]:
-    """The kernels in the compiled module `_cuda`, for those of the targets that it has machine code for."""
+    """Rows of the kernels in the compiled module `_cuda`, for the targets with machine code in it."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool("cuobjdump"), "-xelf", "all", module], cwd=folder, capture_output=True, check=True)
         for cubin in sorted(Path(folder).glob("*.cubin")):
@@ -220,11 +222,11 @@ def triton_rows(targets: tuple[str, ...], match: str) -> Iterator[Facts]:
 
 
 def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
-    """All rows, and for each backend what its code was compiled with, or why there is none."""
+    """All rows; per backend the compiler's version, or the reason why its kernels are missing."""
     made: dict[str, Any] = {"label": "compiled, and derived from datasheets; nothing is measured", "rows": []}
     sources: list[Iterator[Facts]] = []
     if find_spec("triton") is None:
-        made["triton"] = "not installed: its kernels are left out"
+        made["triton"] = "Triton is not installed: its kernels are left out"
     else:
         import triton
 
@@ -232,7 +234,7 @@ def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
         sources.append(triton_rows(targets, match))
     module = find_spec("grank_kernels._cuda")
     if module is None or module.origin is None:
-        made["cuda"] = "the CUDA module is not built, there was no nvcc: its kernels are left out"
+        made["cuda"] = "the CUDA module is not built (that needs nvcc): its kernels are left out"
     else:
         made["cuda"] = "the compiled module grank_kernels._cuda"
         sources.append(cuda_rows(targets, match, Path(module.origin)))
@@ -245,7 +247,7 @@ def report(targets: tuple[str, ...], match: str) -> dict[str, Any]:
 
 
 def line(row: Facts) -> str:
-    """A row for people."""
+    """One row as text."""
     text = (
         f"{row['kernel']:10s} {row['configuration']:40s} {row['target']:6s} {row['registers']:3d} registers, "
         f"{row['spilled_bytes']} B spilled, {row['shared_bytes']} B shared, occupancy {row['occupancy']:.2f}, "
@@ -254,7 +256,7 @@ def line(row: Facts) -> str:
     if "issue_share" in row:
         text += (
             f", {row['loop_copies_in_flight']} copies in flight, {row['matrix_per_score']:.2f} + "
-            f"{row['other_per_score']:.2f} instructions a score of {row['slots_per_score']:.1f} slots: "
+            f"{row['other_per_score']:.2f} instructions per score, {row['slots_per_score']:.1f} slots: "
             f"{row['issue_share']:.0%} of the roofline"
         )
     return text + "".join(f"\n    FAULT: {fault}" for fault in row["faults"])
@@ -262,10 +264,12 @@ def line(row: Facts) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--target", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--match", default="", help="only rows whose 'kernel configuration target' this pattern finds")
-    parser.add_argument("--check", action="store_true", help="fail if a row has a fault")
+    parser.add_argument(
+        "--match", default="", help="regular expression: only rows whose 'kernel configuration target' contains it"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with an error if a row has a fault")
     arguments = parser.parse_args()
     made = report(tuple(arguments.target), arguments.match)
     if arguments.json:

@@ -28,13 +28,13 @@ import torch
 from benchmarks.gpus import ARCHITECTURES, CARDS, Card
 from grank_kernels.backends.triton.mips_topk_plan import Device, Plan, Tile, make_plan
 
-CACHE_BYTES_A_CLOCK = 64  # of L2, per multiprocessor
+CACHE_BYTES_A_CLOCK = 64  # read from L2, per multiprocessor
 CANDIDATE = 4 + 4  # score, position
 PASSES = 32 + 3  # most passes of `kth_best` over its entries: range, bits of a score, border
 
 
 class Search(NamedTuple):
-    """B queries of float16 (of the rows' dtype if that is float) over N rows of width d."""
+    """B queries over N rows of width d; queries have the rows' dtype, or float16 if the rows are int8."""
 
     B: int
     N: int
@@ -85,7 +85,7 @@ class Phase(NamedTuple):
 
 
 def sample_rank(search: Search, plan: Plan) -> float:
-    """The rank among the sampled rows of the row that gives the threshold.
+    """Expected rank, within the sample, of the row that becomes the threshold.
 
     The kernel takes the r-th best of the maxima of groups. In the s best rows of the sample G (1 - (1 - 1/G)^s)
     different groups are expected; that is r for s = log(1 - r/G) / log(1 - 1/G).
@@ -116,7 +116,7 @@ def hits_a_tile(search: Search, plan: Plan) -> float:
 
 
 def phases(search: Search, device: Device) -> Iterator[Phase]:
-    """The launches of one search in one step, in order."""
+    """Launches of a search that runs in one step, in order."""
     (B, _, d, k, dtype), plan = search, search.plan(device)
     query_programs = -(-B // device.rows)
     if dtype == torch.int8:  # float16 queries are read twice
@@ -132,7 +132,7 @@ def phases(search: Search, device: Device) -> Iterator[Phase]:
         tiles = -(-search.N // plan.tile.items)
         yield _scores(search, "scan", plan.tile, plan.splits, search.N, tiles, found)
         yield _select(search, query_programs, k + found)
-    if plan.collected and plan.splits:  # no query is left to collect for
+    if plan.collected and plan.splits:  # both launches run, without a query to collect for
         yield Phase("collect", plan.collected * -(-B // plan.collect_tile.queries), other_loads=4 * B * plan.collected)
         yield Phase("select", query_programs, other_loads=4 * B)
     elif plan.collected:
@@ -184,7 +184,7 @@ class Ranking(NamedTuple):
 
     @property
     def copied_bytes(self) -> int:
-        """What blocks copy, a history for every 64 candidates; the kernel's test in the emulator counts as many."""
+        """Bytes copied by all blocks, one history per 64 candidates (confirmed by the kernel's emulator test)."""
         return 2 * self.B * (self.C * self.d + -(-self.C // 64) * (self.L * (self.d + self.h) + self.d * self.h))
 
     @property
@@ -193,9 +193,9 @@ class Ranking(NamedTuple):
         return self.B * self.C * (self.L * (self.d + self.h) + self.d * self.h)
 
     def report(self, card: Card, row: dict[str, Any]) -> dict[str, Any]:
-        """The roofline on a card, and what the compiled kernel (a row of gpu_codegen) leaves of it."""
+        """Roofline on a card, and the share of it that the compiled kernel (a row of gpu_codegen) can reach."""
         architecture = ARCHITECTURES[card.architecture]
-        clocks = card.sms * card.clock  # a second, of all multiprocessors
+        clocks = card.sms * card.clock  # per second, summed over the multiprocessors
         roofline = {
             "memory": self.least_bytes / card.read,
             "products": self.multiply_adds / (architecture.fma["float16"] * clocks),
@@ -255,7 +255,7 @@ def _by_name(found: list[Phase], values: list[float]) -> dict[str, float]:
 
 
 def rank(rows: list[dict[str, Any]]) -> None:
-    """GRank's shape, by the compiled kernels for float16."""
+    """Prints the limits of GRank's Ranker for the compiled float16 kernels."""
     rows = [r for r in rows if (r["kernel"], r["configuration"]) == ("score_candidates", "float16 128 128")]
     print("score_candidates C=2000 L=1000 d=h=128 float16, microseconds, all derived:")
     for row in rows:
@@ -264,7 +264,7 @@ def rank(rows: list[dict[str, Any]]) -> None:
                 made = Ranking(B, C=2000, L=1000, d=128, h=128).report(card, row)
                 limits = ", ".join(f"{limit} {s * 1e6:.1f}" for limit, s in made["limits, seconds"].items())
                 print(
-                    f"  {name} B={B:2d}: {limits}, {made['last wave']:.2f} times for the last wave: "
+                    f"  {name} B={B:2d}: {limits}, times {made['last wave']:.2f} for the last wave: "
                     f"at most {made['share of the roofline, at most']:.0%} of the roofline; "
                     f"{made['bytes a candidate']:.0f} bytes a candidate, {made['least bytes a candidate']:.0f} at least"
                 )

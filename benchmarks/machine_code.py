@@ -1,17 +1,18 @@
-"""Reads disassembly: instructions, loops, and the path that an iteration takes most of the time.
+"""Control-flow analysis of disassembly: instructions, loops, and the usual path of an iteration.
 
-Two readers, `read_sass` for `nvdisasm -c` and `read_amdgcn` for the assembly that LLVM writes for AMD, make the same
-`Function`. The loop that matters is the innermost one with matrix instructions in it. Its body holds more than an
-iteration usually runs: the branch that appends candidates is entered by one tile in many. So instructions are counted
-along the path from the loop's first block back to it that passes the most matrix instructions and, of those, is the
-shortest: what a tile without a hit costs. Where copies are started behind a branch, too, their number is asked for.
+Two readers, `read_sass` for `nvdisasm -c` and `read_amdgcn` for LLVM's AMD assembly, return a `Function`. The hot loop
+is the innermost loop with matrix instructions. Few iterations execute its whole body: the branch that appends
+candidates is rarely entered. So instructions are counted along one path from the loop's first block back to it: among
+the paths with the most matrix instructions the shortest, which is a tile without a hit. If asynchronous copies are
+behind a branch too, the caller gives their number (`Loop.with_copies`).
 """
 
 import re
 from collections import Counter
 from typing import NamedTuple
 
-# First match wins; matched against "opcode operands". What none of these names is "other": addresses, compares, moves.
+# Kind: pattern matched against "opcode operands"; the first match wins. Everything else (addresses, compares, moves) is
+# "other".
 KINDS = {
     "tcgen05": r"UTC[A-Z]*MMA\b",
     "wgmma": r"[HIQ]GMMA\b",
@@ -36,9 +37,9 @@ _WIDTHS = {
 
 
 class Instruction(NamedTuple):
-    opcode: str  # with its suffixes: LDGSTS.E.BYPASS.128
+    opcode: str  # with suffixes: LDGSTS.E.BYPASS.128
     operands: str = ""
-    guarded: bool = False  # runs under a predicate: @P0, @!UP1
+    guarded: bool = False  # predicated: @P0, @!UP1
 
     @property
     def kind(self) -> str:
@@ -47,23 +48,23 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes a lane loads, stores or copies; a SASS opcode that names no width moves four."""
+        """Bytes loaded, stored or copied per lane; 4 for a SASS opcode without a width."""
         return next((_WIDTHS[part] for part in re.split(r"[._]", self.opcode) if part in _WIDTHS), 4)
 
     @property
     def takes_slot(self) -> bool:
-        """Whether it is issued where matrix instructions are.
+        """Whether the instruction takes an issue slot from matrix instructions.
 
-        On NVIDIA everything is; AMD issues scalar, memory and branch instructions beside vector ones, of other waves.
+        On NVIDIA every instruction does. AMD issues scalar, memory and branch instructions of other waves in parallel.
         """
         return self.opcode[0].isupper() or self.opcode.startswith("v_")
 
 
 class Loop(NamedTuple):
     blocks: frozenset[int]
-    path: list[Instruction]  # one iteration, as the module describes it
-    body: list[Instruction]  # all of it
-    others: dict[int, list[Instruction]]  # the shortest paths with as many matrix instructions, by number of copies
+    path: list[Instruction]  # one iteration without a hit (see the module)
+    body: list[Instruction]  # every block
+    others: dict[int, list[Instruction]]  # number of copies: shortest path with as many matrix instructions
 
     @property
     def counts(self) -> Counter[str]:
@@ -73,22 +74,28 @@ class Loop(NamedTuple):
         return sum(instruction.kind in kinds for instruction in self.path)
 
     def with_copies(self, copies: int) -> "Loop":
-        """The loop with the shortest path that starts at least so many copies."""
+        """The loop with the shortest path that starts at least this number of asynchronous copies."""
         found = [path for number, path in self.others.items() if number >= copies]
         if not found:
-            raise ValueError(f"no path of the loop starts {copies} copies, only {sorted(self.others)}")
+            raise ValueError(
+                f"copies must be at most {max(self.others)}, the most that a path of the loop starts, got {copies}"
+            )
         return self._replace(path=min(found, key=len))
 
 
 class Function:
-    """Instructions of one kernel, as the graph of its basic blocks.
+    """Control-flow graph of one kernel.
 
-    `targets[i]` is where instruction i may jump; after those in `stops` the next one does not follow.
+    Args:
+        name: the kernel's name.
+        instructions: in order of address.
+        targets: branch instruction: its target, both as indices of `instructions`.
+        stops: indices of the instructions that never fall through to the next one.
     """
 
     def __init__(self, name: str, instructions: list[Instruction], targets: dict[int, int], stops: set[int]):
         if not instructions:
-            raise ValueError(f"{name}: no instruction was read")
+            raise ValueError(f"{name}: no instructions found")
         self.name, self.instructions = name, instructions
         starts = sorted({0, *targets.values(), *(i + 1 for i in [*targets, *stops] if i + 1 < len(instructions))})
         self.blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(instructions)], strict=True)]
@@ -102,7 +109,7 @@ class Function:
             self.successors.append(after)
 
     def loops(self, kinds: tuple[str, ...] = MATRIX) -> list[Loop]:
-        """Natural loops with instructions of these kinds, innermost first, those with more of them first."""
+        """Natural loops with instructions of these kinds: innermost first, then by the number of such instructions."""
         order = self._reverse_postorder()
         dominators = self._dominators(order)
         bodies: dict[int, set[int]] = {}
@@ -112,7 +119,7 @@ class Function:
                 predecessors.setdefault(after, []).append(block)
         for block in order:
             for head in self.successors[block]:
-                if head in dominators[block]:  # block -> head closes a loop
+                if head in dominators[block]:  # block -> head is a back edge
                     body, todo = bodies.setdefault(head, {head}), [block]
                     while todo:
                         if (inside := todo.pop()) not in body:
@@ -155,7 +162,7 @@ class Function:
     def _loop(
         self, head: int, body: set[int], order: list[int], dominators: dict[int, set[int]], kinds: tuple[str, ...]
     ) -> Loop:
-        """Paths over the acyclic body; of those with the same numbers of these kinds and of copies, the shortest."""
+        """The loop with the shortest path for every (instructions of these kinds, copies), over the acyclic body."""
         kept = {head: {self._numbers(head, kinds): [head]}}
         ends: dict[tuple[int, int], list[int]] = {}
         for block in (b for b in order if b in kept):
@@ -175,7 +182,7 @@ class Function:
         more: tuple[int, int],
         block: list[int],
     ) -> None:
-        """Adds to the paths that are kept those that go on with a block, where they are shorter."""
+        """Extends `paths` by a block and keeps the shorter path for each key (instructions, copies)."""
         for numbers, path in paths.items():
             longer, total = [*path, *block], (numbers[0] + more[0], numbers[1] + more[1])
             kept[total] = min(kept.get(total, longer), longer, key=lambda p: sum(len(self.blocks[b]) for b in p))
@@ -189,7 +196,7 @@ class Function:
 
 
 def read_sass(text: str) -> dict[str, Function]:
-    """Functions of what `nvdisasm -c` printed."""
+    """Functions in the output of `nvdisasm -c`, by name."""
     functions = {}
     for part in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
         name = part.split(":", 1)[0]
@@ -202,7 +209,7 @@ def read_sass(text: str) -> dict[str, Function]:
         for i, (opcode, operands, guarded) in enumerate(instructions):
             stem = opcode.split(".")[0]
             if stem in ("BRX", "JMX", "JMP"):
-                raise ValueError(f"{name}: {opcode} jumps to where this reader cannot follow")
+                raise ValueError(f"{name}: {opcode} is an indirect jump, which this reader cannot follow")
             label = re.search(r"`\((\.L_x_\d+)\)", operands)
             if stem in ("BRA", "CALL") and label:  # ptxas also leaves loops by a predicated CALL.REL.NOINC to a label
                 targets[i] = labels[label[1]]
@@ -216,10 +223,10 @@ def read_sass(text: str) -> dict[str, Function]:
 
 
 def read_amdgcn(text: str) -> Function:
-    """The one kernel of what LLVM printed for an AMD GPU.
+    """The kernel of an assembly text that LLVM wrote for an AMD GPU.
 
-    A branch on an empty execution mask (s_cbranch_execz) is taken as never taken: it steps over code that no lane
-    of a wave needs, a masked load for example, and a full tile needs it.
+    A branch on an empty execution mask (s_cbranch_execz) counts as never taken: it skips code that no lane needs, such
+    as a masked load, and a full tile needs it.
     """
     name = re.search(r"^\s+\.type\s+(\S+),@function", text, flags=re.MULTILINE)
     if name is None:
@@ -229,7 +236,7 @@ def read_amdgcn(text: str) -> Function:
     targets, stops = {}, set()
     for i, (opcode, operands, _) in enumerate(instructions):
         if opcode in ("s_setpc_b64", "s_swappc_b64"):
-            raise ValueError(f"{name[1]}: {opcode} jumps to where this reader cannot follow")
+            raise ValueError(f"{name[1]}: {opcode} is an indirect jump, which this reader cannot follow")
         if opcode == "s_branch" or (opcode.startswith("s_cbranch_") and opcode != "s_cbranch_execz"):
             targets[i] = labels[operands]
         if opcode in ("s_branch", "s_endpgm"):
@@ -238,7 +245,7 @@ def read_amdgcn(text: str) -> Function:
 
 
 def _scan(text: str, instruction: str, label: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions in order, and the index of the one that each label stands before."""
+    """Instructions in order, and for each label the index of the instruction after it."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():

@@ -24,7 +24,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One torch thread: on sizes this small a second one gains nothing and waits where tests run side by side."""
+    """One torch thread: the sizes are too small for two, and a waiting thread slows down parallel test runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -40,7 +40,7 @@ def emulator(checked: bool, *instead: Path) -> Emulator:
 
 
 class EmulatedModule:
-    """The interface of grank_kernels/_cuda.pyi, and the counters of the last call."""
+    """The interface of grank_kernels/_cuda.pyi; keeps the counters of the last call."""
 
     def __init__(self, emulator: Emulator, settings: Settings, plan: tuple[int, int]) -> None:
         self.emulator, self.settings, self.plan = emulator, settings, plan
@@ -62,7 +62,7 @@ class EmulatedModule:
         given = dict(enumerate(arguments))
         for i in OUTPUTS[kernel]:
             if given[i] is not None:
-                given[i] = Output(given[i], initialised=not bool(given[i].isnan().any()))  # no NaN: filled
+                given[i] = Output(given[i], initialised=not bool(given[i].isnan().any()))  # without NaN: has content
         named = {f"argument {i}": x for i, x in given.items()}
         self.counters = self.emulator.run(f"emulated_{kernel}", self.settings, **named)
 
@@ -75,7 +75,7 @@ def with_emulator(
     plan: tuple[int, int] = (0, 0),
     instead: Collection[Path] = (),
 ) -> Iterator[EmulatedModule]:
-    """Adds the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its own choice."""
+    """Adds the backend "emulated". `plan`: stages and tiles per block of score_candidates, 0 for its default."""
     module = EmulatedModule(emulator(checked, *instead), settings or Settings(), plan)
     with poisoned(), standing_in(module, torch):
         yield module

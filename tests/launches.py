@@ -1,8 +1,8 @@
-"""Processes that tests start, and cases that all ranks of a process group run in step.
+"""Child processes of tests, and cases that all ranks of a process group run together.
 
     python tests/SOME_cases.py RANK WORLD_SIZE STORE RESULTS
 
-RESULTS.RANK receives {name of the case: "" or what failed}. Random numbers are the same on all ranks.
+RESULTS.RANK receives {name of the case: "" or its traceback}. Random numbers are the same on all ranks.
 """
 
 import json
@@ -24,7 +24,7 @@ from grank_kernels.distributed.ranks import leave
 
 Case = Callable[[int, int, Path], None]
 TIMEOUT = timedelta(seconds=60)
-SECONDS = 600  # after which a launch has failed; it takes a few
+SECONDS = 600  # timeout of a launch, which takes a few
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -34,7 +34,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def finished(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What they wrote; none is left running."""
+    """The outputs of the processes; kills all of them if one fails or times out."""
     try:
         return [process.communicate(timeout=SECONDS)[0] for process in processes]
     finally:
@@ -53,7 +53,7 @@ def started(*command: object, **variables: str) -> subprocess.Popen[str]:
 
 
 def all_cases(script: str, cases: Iterable[str], world: int, folder: Path) -> dict[str, list[str]]:
-    """What failed, by case and rank."""
+    """Failures by case and rank."""
     arguments = [world, folder / "store", folder / "results"]
     ranks = [started(sys.executable, TESTS / script, rank, *arguments) for rank in range(world)]
     output = finished(ranks)
@@ -63,7 +63,7 @@ def all_cases(script: str, cases: Iterable[str], world: int, folder: Path) -> di
 
 
 def run_cases(cases: dict[str, Case]) -> None:
-    """What a script of cases does on its rank."""
+    """Runs all cases on one rank: the main function of a script of cases."""
     rank, world, store, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""Fresh memory full of what no result may hold, so that a kernel that leaves a place unwritten shows."""
+"""Fresh memory filled with NaN and the largest integers, so that unwritten elements of a result are noticed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

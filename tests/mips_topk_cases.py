@@ -1,4 +1,4 @@
-"""Cases that several test files of mips_topk share: problems of hypothesis, kinds of tables, reserved memory."""
+"""Cases shared by the tests of mips_topk: hypothesis problems, kinds of tables, reserved memory."""
 
 import math
 import mmap
@@ -29,10 +29,10 @@ class Problem:
 
 
 def fill(draw: st.DrawFn, shape: tuple[int, int], finite: bool = False) -> torch.Tensor:
-    """Numbers of a small pool, in an order drawn by seed: mostly hostile, or a few of them among ordinary ones."""
+    """Random numbers from a small pool: mostly extreme values, or a few of them among ordinary ones."""
     pool = np.array(draw(st.lists(numbers, min_size=1, max_size=8)), np.float32)
     if finite:
-        pool = np.nan_to_num(pool, nan=1.0)  # infinities become the largest numbers
+        pool = np.nan_to_num(pool, nan=1.0)  # infinities become the largest finite numbers
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     chosen = pool[random.integers(0, len(pool), shape)]
     ordinary = random.standard_normal(shape).astype(np.float32)
@@ -50,7 +50,7 @@ def problems(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> Problem:
     if draw(st.booleans()):
         queries = queries.to(draw(st.sampled_from([torch.float16, torch.bfloat16])))
     rows = fill(draw, (N, d), finite=kind == "int8")
-    if draw(st.booleans()) and N > 0:  # rows that are equal
+    if draw(st.booleans()) and N > 0:  # equal rows
         rows = rows[torch.randint(0, min(N, 5), (N,), generator=torch.Generator().manual_seed(B))]
     filters: dict[str, Any] = {}
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -71,7 +71,7 @@ def problems(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> Problem:
 
 
 def reserved(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are touched."""
+    """Zeros in untouched pages, which take no memory."""
     size = count * dtype.itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)
@@ -116,7 +116,7 @@ def tables(rows: torch.Tensor, kind: str, ids: torch.Tensor | None = None) -> tu
 
 
 def both(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, backend: str, **more: Any) -> gk.ItemTable:
-    """Searches with and without the int8 copy, which must agree; returns the table with it."""
+    """Asserts that searches with and without the int8 copy agree; returns the table with it."""
     exact, certified = tables(rows, kind, more.pop("ids", None))
     want = gk.mips_topk(queries, exact, k, backend=backend, **more)
     assert_same(gk.mips_topk(queries, certified, k, backend=backend, **more), want)

@@ -1,6 +1,6 @@
-"""What mips_topk must return, bit for bit, in the plainest way: NumPy, one rounding at a time, one sort a query.
+"""Oracle of mips_topk, bit for bit: NumPy, one rounding at a time, one sort per query.
 
-Nothing here calls the package, but for asking which instruction set is in use.
+Independent of the package, except for the name of the active instruction set.
 """
 
 import inspect
@@ -22,27 +22,27 @@ from grank_kernels.backends import cpu
 
 TESTS = Path(__file__).resolve().parent
 SEGMENT = 128
-KINDS = ("float32", "float16", "bfloat16", "int8")  # of tables
+KINDS = ("float32", "float16", "bfloat16", "int8")  # dtypes of tables
 BACKENDS = ("cpu", "reference")
 
 
 def fused(backend: str) -> bool:
-    """Whether a backend rounds a multiplication and addition once."""
+    """Whether a backend uses fused multiply-add."""
     return backend == "cpu" and (cpu.isa() != "baseline" or platform.machine() in ("arm64", "aarch64"))
 
 
 def isas() -> list[str]:
-    """The instruction sets that run here, weakest first."""
+    """Instruction sets that this machine can run, weakest first."""
     return [] if cpu.unavailable() else [name for name, runs_here in cpu.isas().items() if runs_here]
 
 
 def searching_isas() -> list[str]:
-    """Those with search kernels of their own; avx512bf16 has kernels for the Ranker only."""
+    """Instruction sets with search kernels; avx512bf16 has kernels for the Ranker only."""
     return [isa for isa in isas() if isa != "avx512bf16"]
 
 
 def inactive(names: list[str]) -> list[Any]:
-    """The instruction sets other than the one in use, as parameters of slow tests."""
+    """Every instruction set but the active one, as parameters of slow tests."""
     return [pytest.param(name, marks=pytest.mark.slow) for name in names if name != cpu.isa()]
 
 
@@ -52,24 +52,24 @@ def inactive(names: list[str]) -> list[Any]:
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a * b + c of float32, rounded once.
 
-    float64 holds the product exactly. The sum is rounded to odd there (of its two neighbours the one with an odd last
-    bit), which the second rounding, to float32, cannot turn into a wrong result.
+    The product is exact in float64. The sum is rounded to odd in float64 (to the neighbour with an odd last bit), so
+    the second rounding, to float32, is correct.
     """
     product = a.astype(np.float64) * b
     total = product + c
-    # Two roundings differ from one only beside the middle between two float32 (which lie closer to zero below 2^-126).
+    # Two roundings differ from one only near the midpoint of two float32 numbers (spaced evenly below 2^-126).
     doubtful = (total.view(np.int64) & 0x1FFFFFFF == 0x10000000) | (np.abs(total) < 2.0**-126)
     if doubtful.any():
         p, s, addend = product[doubtful], total[doubtful], np.broadcast_to(c, total.shape)[doubtful].astype(np.float64)
         from_addend = s - p
-        error = (p - (s - from_addend)) + (addend - from_addend)  # Knuth: exactly what was rounded away
+        error = (p - (s - from_addend)) + (addend - from_addend)  # the rounding error, exactly (Knuth's TwoSum)
         move = (error != 0) & (s.view(np.int64) & 1 == 0)
         total[doubtful] = np.where(move, np.nextafter(s, np.copysign(np.inf, error)), s)
     return total.astype(np.float32)
 
 
 def float_scores(queries: np.ndarray, rows: np.ndarray, once: bool) -> np.ndarray:
-    """(B, N): products added over j ascending in segments of 128, rounded once a step or twice."""
+    """(B, N): products added over j ascending in segments of 128, rounded once per step (fused) or twice."""
     total = np.zeros((len(queries), len(rows)), np.float32)
     with np.errstate(all="ignore"):
         for begin in range(0, queries.shape[1], SEGMENT):
@@ -82,7 +82,7 @@ def float_scores(queries: np.ndarray, rows: np.ndarray, once: bool) -> np.ndarra
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 numbers (as int64) and the scale of every row: max|row| / 127, half to even."""
+    """int8 numbers (as int64) and scale max|row| / 127 of every row, rounded half to even."""
     with np.errstate(all="ignore"):
         scale = np.max(np.abs(x), axis=1, initial=0) / np.float32(127)
         numbers = np.clip(np.rint(x / scale[:, None]), -127, 127)
@@ -96,7 +96,7 @@ def int8_scores(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def scores(queries: torch.Tensor, rows: torch.Tensor, kind: str, backend: str) -> np.ndarray:
-    """(B, N) float32 of a table of that kind made of `rows`."""
+    """Scores (B, N), float32, of a table with dtype `kind` made of `rows`."""
     q, x = queries.detach().float().numpy(), rows.detach()
     if kind == "int8":
         return int8_scores(q, x.float().numpy())
@@ -107,7 +107,7 @@ def scores(queries: torch.Tensor, rows: torch.Tensor, kind: str, backend: str) -
 
 
 def eligible(B: int, N: int, ids: np.ndarray, exclude: Any = None, allow: torch.Tensor | None = None) -> np.ndarray:
-    """(B, N): what the filters leave."""
+    """Eligible rows as a bool mask (B, N)."""
     left = np.ones((B, N), bool) if allow is None else np.broadcast_to(allow.numpy(), (B, N)).copy()
     for b in range(B):
         if isinstance(exclude, torch.Tensor):
@@ -119,7 +119,7 @@ def eligible(B: int, N: int, ids: np.ndarray, exclude: Any = None, allow: torch.
 
 
 def best(scores: np.ndarray, k: int, ids: np.ndarray, left: np.ndarray) -> gk.TopK:
-    """By (score descending, id ascending), NaN left out, -inf and -1 where nothing is left."""
+    """The k best by (score descending, id ascending) without NaN, filled with (-inf, -1)."""
     values = np.full((len(scores), k), -np.inf, np.float32)
     found = np.full((len(scores), k), -1, np.int64)
     for b, row in enumerate(scores):
@@ -140,7 +140,7 @@ def expected(
     exclude: Any = None,
     allow: torch.Tensor | None = None,
 ) -> gk.TopK:
-    """What `search` of the same arguments must return."""
+    """The result that `search` must return for the same arguments."""
     B, N = len(queries), len(rows)
     numbers = np.arange(N) if ids is None else ids.numpy()
     return best(scores(queries, rows, kind, backend), k, numbers, eligible(B, N, numbers, exclude, allow))
@@ -150,7 +150,7 @@ def expected(
 
 
 def items_of(rows: torch.Tensor, kind: str, ids: torch.Tensor | None = None) -> "torch.Tensor | gk.ItemTable":
-    """A table of that kind; a plain tensor where that can hold it."""
+    """The rows as a tensor if `kind` is a float dtype and there are no ids, otherwise as a table."""
     if kind != "int8" and ids is None:
         return rows.to(getattr(torch, kind))
     return gk.ItemTable.from_rows(rows, dtype=getattr(torch, kind), ids=ids)
@@ -170,7 +170,7 @@ def search(
 
 
 def assert_same(got: gk.TopK, want: gk.TopK, case: str = "") -> None:
-    """Equal ids, and equal scores bit for bit (so 0.0 is not -0.0)."""
+    """Asserts equal ids and equal bits of scores (0.0 differs from -0.0)."""
     assert got.values.dtype == torch.float32, case
     assert got.indices.dtype == torch.int64, case
     assert got.values.shape == want.values.shape == got.indices.shape == want.indices.shape, case
@@ -185,17 +185,17 @@ def assert_same(got: gk.TopK, want: gk.TopK, case: str = "") -> None:
 
 
 def check(queries: torch.Tensor, rows: torch.Tensor, k: int, *, kind: str, backend: str, **more: Any) -> gk.TopK:
-    """Searches and compares with what is expected; returns the result."""
+    """Searches, compares with the oracle, and returns the result."""
     got = search(queries, rows, k, kind=kind, backend=backend, **more)
     assert_same(got, expected(queries, rows, k, kind=kind, backend=backend, **more))
     return got
 
 
 def integers(*shape: int, most: int = 4) -> torch.Tensor:
-    """Whole numbers so small that every way to add their products is exact, in every dtype.
+    """Whole numbers small enough for exact sums of products in every dtype and order.
 
-    The first number of every row is `most`, and 127 / most divides what int8 makes of them: with most = 127 an int8
-    table holds them as they are.
+    The first number of every row is `most`, so int8 multiplies the row by 127 / most; with most = 127 an int8 table
+    stores the numbers unchanged.
     """
     x = torch.randint(-most, most + 1, shape).float()
     x[..., :1] = most
@@ -203,20 +203,20 @@ def integers(*shape: int, most: int = 4) -> torch.Tensor:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, with warnings as errors; the tests' folder and the package can be imported.
+    """Runs code in a child process, with warnings as errors and the tests' folder on the path.
 
-    Triton's interpreter, which conftest.py asks for, must be asked for again.
+    TRITON_INTERPRET, which conftest.py sets, is not inherited: pass it if the code needs it.
     """
     package = Path(gk.__file__).resolve().parent.parent
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env = {**inherited, **environment, "PYTHONPATH": os.pathsep.join([str(package), str(TESTS)])}
-    return subprocess.run(  # the limit only ends a deadlock
+    return subprocess.run(  # the timeout ends deadlocks
         [sys.executable, "-W", "error", "-c", code], env=env, text=True, capture_output=True, timeout=900
     )
 
 
 def contract_of(modules: Collection[ModuleType], left_out: Collection[str]) -> dict[str, Any]:
-    """The tests of modules with the fixture `backend`: a module with another `backend` can run them again."""
+    """The tests of modules with the fixture `backend`, for a module that redefines `backend`."""
     tests = {
         name: test
         for module in modules

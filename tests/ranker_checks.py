@@ -1,4 +1,4 @@
-"""Checks that the tests of the Ranker's two ops share: accuracy against float64, equal bits, odd memory layouts."""
+"""Checks shared by the tests of the Ranker's two ops: accuracy against float64, equal bits, memory layouts."""
 
 import math
 
@@ -19,8 +19,8 @@ INF = math.inf
 def check_attention(problem: Attention, backend: str) -> torch.Tensor:
     """Compares `out` and the gradients with float64, and returns `out`.
 
-    The error of `out` is at most twice that of plain torch in the dtype. A gradient may have twice that error, and 8
-    roundings of its terms: it is computed from `lse` and `out`, each rounded once more, where torch keeps the weights.
+    Allowed error of `out`: twice the error of plain torch in the dtype. Of a gradient: that, and 8 roundings of its
+    terms, because it is computed from the rounded `lse` and `out`, while torch keeps the weights.
     """
     dtype = problem.q.dtype
     cast = problem.cast(dtype)
@@ -52,12 +52,12 @@ def same_bits(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def equal_bits(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal bits of float32, those of NaN and of zeros included."""
+    """Equal bits of float32, also of NaN and signed zeros."""
     assert torch.equal(got.view(torch.int32), want.view(torch.int32))
 
 
 def check_scores(problem: Scoring, backend: str) -> torch.Tensor:
-    """Compares the scores with float64, and returns them: at most twice the error of plain torch in the dtype."""
+    """Asserts at most twice the error of plain torch in the dtype, against float64; returns the scores."""
     got, exact = problem.scores(backend), problem.formula(torch.float64)
     assert got.dtype == torch.float32
     there = problem.candidate_ids >= 0
@@ -69,7 +69,7 @@ def check_scores(problem: Scoring, backend: str) -> torch.Tensor:
 
 
 def alike(got: torch.Tensor, want: torch.Tensor, backend: str) -> None:
-    """Equal bits; close on the reference backend, where the order of torch's sums depends on shapes and strides."""
+    """Asserts equal bits; on the reference backend closeness, since torch's order of sums depends on the layout."""
     if backend == "reference":
         torch.testing.assert_close(got, want)
     else:
@@ -81,7 +81,7 @@ def whole(*shape: int, most: int = 4) -> torch.Tensor:
 
 
 def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Equal tensors of other strides, with NaN (or the largest integer) in between."""
+    """Equal tensors with other strides, and NaN (or the largest integer) in the gaps."""
     poison = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     wide = torch.full([2 * n + 1 for n in x.shape], poison, dtype=x.dtype)
     inner = wide[tuple(slice(1, 2 * n, 2) for n in x.shape)]

@@ -1,7 +1,7 @@
-"""The formulas of score_candidates and candidate_cross_attention in plain torch, user by user, in any dtype.
+"""score_candidates and candidate_cross_attention in plain torch, user by user, in any dtype.
 
-In float64 they are what is true, in the dtype of the inputs what plain torch makes of it. Problems carry their inputs,
-ask the package on the device of a backend, and bring the result back.
+float64 gives the reference result, the dtype of the inputs gives the error of plain torch. A problem holds its inputs,
+calls the package on a backend's device, and returns the result on the CPU.
 """
 
 import math
@@ -17,14 +17,20 @@ import grank_kernels as gk
 from grank_kernels.backends import BACKENDS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FLOATING = ("keys", "values", "user_hidden", "item_weight", "out_weight")  # operands of score_candidates, one dtype
+FLOATING = (
+    "keys",
+    "values",
+    "user_hidden",
+    "item_weight",
+    "out_weight",
+)  # of score_candidates; all of one dtype
 HEAD = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
 def backends_of(op: str) -> list[Any]:
-    """The backends that have an op, as parameters; those that cannot run here are skipped and say why.
+    """Backends of an op as parameters, with a reason to skip if one cannot run on this machine.
 
-    Not "cuda", which takes 16-bit numbers alone: test_<op>_cuda.py keeps the same contract with it.
+    Without "cuda", which takes float16 and bfloat16 only: test_<op>_cuda.py runs the same tests on it.
     """
     found = []
     for name, module in BACKENDS.items():
@@ -39,7 +45,7 @@ def device_of(backend: str) -> str:
 
 
 def on(backend: str, x: Any) -> Any:
-    """A tensor or a table where the backend takes it; anything else as it is."""
+    """A tensor or a table on the backend's device; other values unchanged."""
     return x.to(device_of(backend)) if isinstance(x, (torch.Tensor, gk.ItemTable)) else x
 
 
@@ -52,9 +58,9 @@ def largest(x: torch.Tensor) -> float:
 
 
 def allowed(plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, size: torch.Tensor) -> float:
-    """Twice what plain torch loses in that dtype, and a rounding of the largest sum of the sizes of the terms.
+    """Tolerance: twice the error of plain torch in the dtype, and one rounding of the largest sum of |terms|.
 
-    The latter because torch may happen to lose next to nothing where there are few results.
+    The second part because torch's error may be near 0 by chance if there are few results.
     """
     return 2 * largest(plain.double() - exact) + torch.finfo(dtype).eps * largest(size)
 
@@ -81,14 +87,14 @@ class Scoring:
         return gk.score_candidates(**given, backend=backend).cpu()
 
     def rows(self) -> torch.Tensor:
-        """Of the table, int8 rows times their scale."""
+        """Rows of the table; int8 rows times their scale."""
         return self.items if isinstance(self.items, torch.Tensor) else self.items.rows(torch.arange(len(self.items)))
 
     def scale(self) -> float:
         return self.rows().shape[1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
 
     def formula(self, dtype: torch.dtype) -> torch.Tensor:
-        """(B, C), computed in a dtype."""
+        """Scores (B, C), computed in a dtype."""
         rows = self.rows()
         scores = torch.full(self.candidate_ids.shape, -torch.inf, dtype=dtype)
         weight, out = self.item_weight.to(dtype), self.out_weight.to(dtype)
@@ -102,10 +108,10 @@ class Scoring:
         return scores
 
     def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C) twice: the sum of the sizes of the terms of a score, and what rounding may make of it at most.
+        """(sum of |terms|, bound of the rounding error) of every score, (B, C) each.
 
-        Sums are float32; a row of the table and a weight of the softmax may be rounded to the dtype of the keys before
-        they are multiplied. A sum of n products has an error of at most n roundings of the sum of their sizes.
+        Sums are float32; table rows and softmax weights may be rounded to the dtype of the keys first. A sum of n
+        products has an error of at most n roundings of the sum of their absolute values.
         """
         single, unit = 2.0**-24, torch.finfo(self.keys.dtype).eps / 2
         wide = self.but(items=self.rows().double(), **{name: vars(self)[name].double() for name in FLOATING})
@@ -118,10 +124,10 @@ class Scoring:
             weights, sizes = (self.scale() * (e @ keys.T)).softmax(1), abs(self.scale()) * (e.abs() @ keys.abs().T)
             logit = (unit + (d + 4) * single) * F.pad(sizes, (1, 0)).amax(1, keepdim=True)
             attended, user = weights @ values.abs(), wide.user_hidden[b].abs()
-            hidden = attended + e.abs() @ weight + user  # sizes, at least those of the hidden layer
+            hidden = attended + e.abs() @ weight + user  # at least the |hidden layer|
             error = torch.expm1(2 * logit + unit + 2 * (L + 8) * single) * attended
-            error = error + (unit + (d + 16) * single) * hidden  # 16 for the activation
-            steepest = 1.13  # slope of gelu
+            error = error + (unit + (d + 16) * single) * hidden  # 16 roundings for the activation
+            steepest = 1.13  # largest slope of gelu
             size[b, there] = hidden @ out + abs(self.out_bias)
             bound[b, there] = steepest * error @ out + (h + 4) * single * size[b, there]
         return size, bound
@@ -141,7 +147,7 @@ def scoring(
     table: torch.dtype | None = None,
     **more: Any,
 ) -> Scoring:
-    """Random inputs of ordinary size; a tenth of the ids are negative where there are many."""
+    """Random inputs of ordinary size; with many candidates a tenth of the ids is negative."""
     B, T = len(lengths), sum(lengths)
     rows, ids = torch.randn(N, d), torch.randint(0, N, (B, C))
     if C > 20:
@@ -182,7 +188,7 @@ class Attention:
         return gk.candidate_cross_attention(**given, **more, backend=backend)
 
     def leaves(self) -> list[torch.Tensor]:
-        """What has a gradient: q, k, v and, where there is one, bias_k."""
+        """Inputs with a gradient: q, k, v and, if given, bias_k."""
         return [x for x in (self.q, self.k, self.v, self.bias_k) if x is not None]
 
     def gradients(self, backend: str | None, grad_out: torch.Tensor) -> list[torch.Tensor]:
@@ -192,7 +198,7 @@ class Attention:
         return [grad.cpu() for grad in found]
 
     def cast(self, dtype: torch.dtype | None) -> "Attention":
-        """A copy whose q, k, v and bias_k are leaves, of another dtype if one is given."""
+        """A copy with q, k, v and bias_k as leaves, in another dtype if one is given."""
         cast = {
             name: None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
             for name, x in (("q", self.q), ("k", self.k), ("v", self.v), ("bias_k", self.bias_k))
@@ -217,7 +223,7 @@ class Attention:
         return F.pad(torch.cat(users), (0, 0, 0, 0, before, after))
 
     def users(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Each one's q, k, v and bias."""
+        """q, k, v and bias of each user."""
         B = len(self.k) if self.cu_seqlens_k is None else len(self.cu_seqlens_k) - 1
         return [
             (self.of_q(self.q, b), *(None if x is None else self.of_k(x, b) for x in (self.k, self.v, self.bias_k)))
@@ -225,13 +231,13 @@ class Attention:
         ]
 
     def of_q(self, x: torch.Tensor, b: int) -> torch.Tensor:
-        """A user's rows of a tensor with the rows of q or out."""
+        """A user's rows of a tensor shaped like q or out."""
         if self.cu_seqlens_q is not None:
             return x[int(self.cu_seqlens_q[b]) : int(self.cu_seqlens_q[b + 1])]
         return x if x.dim() == 3 else x[b]
 
     def of_k(self, x: torch.Tensor, b: int) -> torch.Tensor:
-        """A user's rows of a tensor with the rows of k."""
+        """A user's rows of a tensor shaped like k."""
         if self.cu_seqlens_k is not None:
             return x[int(self.cu_seqlens_k[b]) : int(self.cu_seqlens_k[b + 1])]
         return x[b] if self.seqused_k is None else x[b, : int(self.seqused_k[b])]
@@ -252,10 +258,10 @@ def attention(
     bias: bool = False,
     **more: Any,
 ) -> Attention:
-    """Random inputs of ordinary size, with NaN wherever nobody may look.
+    """Random inputs of ordinary size, with NaN in padding and in rows of no user.
 
     `queries` are "dense", "shared" or "ragged" (C for the first user, one less for the next, and so on); `history` is
-    "dense" (two columns longer than the longest) or "ragged" (with rows of nobody before and behind).
+    "dense" (two columns longer than the longest) or "ragged" (with rows of no user at both ends).
     """
     B = len(lengths)
     if history == "dense":
@@ -282,7 +288,7 @@ def _as_wide(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def true_gradients(problem: Attention, grad_out: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Of the formula, computed in a dtype."""
+    """Gradients of the formula, computed in a dtype."""
     cast = problem.cast(dtype)
     found = torch.autograd.grad(cast.formula(), cast.leaves(), grad_out.to(dtype), allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(cast.leaves(), found, strict=True)]
@@ -292,12 +298,11 @@ Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple[Five, Five]:
-    """Of user b's out and gradients of q, k, v, bias_k: the sums of the sizes of their terms, and what rounding may do.
+    """(sums of |terms|, bounds of the rounding error) of user b's out and gradients of q, k, v, bias_k.
 
-    With g the sizes of the gradients of the weights, `w` stands for the sizes of the gradients of the logits:
-    `p (g + sum(p g))` for the softmax, and `1.1 g / L` for silu, whose slope stays below 1.1, its curvature below 1.
-    Rounding: sums are float32 in any order; weights, gradients of logits and results may be rounded to the dtype of q,
-    and weights that are hardly normal numbers, below 2^-124, may become 0.
+    `g` bounds the |gradients| of the weights, `w` those of the logits: `p (g + sum(p g))` for the softmax, `1.1 g / L`
+    for silu (slope below 1.1, curvature below 1). Rounding: sums are float32 in any order; weights, gradients of logits
+    and results may be rounded to the dtype of q, and weights below 2^-124, nearly subnormal, may become 0.
     """
     single, info = 2.0**-24, torch.finfo(problem.q.dtype)
     q, k, v, bias = (None if x is None else x.double() for x in problem.users()[b])
@@ -306,7 +311,7 @@ def attention_sizes(problem: Attention, grad_out: torch.Tensor, b: int) -> tuple
     bias = torch.zeros(k.shape[:2], dtype=torch.float64) if bias is None else bias
     logits = scale * torch.einsum("chd,lhd->hcl", q, k) + bias.T[:, None]
     sizes = abs(scale) * torch.einsum("chd,lhd->hcl", q.abs(), k.abs()) + bias.abs().T[:, None]
-    off = (D + 8) * single * (F.pad(sizes, (1, 0)).amax(-1, keepdim=True) + math.log(L))  # lse is no larger
+    off = (D + 8) * single * (F.pad(sizes, (1, 0)).amax(-1, keepdim=True) + math.log(L))  # bounds the error of lse too
     rest = 2 * info.eps + (D + L + C + 32) * single
     g = torch.einsum("chd,lhd->hcl", grad, v.abs())
     if problem.activation == "softmax":

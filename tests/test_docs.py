@@ -1,4 +1,4 @@
-"""The documents are true: examples run, links, names and commands exist, figures are the recorded ones."""
+"""Documentation: examples run; links, names and commands exist; figures match the recorded runs."""
 
 import ast
 import importlib
@@ -81,7 +81,7 @@ def test_readme_is_short() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors that GitHub makes of a document's headings."""
+    """GitHub's anchors of a document's headings."""
     headings = re.findall(r"(?m)^#+ +(.+)$", path.read_text(encoding="utf-8"))
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -105,7 +105,7 @@ PUBLIC |= {"IndexFlatIP": adapters.IndexFlatIP, "grank_kernels": grank_kernels}
 
 
 def problem_with(span: str) -> str | None:
-    """What does not exist in a code span such as `ItemTable.rows(ids)`; None also for spans without a public name."""
+    """The missing name in a code span such as `ItemTable.rows(ids)`; None if all exist or none is public."""
     try:
         tree = ast.parse(span, mode="eval").body
     except SyntaxError:
@@ -133,7 +133,7 @@ def problem_with(span: str) -> str | None:
     return None
 
 
-def test_a_name_that_does_not_exist_is_noticed() -> None:
+def test_a_missing_name_is_noticed() -> None:
     assert problem_with("ItemTable.find(ids)") == "ItemTable.find(ids): no find"
     assert problem_with("mips_topk(queries, rows, k)") == "mips_topk(queries, rows, k): no parameter rows"
     assert problem_with("models.Nothing") == "models.Nothing: no Nothing"
@@ -142,7 +142,7 @@ def test_a_name_that_does_not_exist_is_noticed() -> None:
 
 def test_names_in_code_spans_exist(document: Path) -> None:
     if document.name == "CHANGELOG.md":
-        pytest.skip("it names what was removed, too")
+        pytest.skip("the changelog names removed functions too")
     spans = re.findall(r"`([^`\n]+)`", prose(document))
     assert not [problem for span in spans if (problem := problem_with(span))]
 
@@ -171,7 +171,7 @@ def test_api_lists_existing_modules() -> None:
 
 
 def commands() -> list[object]:
-    """Every command line of a `sh` block, its continuation lines joined, without comment."""
+    """Every command of a `sh` block, with joined continuation lines and without comments."""
     found = []
     for path in DOCUMENTS:
         for line, block in blocks(path, "sh"):
@@ -200,7 +200,7 @@ def test_commands_exist(words: list[str]) -> None:
         assert {word.split("=")[0] for word in rest[1:] if re.match(r"--[a-z]", word)} <= names
 
 
-def grank():  # type: ignore[no-untyped-def] # typer's classes have no types of their own
+def grank():  # type: ignore[no-untyped-def] # typer's classes are untyped
     typer = pytest.importorskip("typer")
     from grank_kernels.recommender.cli.commands import app
 
@@ -219,7 +219,7 @@ def ratio(case: str, rows: str) -> str:
 
 
 def result(row: str, table: str, figure: str) -> str:
-    """The mean over seeds, as the tables of docs/results.md print it."""
+    """The mean over seeds, as printed in the tables of docs/results.md."""
     (found,) = (each for each in TABLES[table] if each.name == row)
     return mean_of(found, figure)
 
@@ -237,7 +237,7 @@ def grank_at(row: str, figure: str) -> Callable[[], str]:
 
 
 HR, AUC, RETRIEVED, RANKED = "retrieved hr@10", "auc", "retrieved recall@50", "ranked_200 recall@50"
-CLAIMS = [  # a page, what it says with a group for every figure, and the figures of the record
+CLAIMS = [  # page, sentence with one group per figure, recorded figures
     (
         "README.md",
         r"takes ([\d.]+) of the time of the fastest exact peer",
@@ -269,20 +269,20 @@ CLAIMS = [  # a page, what it says with a group for every figure, and the figure
 
 
 @pytest.mark.parametrize(("page", "text", "figures"), CLAIMS)
-def test_figures_in_prose_are_those_of_the_record(page: str, text: str, figures: list[Callable[[], str]]) -> None:
+def test_figures_in_prose_match_the_record(page: str, text: str, figures: list[Callable[[], str]]) -> None:
     found = re.search(text.replace(" ", r"\s+"), (ROOT / page).read_text())
     assert found is not None, f"{page} does not say {text}"
     assert list(found.groups()) == [figure() for figure in figures]
 
 
 def test_readme_quotes_no_other_figure() -> None:
-    """A decimal number in its prose is a claim of the list above, or a version."""
+    """Every decimal number in its prose is in CLAIMS or is a version."""
     text = re.sub(r"(?m)^\|.*$|\]\([^)]*\)|arXiv [\d.]+|Python [\d.]+|Apache-[\d.]+", "", prose(ROOT / "README.md"))
     claimed = [figure() for page, _, figures in CLAIMS if page == "README.md" for figure in figures]
     assert re.findall(r"\d+\.\d+", text) == claimed
 
 
-def test_page_of_benchmarks_is_that_of_the_record(tmp_path: Path) -> None:
+def test_page_of_benchmarks_matches_the_record(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
     for stem, (section, _) in SECTIONS.items():
@@ -290,7 +290,7 @@ def test_page_of_benchmarks_is_that_of_the_record(tmp_path: Path) -> None:
     assert page.read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_table_of_the_readme_is_that_of_the_record(tmp_path: Path) -> None:
+def test_table_of_the_readme_matches_the_record(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text((ROOT / "README.md").read_text())
     write_section(page, "summary", summary_table(RUN))
@@ -302,7 +302,7 @@ def test_table_of_the_readme_is_that_of_the_record(tmp_path: Path) -> None:
 
 
 def picture() -> set[Path]:
-    """Paths that the picture in CONTRIBUTING names: folders end in a slash, two blanks end the names of a line."""
+    """Paths in CONTRIBUTING's picture: folders end in a slash, two spaces end the names of a line."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     drawn = text[text.index("## The house") :].split("```")[1]
     folders: list[str] = []
@@ -317,7 +317,7 @@ def picture() -> set[Path]:
     return named
 
 
-def test_picture_names_what_exists() -> None:
+def test_picture_names_existing_paths() -> None:
     named = picture()
     assert len(named) > 20
     assert not sorted(str(path) for path in named if not (ROOT / path).exists())

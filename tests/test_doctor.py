@@ -1,4 +1,4 @@
-"""What a user sees before the first search: the import, show_config, and a package without its native library."""
+"""The import, show_config, and a package without its native modules."""
 
 import importlib
 import platform
@@ -33,9 +33,7 @@ def test_public_names() -> None:
     for name in gk.__all__:
         assert getattr(gk, name).__doc__ or name == "__version__"
     for op in ("candidate_cross_attention", "mips_topk", "score_candidates"):
-        importlib.import_module(
-            f"grank_kernels.{op}"
-        )  # the op's file has the op's name; the attribute stays the function
+        importlib.import_module(f"grank_kernels.{op}")  # the module has the op's name; the attribute stays the function
         assert callable(getattr(gk, op))
 
 
@@ -65,8 +63,8 @@ print(*{name.split(".")[0] for name in set(sys.modules) - of_torch})
 """
 
 
-def test_import_and_search_load_little_and_warn_of_nothing() -> None:
-    """No package but this one and its two small dependencies; `run_python` makes errors of warnings."""
+def test_import_and_search_load_little_and_do_not_warn() -> None:
+    """No third-party package but the two small dependencies; `run_python` turns warnings into errors."""
     done = run_python(SEARCH)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -74,7 +72,7 @@ def test_import_and_search_load_little_and_warn_of_nothing() -> None:
     assert loaded <= {"grank_kernels", "xxhash", "numpy"}, loaded
 
 
-def test_the_package_as_a_program_says_what_can_run() -> None:
+def test_the_package_as_a_program_lists_the_backends() -> None:
     done = run_python("import runpy; runpy.run_module('grank_kernels', run_name='__main__')")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"grank_kernels {gk.__version__}\n")
@@ -153,7 +151,7 @@ def test_package_works_without_the_cuda_module() -> None:
 
 
 def test_show_config_names_an_impossible_instruction_set() -> None:
-    """It is what one runs to find out why a search raises."""
+    """show_config reports the error instead of raising it."""
     done = run_python("import grank_kernels as gk; print(gk.show_config())", GRANK_CPU_ISA="mmx")
     assert done.returncode == 0, done.stderr
     assert "GRANK_CPU_ISA must be one of baseline" in done.stdout

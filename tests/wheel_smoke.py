@@ -1,4 +1,4 @@
-"""What an installed wheel must do, run by `make wheel` and cibuildwheel from a folder without the sources."""
+"""Smoke test of an installed wheel, run by `make wheel` and cibuildwheel from a folder without the sources."""
 
 import torch
 

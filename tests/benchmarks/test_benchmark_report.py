@@ -1,4 +1,4 @@
-"""From a benchmark run to its page: turns are put together, tables say what was measured, pictures do not vary."""
+"""From a benchmark run to its page: merged turns, tables, reproducible pictures."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def searched(name: str, times: list[float], N: int = 1000, d: int = 64, B: int =
 
 
 def pytest_run() -> dict[str, Any]:
-    """Two turns of each method, as pytest-benchmark writes them."""
+    """The output of pytest-benchmark for two turns of each method."""
     benchmarks = []
     for turn in (0.0, 0.001):
         for name, time in (("mips_topk float32", 0.001), ("A peer", 0.004), ("mips_topk int8", 0.0005)):
@@ -68,7 +68,7 @@ def approximately(value: Any) -> Any:
     return pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
 
 
-def test_turns_are_put_together() -> None:
+def test_turns_are_merged() -> None:
     found = together([searched("a", [1.0, 5.0]), searched("b", [9.0]), searched("a", [2.0, 3.0, 4.0])])
     assert [(case["method"], case["median"], case["rounds"]) for case in found] == [("a", 3.0, 5), ("b", 9.0, 1)]
     assert (found[0]["q1"], found[0]["q3"]) == (2.0, 4.0)
@@ -78,7 +78,7 @@ def test_statistics_of_one_round() -> None:
     assert statistics([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "rounds": 1}
 
 
-def test_settings_are_cases_of_their_own(run: Run) -> None:
+def test_each_setting_is_one_case(run: Run) -> None:
     assert [case["setting"] for case in run.of("recall")] == [None, "efSearch 8", "efSearch 16"]
 
 
@@ -93,11 +93,11 @@ def test_results_are_read_as_they_were_saved(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "benchmarks.json").read_bytes()
 
 
-def test_the_middle_is_what_most_cases_are_of(run: Run) -> None:
+def test_the_middle_size_is_the_most_frequent(run: Run) -> None:
     assert middle(run.of("mips_topk")) == (1000, 64)
 
 
-def test_ours_is_told_by_name() -> None:
+def test_ours_is_recognised_by_name() -> None:
     assert ours({"method": "mips_topk float32, int8 copy"})
     assert not ours({"method": "torch matmul+topk float32"})
 
@@ -110,7 +110,7 @@ def test_tables_show_medians_over_all_turns(run: Run) -> None:
     assert "cuvs" not in text
 
 
-def test_ratios_are_to_the_fastest_peer_with_rows_of_that_width(run: Run) -> None:
+def test_ratios_are_to_the_fastest_peer_of_equal_precision(run: Run) -> None:
     lines = ratio_table(run).splitlines()[2:]
     assert (
         "| mips_topk 1000 x 64 B=16 k=100 | float32 rows | mips_topk float32, 1.5 ms | A peer, 4.5 ms | 0.33 |" in lines
@@ -131,10 +131,10 @@ def test_the_page_has_every_figure_and_the_same_bytes_twice(run: Run, tmp_path: 
     page = (first / "benchmarks.md").read_text()
     assert "| HNSW efSearch 16 | 0.800 |" in page
     assert page.count("figures: begin") == PAGE.read_text().count("figures: begin") == 7
-    assert "begin -->\n<!--" not in page  # no section stayed empty
+    assert "begin -->\n<!--" not in page  # no section is empty
 
 
-def test_what_was_not_run_leaves_its_section_as_it_is(run: Run, tmp_path: Path) -> None:
+def test_sections_without_a_run_are_kept(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_page(tmp_path / "page", run)
     before = (tmp_path / "page" / "benchmarks.md").read_text()

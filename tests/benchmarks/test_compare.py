@@ -1,4 +1,4 @@
-"""The comparison of two builds: its intervals, its verdict, and the processes that it asks."""
+"""The comparison of two builds: intervals, verdict, and the timing processes."""
 
 import random
 from pathlib import Path
@@ -10,7 +10,7 @@ from grank_kernels.backends import cpu
 
 
 class Pretended:
-    """A build whose calls take these times, with noise."""
+    """A simulated build: calls take the given times, with noise."""
 
     def __init__(self, draw: random.Random, **seconds: float) -> None:
         self.draw, self.seconds, self.names = draw, seconds, list(seconds)
@@ -22,7 +22,7 @@ class Pretended:
 
 
 def compared(**ratios: float) -> dict[str, Comparison]:
-    """Ten rounds of builds whose times are in these ratios, on a machine that drifts."""
+    """Ten rounds of two builds with the given ratios of times, on a machine with drift."""
     draw, rounds = random.Random(7), dict[str, list[tuple[float, float]]]()
     for number in range(10):
         speed = draw.uniform(0.5, 2)
@@ -55,7 +55,7 @@ def test_an_interval_of_equal_ratios_is_a_point() -> None:
     assert interval([1.25] * 5) == (1.25, 1.25)
 
 
-def test_an_interval_covers_the_median_as_often_as_it_says() -> None:
+def test_an_interval_has_its_nominal_coverage() -> None:
     draw = random.Random(3)
     inside = 0
     for _ in range(100):

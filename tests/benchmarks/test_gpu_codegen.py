@@ -1,6 +1,6 @@
-"""What the compilers made of the GPU kernels: no spills, tensor cores, wide loads, copies that run ahead.
+"""Compiled GPU kernels: no spills, tensor cores, loads of 16 bytes, asynchronous copies.
 
-Kernels are compiled in processes of their own: where the interpreter runs them nothing can be compiled.
+Kernels are compiled in child processes, because nothing compiles under TRITON_INTERPRET=1.
 """
 
 import json
@@ -67,19 +67,19 @@ def test_every_kernel(target: str) -> None:
 
 
 def test_report_without_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what is left out, and why."""
+    """The report gives the reason for missing kernels."""
     monkeypatch.setattr(gpu_codegen, "find_spec", lambda name: None)
     made = gpu_codegen.report(("sm_80",), "")
     assert made["rows"] == []
-    assert made["triton"] == "not installed: its kernels are left out"
-    assert made["cuda"] == "the CUDA module is not built, there was no nvcc: its kernels are left out"
+    assert made["triton"] == "Triton is not installed: its kernels are left out"
+    assert made["cuda"] == "the CUDA module is not built (that needs nvcc): its kernels are left out"
 
 
-# A module that was built from the sources here must hold their kernels.
+# The compiled module must contain every kernel, if it was built from this folder.
 CUDA_MODULE = find_spec("grank_kernels._cuda")
 needs_cuda_module = pytest.mark.skipif(
     CUDA_MODULE is None or not (Path(__file__).parents[2] / "csrc/cuda/score_candidates.cu").exists(),
-    reason="the CUDA module is not built, there was no nvcc",
+    reason="the CUDA module is not built (that needs nvcc)",
 )
 
 
@@ -116,7 +116,7 @@ def test_names_of_cuda_kernels(name: str, configuration: str) -> None:
         row = cuda_row("sm_80", nothing_to_do, facts)
         assert row is not None
         assert (row["kernel"] in name, row["configuration"]) == (True, configuration)
-    else:  # it must have a loop that multiplies
+    else:  # a kernel without a loop that multiplies is an error
         with pytest.raises(ValueError, match="no loop with mma"):
             cuda_row("sm_80", nothing_to_do, facts)
     other = Function("_ZN5grank4cuda15runtime_versionEv", [Instruction("EXIT")], {}, {0})
@@ -144,8 +144,21 @@ for name, planted, more in [
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "name", ["triton.runtime.jit.create_function_from_signature", "triton.runtime.jit.JITFunction._pack_args"]
+)
+def test_a_triton_without_the_functions_of_3_6_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grank_kernels.backends.triton.compile_plan import compile_plan
+
+    next(compile_plan(("sm_80",)))
+    monkeypatch.delattr(name)
+    with pytest.raises(RuntimeError, match=r"triton must be 3.6 or 3.7 to compile without a GPU, got 3\."):
+        next(compile_plan(("sm_80",)))
+
+
+@needs_triton
 def test_planted_faults_are_found() -> None:
-    """The kernel itself, compiled so that it must have them."""
+    """`scan`, compiled with options that cause each fault."""
     as_it_is, one_stage, few_registers, unaligned = compiled("float16 d=128 B=16", "sm_80", code=PLANTED)
     assert as_it_is["faults"] == []
     assert one_stage["faults"][-1] == "no copies in flight while a tile is multiplied"
@@ -185,7 +198,7 @@ GOOD = {
         ({"loop_bytes_by_16": 16384}, "16384 of 32768 bytes of rows by loads of 16 bytes"),
         ({"loop_copies_in_flight": 0}, "no copies in flight while a tile is multiplied"),
         ({"other_per_score": 19.87}, None),  # 8 / 0.4 - 0.125 = 19.875
-        ({"other_per_score": 19.88}, "19.88 instructions a score beside the products, 19.88 allowed"),
+        ({"other_per_score": 19.88}, "19.88 instructions per score beside the products, 19.88 allowed"),
         ({"other_per_score": 19.9, "dtype": "int8"}, None),
         ({"other_per_score": 24.9, "dtype": "int8"}, "24.87 allowed"),
         ({"other_per_score": 319.0, "kernel": "sample"}, None),
@@ -207,11 +220,11 @@ def test_faults(changed: dict[str, Any], fault: str | None) -> None:
 
 
 def test_slots() -> None:
-    """128 lanes a clock over 1024, 2048 and 4096 products a clock; more where rows come from memory for few queries."""
+    """128 lanes per clock over 1024, 2048 and 4096 products per clock; more if few queries make memory the bound."""
     assert [slots(target, "float16", 128, 128, False) for target in ("sm_80", "sm_90", "sm_100")] == [16, 8, 4]
     assert slots("sm_90", "int8", 128, 128, False) == slots("sm_90", "bfloat16", 64, 128, False) == 4
     assert slots("sm_80", "float32", 128, 64, False) == 256
-    # H200, the fastest memory of its kind: 4.8e12 / 132 / 1.83e9 = 19.9 bytes a clock; 256 bytes a row for 16 queries
+    # H200, the fastest memory of sm_90: 4.8e12 / 132 / 1.83e9 = 19.9 bytes per clock; 256 bytes per row, 16 queries
     assert slots("sm_90", "float16", 128, 16, True) == pytest.approx(128 * 256 / 16 / 19.9, rel=0.01)
     assert slots("sm_90", "float16", 128, 1024, True) == 8
     assert set(REACHED) == {"sm_80", "sm_90", "sm_100"}
@@ -256,8 +269,8 @@ def test_products_of_an_instruction(opcode: str, dtype: str, lanes: int, product
 
 
 def test_path_of_a_tile() -> None:
-    """An inner loop is repeated as often as the products need; products that do not add up are refused."""
-    tile = Tile(items=64, queries=32, depth=16, dtype="float16", warps=4, lanes=32)  # 4 HMMA a warp for 16 columns
+    """The inner loop is repeated until the products of a tile are complete; a mismatch is an error."""
+    tile = Tile(items=64, queries=32, depth=16, dtype="float16", warps=4, lanes=32)  # 4 HMMA per warp for 16 columns
     inner = loop("LDSM.16.M88.4", *["HMMA.16816.F32"] * 4)
     outer = inner._replace(blocks=inner.blocks | {99}, path=[*inner.path, Instruction("FSETP.GE.AND")])
     path, over_tiles = tile_path("scan", inner, [inner, outer], MATRIX, tile, d=48)

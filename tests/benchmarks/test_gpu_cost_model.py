@@ -1,4 +1,4 @@
-"""The cost model's bytes, products and candidates beside those counted in runs of the kernels in the interpreter."""
+"""The cost model's bytes, products and candidates against counts of the kernels in the interpreter."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ needs_interpreter = pytest.mark.skipif(
 
 @pytest.fixture
 def counts() -> Iterator[dict[str, Any]]:
-    """What the interpreter does: the bytes it loads from "rows", a list of tensors, and from elsewhere; products."""
+    """Counters of the interpreter: bytes loaded from the tensors "rows", bytes loaded from others, products."""
     from emulation.triton_interpreter import strict
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -52,7 +52,7 @@ def counts() -> Iterator[dict[str, Any]]:
 
 
 def run(search: Search, counts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Runs a search launch by launch; what each did, and, of `scan`, the candidates of every query."""
+    """Runs a search; returns the counts of every launch, and the candidates per query after `scan`."""
     from grank_kernels.backends.triton.mips_topk_launches import Chunk, Problem, launches
 
     queries, items, scale = torch.randn(search.B, search.d), torch.randn(search.N, search.d), None
@@ -92,13 +92,16 @@ def run(search: Search, counts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     ids=str,
 )
 def test_counts(search: Search, counts: dict[str, Any]) -> None:
-    """Rows are loaded behind masks, so that bytes agree to the byte; products include the padding of tiles."""
+    """Row loads are masked, so the bytes agree exactly; products include the padding of tiles."""
     measured, derived = list(run(search, counts)), list(phases(search, INTERPRETER))
     assert [m["name"] for m in measured] == [phase.name for phase in derived]
     for m, phase in zip(measured, derived, strict=True):
         where = f"{phase.name}: {m} beside {phase}"
         for count in ("programs", "item_loads", "item_bytes", "multiply_adds"):
-            if (phase.name, count) != ("threshold", "programs"):  # which has programs for the padding of queries, too
+            if (phase.name, count) != (
+                "threshold",
+                "programs",
+            ):  # also for the padding of queries
                 assert m[count] == getattr(phase, count), where
         if phase.name == "sample":
             assert m["other_loads"] == phase.other_loads, where
@@ -112,7 +115,7 @@ def test_counts(search: Search, counts: dict[str, Any]) -> None:
 
 
 def test_rank_of_the_threshold() -> None:
-    """Where the sample is larger than its groups, their r-th best maximum is a little below its r-th best row."""
+    """With fewer groups than sampled rows, the r-th best group maximum is slightly below the r-th best row."""
     search = Search(B=1, N=4_000_000, d=128, k=5000, dtype=torch.float16)
     plan = search.plan(INTERPRETER)
     assert plan.groups < plan.sampled
@@ -120,7 +123,7 @@ def test_rank_of_the_threshold() -> None:
     r = int(share + 5 * share**0.5 + 7)
     ranks = []
     for _ in range(40):
-        group = torch.randperm(plan.sampled) % plan.groups  # of the rows, best first
+        group = torch.randperm(plan.sampled) % plan.groups  # group of each row, best row first
         first = torch.zeros(plan.groups, dtype=torch.long).scatter_reduce(
             0, group, torch.arange(plan.sampled), "amin", include_self=False
         )
@@ -133,7 +136,7 @@ def test_rank_of_the_threshold() -> None:
 
 @pytest.mark.parametrize(("k", "launches"), [(10, 4), (500, 7)])
 def test_report(k: int, launches: int) -> None:
-    """A search for one query reads the table once, at the bandwidth of the card, and 1/64 more for the sample."""
+    """One query: one read of the table at the card's bandwidth, and 1/64 of it for the sample."""
     made = report(Search(B=1, N=10_000_000, d=128, k=k, dtype=torch.float16))
     assert made["label"] == "derived"
     table = 10_000_000 * 128 * 2
@@ -156,7 +159,7 @@ def test_large_batches_are_bound_by_products() -> None:
 
 
 def test_ranking() -> None:
-    """GRank's shape on an H100: bound by products; a kernel of 16 instructions a score could just keep up."""
+    """GRank's shape on an H100 is bound by products; 16 instructions per score take about as long."""
     ranking = Ranking(B=32, C=2000, L=1000, d=128, h=128)
     row = {"matrix_per_score": 4.0, "other_per_score": 12.0, "blocks_per_sm": 2}
     made = ranking.report(CARDS["H100"], row)

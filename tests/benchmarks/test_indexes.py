@@ -1,4 +1,4 @@
-"""The indexes against the exact search: how much of it they find, and that what they return is true."""
+"""The indexes against the exact search: recall, and validity of the returned lists."""
 
 import builtins
 import math
@@ -27,7 +27,7 @@ BUILDS: dict[str, Callable[[Tensor], Index]] = {
     "wide tree": lambda vectors: Tree(vectors, branch=8, beam=64),
     "tree with leaves": lambda vectors: Tree(vectors, leaf=8, beam=32),
 }
-NARROWEST = {  # every setting of a search at its least
+NARROWEST = {  # the least value of every search setting
     "hnsw": {"ef_search": 1},
     "ivf-pq": {"nprobe": 1, "refine": 1},
     "tree": {"beam": 1},
@@ -38,7 +38,7 @@ NARROWEST = {  # every setting of a search at its least
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """For what is built once a module, too."""
+    """One torch thread, for module fixtures too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[Tensor, Tensor]:
-    """Items in 64 clusters, of norms that differ, and queries near items: what trained vectors look like."""
+    """Items in 64 clusters with different norms, and queries near items, like trained vectors."""
     generator = torch.Generator().manual_seed(7)
     centres = torch.randn(64, D, generator=generator)
     vectors = centres.repeat_interleave(N // 64, 0) + 0.4 * torch.randn(N, D, generator=generator)
@@ -62,12 +62,12 @@ def built(request: pytest.FixtureRequest, problem: tuple[Tensor, Tensor]) -> tup
 
 
 def recall(found: Tensor, true: Tensor) -> float:
-    """Share of the true lists that was found."""
+    """Share of the true lists that was found (recall)."""
     return (found.unsqueeze(2) == true.unsqueeze(1)).any(1).float().mean().item()
 
 
 def check_lists(index: Index, queries: Tensor, k: int) -> Tensor:
-    """What holds for every list, however much was found; returns the indices."""
+    """Checks invariants of a list at any recall; returns its indices."""
     values, indices = index.search(queries, k)
     assert values.shape == indices.shape == (len(queries), k)
     assert (values.dtype, indices.dtype) == (torch.float32, torch.int64)
@@ -77,7 +77,7 @@ def check_lists(index: Index, queries: Tensor, k: int) -> Tensor:
     assert ((values - true).abs() <= bound)[real].all()
     assert (values[~real] == -math.inf).all()
     assert (values[:, 1:] <= values[:, :-1]).all()
-    assert (real[:, :-1] | ~real[:, 1:]).all()  # nothing behind a filler
+    assert (real[:, :-1] | ~real[:, 1:]).all()  # no result after a filler
     for row in indices.tolist():
         ids = [item for item in row if item >= 0]
         assert len(set(ids)) == len(ids)
@@ -85,12 +85,12 @@ def check_lists(index: Index, queries: Tensor, k: int) -> Tensor:
 
 
 def test_recall_on_clusters(built: tuple[str, Index], problem: tuple[Tensor, Tensor]) -> None:
-    """At least 0.9 of the true 20, where looking at random at as many items would give 0.25 at most."""
+    """Recall of the best 20 is at least 0.9; the same number of random items would give at most 0.25."""
     _, index = built
     assert recall(check_lists(index, problem[1], K), mips_topk(problem[1], problem[0], K).indices) >= 0.9
 
 
-def test_looking_at_less_finds_less(built: tuple[str, Index], problem: tuple[Tensor, Tensor]) -> None:
+def test_narrower_searches_have_lower_recall(built: tuple[str, Index], problem: tuple[Tensor, Tensor]) -> None:
     name, index = built
     true = mips_topk(problem[1], problem[0], 1).indices
     wide = recall(check_lists(index, problem[1], 1), true)
@@ -109,7 +109,7 @@ def test_looking_at_less_finds_less(built: tuple[str, Index], problem: tuple[Ten
             setattr(index, setting, value)
 
 
-def test_more_than_there_is(built: tuple[str, Index], problem: tuple[Tensor, Tensor]) -> None:
+def test_k_above_the_number_of_items(built: tuple[str, Index], problem: tuple[Tensor, Tensor]) -> None:
     indices = check_lists(built[1], problem[1][:2], N + 3)
     assert (indices[:, N:] == -1).all()
 
@@ -170,7 +170,7 @@ def test_a_tree_is_balanced_and_holds_every_item_once(branch: int, leaf: int) ->
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_tree_keeps_clusters_together(seed: int) -> None:
-    """Pairs of pairs of pairs of clusters of eight, whatever centre the splits begin with."""
+    """Eight clusters, nested in three levels of pairs, are separated for every first centre of the splits."""
     cluster = torch.arange(8).repeat(8)[torch.randperm(64)]
     places = torch.stack([400.0 * (cluster >> 2), 200.0 * (cluster >> 1 & 1), 100.0 * (cluster & 1)], 1)
     index = Tree(places + torch.randn(64, 3), leaf=8, seed=seed)
@@ -180,7 +180,7 @@ def test_a_tree_keeps_clusters_together(seed: int) -> None:
         assert [len(set(node.tolist())) for node in nodes] == [8 >> level] * (1 << level)
 
 
-def test_node_scores_are_what_is_documented() -> None:
+def test_node_scores_are_the_documented_ones() -> None:
     vectors = torch.randn(64, 4)
     index = Tree(vectors, leaf=16)
     for level, nodes in enumerate(index._levels):
@@ -220,7 +220,7 @@ def test_large_beams_are_searched_in_parts(problem: tuple[Tensor, Tensor], monke
         (lambda: FaissIVFPQ(torch.ones(300, 4), nlist=0, parts=4), ValueError, "nlist must be 1 or more, got 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_built_is_named(build: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_build_errors_name_the_argument(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
 
@@ -237,13 +237,13 @@ def test_what_cannot_be_built_is_named(build: Callable[[], Any], error: type[Exc
         (torch.ones(1, 2), True, TypeError, "k must be an int, got bool"),
     ],
 )
-def test_bad_searches_are_named(queries: Any, k: Any, error: type[Exception], message: str) -> None:
+def test_search_errors_name_the_argument(queries: Any, k: Any, error: type[Exception], message: str) -> None:
     for build in (Tree, FaissHNSW):
         with pytest.raises(error, match=message):
             build(torch.ones(4, 2)).search(queries, k)
 
 
-def test_an_empty_table_has_nothing(problem: tuple[Tensor, Tensor]) -> None:
+def test_an_empty_table_returns_fillers(problem: tuple[Tensor, Tensor]) -> None:
     for build in (Tree, FaissHNSW):
         found = build(torch.empty(0, D)).search(problem[1], 2)
         assert found.indices.tolist() == [[-1, -1]] * 64

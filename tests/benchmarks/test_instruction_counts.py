@@ -1,4 +1,4 @@
-"""The CPU kernels execute no more instructions than their budget, and a kernel that does is found."""
+"""The CPU kernels stay within their instruction budget, and an excess is detected."""
 
 import ctypes
 import shutil
@@ -41,7 +41,7 @@ def test_the_counter_counts_a_known_loop(tmp_path: Path) -> None:
     library = tmp_path / "loop.so"
     subprocess.run(["g++", "-O2", "-shared", "-fPIC", "loop.cpp", "-o", library], cwd=tmp_path, check=True)
     spin = ctypes.CDLL(str(library)).spin
-    spin(1)  # resolved
+    spin(1)  # resolves the symbol
     try:
         counter = Counter()
         short, long = (counter(str(library), spin, turns) for turns in (100, 350))
@@ -70,7 +70,7 @@ def test_the_same_call_executes_the_same_instructions() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in ISAS, reason="one instruction set here")
 def test_half_the_vector_width_is_over_the_budget() -> None:
-    """A planted regression: the baseline's kernels where AVX2's are due."""
+    """A planted regression: the kernels of `baseline` instead of `avx2`."""
     allowed = budget()
     faults = allowed.exceeded("avx2", counted("baseline"))
     slower = {line.split(",")[0] for line in faults}

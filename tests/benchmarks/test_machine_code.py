@@ -1,4 +1,4 @@
-"""The readers of disassembly, on stored lines: one that finds nothing must not pass for a kernel without faults."""
+"""The disassembly readers, on stored listings: a misread listing is an error, not a kernel without faults."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpus import ARCHITECTURES
 from benchmarks.machine_code import Instruction, read_amdgcn, read_sass
 
-# A loop as ptxas lays it out: the rare part behind the gate runs to a label further down, an exit in the middle.
+# A loop as ptxas places it: the rare branch is at a label further down, with an exit in between.
 SASS = """
 //--------------------- .text.scan                --------------------------
 scan:
@@ -42,7 +42,7 @@ scan:
 .L_x_132:
 """
 
-# The emit block of AMD's loop lies before the loop's head; a masked load is stepped over by execz.
+# AMD: the emit block is before the loop's head, and execz skips a masked load.
 AMDGCN = """
 \t.text
 \t.type\tscan,@function
@@ -78,7 +78,7 @@ def test_sass_loop() -> None:
     assert len(function.instructions) == 19
     (loop,) = function.loops()
     assert loop.counts == {"mma": 2, "shared": 1, "async copy": 1, "other": 5}
-    assert len(loop.body) == len(loop.path) + 4  # the block behind the gate
+    assert len(loop.body) == len(loop.path) + 4  # the rare branch
     assert function.count("spill") == 1
     assert [i.bytes for i in function.instructions if i.kind in ("global load", "async copy")] == [16, 16]
     assert next(i for i in function.instructions if i.kind == "spill").bytes == 8
@@ -86,7 +86,7 @@ def test_sass_loop() -> None:
 
 
 def test_sass_loop_in_a_loop() -> None:
-    """The innermost loop with matrix instructions comes first; one without is no loop for the reader."""
+    """The innermost loop with matrix instructions is first; loops without any are left out."""
     inner = "        /*0050*/                   HMMA.16816.F32 R12, R64.reuse, R128, RZ ;\n"
     nested = SASS.replace(inner, f".L_x_7:\n{inner}        /*0058*/               @P1 BRA `(.L_x_7) ;\n")
     first, second = read_sass(nested)["scan"].loops()
@@ -97,7 +97,7 @@ def test_sass_loop_in_a_loop() -> None:
 
 
 def test_sass_prefers_the_path_with_matrix_instructions() -> None:
-    """On sm_100 one warp issues for all: the others branch around, and theirs is not the path to count."""
+    """On sm_100 one warp issues for all and the others branch around it; the counted path is the issuing warp's."""
     around = SASS.replace(
         "        /*0050*/", "        /*0048*/                   BRA.U UP2, `(.L_x_9) ;\n        /*0050*/"
     )
@@ -108,13 +108,13 @@ def test_sass_prefers_the_path_with_matrix_instructions() -> None:
 
 @pytest.mark.parametrize("text", [SASS.replace("/*", "//"), "\n.text.scan:\n"], ids=["no code", "no lines"])
 def test_sass_without_instructions_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="scan: no instruction was read"):
+    with pytest.raises(ValueError, match="scan: no instructions found"):
         read_sass(text)
     assert read_sass("") == {}
 
 
 def test_sass_copies_behind_a_branch() -> None:
-    """The shortest path of an iteration steps around them; with_copies finds the one that does not."""
+    """The shortest path skips the copies; `with_copies` finds the path with them."""
     copy = "        /*0070*/               @P2 LDGSTS"
     behind = SASS.replace(copy, "        /*0068*/               @P3 BRA `(.L_x_8) ;\n" + copy)
     behind = behind.replace("        /*0090*/", ".L_x_8:\n        /*0090*/")
@@ -123,12 +123,12 @@ def test_sass_copies_behind_a_branch() -> None:
     found = loop.with_copies(1)
     assert (found.counts["mma"], found.counts["async copy"]) == (2, 1)
     assert len(found.path) == len(loop.path) + 2
-    with pytest.raises(ValueError, match=r"no path of the loop starts 2 copies, only \[0, 1\]"):
+    with pytest.raises(ValueError, match="copies must be at most 1, the most that a path of the loop starts, got 2"):
         loop.with_copies(2)
 
 
 def test_sass_indirect_jump_is_refused() -> None:
-    with pytest.raises(ValueError, match="BRX jumps to where this reader cannot follow"):
+    with pytest.raises(ValueError, match="BRX is an indirect jump"):
         read_sass(SASS.replace("LDGDEPBAR ", "BRX R4 -0x120 "))
 
 
@@ -219,10 +219,10 @@ int main() {
 
 
 def test_occupancy_is_nvidias(tmp_path: Path) -> None:
-    """Against cuda_occupancy.h, the calculator that NVIDIA ships as plain C++."""
+    """Equal to cuda_occupancy.h, NVIDIA's calculator in plain C++."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no CUDA toolkit: cuda_occupancy.h comes with it")
+        pytest.skip("cuda_occupancy.h is missing: the CUDA toolkit is not installed")
     source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
     source.write_text(OCCUPANCY)
     subprocess.run([nvcc, "-w", source, "-o", program], check=True)

@@ -1,4 +1,4 @@
-"""The record behind the page of results: runs are added, those of before stay, and rows do not mix."""
+"""The record of the results page: added runs keep earlier ones, and rows stay separate."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ def report(hr: float, **more: Any) -> dict[str, Any]:
 
 
 def leave(runs: Path, reports: dict[str, dict[str, Any]]) -> None:
-    """As `train` does."""
+    """Writes the files of a run as `train` does."""
     for name, figures in reports.items():
         folder = runs / name
         folder.mkdir(parents=True)
         (folder / "report.json").write_text(json.dumps(figures))
 
 
-def test_runs_are_added_and_those_of_before_stay(tmp_path: Path) -> None:
+def test_added_runs_keep_earlier_ones(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     save(path, {"ml-1m-hstu-seed_0": report(0.25), "ml-1m-hstu-seed_1": report(0.27)})
     leave(tmp_path / "runs", {"ml-1m-hstu-seed_1": report(1 / 3), "ml-1m-sasrec-seed_0": report(0.5)})
@@ -50,13 +50,13 @@ def test_a_row_takes_its_own_seeds() -> None:
     assert collect(reports, ROWS["SASRec"]) == {}
 
 
-def test_the_table_says_how_many_seeds() -> None:
+def test_the_table_has_the_number_of_seeds() -> None:
     reports = {"ml-1m-hstu-seed_0": report(0.2), "ml-1m-hstu-seed_1": report(0.4), "ml-1m-sasrec-seed_0": report(0.5)}
     lines = leave_one_out_table(reports, TABLES["ml-1m leave-one-out"]).splitlines()[2:]
     assert [line.split(" | ")[:3] for line in lines] == [["| SASRec", "1", ".5000"], ["| HSTU", "2", ".3000 ± .1414"]]
 
 
-def test_a_comparison_of_systems_says_where_the_recall_was_not_reached() -> None:
+def test_a_comparison_of_systems_marks_missed_recall() -> None:
     row = {"system": "HNSW", "batch": 16, "setting": "ef_search 40", "recall": 0.9512, "reached": True}
     row |= {"p50": 1.234, "p99": 12.34, "qps": 12_345.6, "build_s": 0.05}
     systems = [row, row | {"system": "tree", "batch": 1, "recall": 0.5, "reached": False}]
@@ -66,7 +66,7 @@ def test_a_comparison_of_systems_says_where_the_recall_was_not_reached() -> None
     ]
 
 
-def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
+def test_the_page_matches_its_record(tmp_path: Path) -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = tmp_path / "results.md"
     page.write_text((docs / "results.md").read_text())
@@ -74,7 +74,7 @@ def test_the_page_is_what_its_record_says(tmp_path: Path) -> None:
     assert page.read_text() == (docs / "results.md").read_text()
 
 
-def test_the_gain_of_a_second_stage_is_that_of_the_same_users() -> None:
+def test_the_gain_of_a_second_stage_is_paired_by_user() -> None:
     lengths = torch.tensor([10, 32, 33, 64, 200, 300, 400])
     before = torch.tensor([0.1, 0.3, 0.5, 0.5, 0.2, 0.4, 0.6])
     gain = torch.tensor([0.0, 0.0, 0.01, 0.03, -0.1, 0.0, 0.1])

@@ -1,4 +1,4 @@
-"""The comparison of retrieval systems: its recall, its tuning, and that every system answers."""
+"""The comparison of retrieval systems: recall, tuning, and one run of every system."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Knob:
-    """A system that finds 3 % of what there is for every unit of its setting, up to 90 %."""
+    """A system with a recall of 3 % per unit of its setting, at most 90 %."""
 
     value = 0
 
@@ -32,19 +32,19 @@ def test_tuning_finds_the_least_setting_within_an_eighth(target: float, low: int
     assert low <= knob.value <= high
 
 
-def test_tuning_ends_where_the_target_is_out_of_reach() -> None:
+def test_tuning_ends_at_the_largest_setting() -> None:
     knob = Knob()
     assert tune(System("", nothing, (knob, "value"), 100), lambda: min(0.9, 0.03 * knob.value), 0.95) == 0.9
     assert knob.value == 100
 
 
-def test_recall_counts_what_is_there() -> None:
+def test_recall_ignores_fillers() -> None:
     truth = torch.tensor([[1, 2, 3, 4], [5, 6, -1, -1]])
     assert recall(truth, truth) == 1.0
     assert recall(torch.tensor([[4, 3, 9, -1], [-1, -1, 6, 7]]), truth) == 0.5
 
 
-def test_every_system_answers_at_the_recall_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_system_reaches_the_target_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = tmp_path / "systems.json"
     numbers = ["--k1", "20", "--k2", "5", "--batch", "3", "--requests", "2", "--recall", "0.8"]
     monkeypatch.setattr(sys, "argv", ["retrieval_systems.py", "--items", "1500", *numbers, "--json", str(report)])
@@ -54,6 +54,6 @@ def test_every_system_answers_at_the_recall_asked_for(tmp_path: Path, monkeypatc
     assert len(rows) == 7
     for row in rows.values():
         assert row["reached"]
-        assert row["recall"] > 0.7  # of other users than those it was tuned on
+        assert row["recall"] > 0.7  # on users that it was not tuned on
         assert 0 < row["p50"] <= row["p99"]
     assert rows["GRank, mips_topk float32"]["recall"] == 1.0

@@ -1,4 +1,4 @@
-"""NumPy arrays and DLPack in place of tensors: the same results, without a copy and without a warning."""
+"""NumPy arrays and DLPack objects as arguments: equal results, no copy, no warning."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ QUERIES, ROWS = torch.randn(3, 8), torch.randn(50, 8)
 
 
 class Foreign:
-    """What another library's array is to torch."""
+    """Another library's array: an object with `__dlpack__`."""
 
     def __init__(self, x: torch.Tensor):
         self._x = x
@@ -37,7 +37,7 @@ KINDS = {"array": torch.Tensor.numpy, "read-only": frozen, "dlpack": Foreign}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_arrays_are_searched_as_tensors_are(kind: str) -> None:
+def test_arrays_give_the_results_of_tensors(kind: str) -> None:
     convert = KINDS[kind]
     exclude, allow = torch.randint(-1, 50, (3, 4)), torch.rand(50) < 0.7
     pair = torch.tensor([0, 1, 1, 2]), torch.tensor([7, 9])
@@ -53,14 +53,14 @@ def test_arrays_are_searched_as_tensors_are(kind: str) -> None:
         assert_same(gk.TopK(*map(torch.as_tensor, got)), want)
 
 
-def test_queries_decide_what_is_returned() -> None:
+def test_the_type_of_queries_decides_the_type_of_results() -> None:
     table = gk.ItemTable.from_rows(ROWS.numpy(), ids=np.arange(50) * 2)
     out = torch.empty(3, 5), torch.empty(3, 5, dtype=torch.int64)
     arrays, tensors = gk.mips_topk(QUERIES.numpy(), table, 5, out=out), gk.mips_topk(QUERIES, table, 5)
     assert np.shares_memory(arrays.values, out[0].numpy())
     assert np.shares_memory(arrays.indices, out[1].numpy())
     assert arrays.indices.tolist() == tensors.indices.tolist()
-    one = gk.mips_topk(QUERIES[0].numpy(), torch.nn.Parameter(ROWS), np.arange(6).max())  # which wants a gradient
+    one = gk.mips_topk(QUERIES[0].numpy(), torch.nn.Parameter(ROWS), np.arange(6).max())  # requires a gradient
     assert one.values.tolist() == tensors.values[0].tolist()
 
 
@@ -93,7 +93,7 @@ def test_nothing_is_copied(kind: str) -> None:
 
 def test_memory_lives_as_long_as_its_tensor() -> None:
     tensor = as_tensor("rows", frozen(torch.full((1 << 18,), 7.0)))
-    others = [np.zeros(1 << 18, np.float32) for _ in range(4)]  # which would be where it was
+    others = [np.zeros(1 << 18, np.float32) for _ in range(4)]  # would reuse freed memory
     assert bool((tensor == 7).all())
     assert len(others) == 4
 

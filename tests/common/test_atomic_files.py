@@ -1,4 +1,4 @@
-"""Whatever fails, a path holds the old content or all of the new content, and nothing else is touched."""
+"""Atomic files: after any failure a path has the old or the new content, and other files are unchanged."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ def write_folder(path: Path, text: str) -> None:
 
 
 def content(path: Path) -> str | None:
-    """Of a file or folder that the writers above have written."""
+    """Content of a file or folder made by the writers above."""
     path = path / "inner" / "content" if path.is_dir() else path
     return path.read_text() if path.exists() else None
 
@@ -102,7 +102,7 @@ def test_a_name_that_is_too_long_is_named(write: Write, tmp_path: Path) -> None:
 def test_links_in_the_place_of_a_temporary_are_not_followed(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the random part of the name is known."""
+    """Even if an attacker knows the random part of the name."""
     (victim := tmp_path / "victim").write_text("precious")
     monkeypatch.setattr(atomic_files.secrets, "token_hex", lambda _: "01234567")
     os.symlink(victim, tmp_path / ".x.01234567.partial")
@@ -126,7 +126,7 @@ def test_files_of_similar_names_are_kept(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).read_text() == "precious"
 
 
-def test_what_cannot_be_replaced(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match=r"path must be a regular file, got a device, pipe or socket: .*pipe"):
         write_text(tmp_path / "pipe", "new")
@@ -153,7 +153,7 @@ def test_errors_of_other_files_keep_their_names(tmp_path: Path) -> None:
 
 
 @WRITERS
-def test_what_a_killed_process_leaves_is_deleted_by_the_next(write: Write, tmp_path: Path) -> None:
+def test_the_temporary_of_a_killed_process_is_deleted_by_the_next(write: Write, tmp_path: Path) -> None:
     if (child := os.fork()) == 0:
         os.rename = lambda *_: os._exit(9)  # type: ignore[assignment]
         write(tmp_path / "x", "never")
@@ -220,7 +220,7 @@ def test_an_interrupt_at_the_rename(write: Write, after: bool, tmp_path: Path, m
 
 
 def failing(number: int, only: Callable[[int], bool] = lambda _: True) -> Callable[..., None]:
-    """A call on a descriptor that fails as the kernel does, where `only` says so."""
+    """A system call on a descriptor that fails with an OSError if `only` holds."""
 
     def call(descriptor: int, *_: object) -> None:
         if only(descriptor):
@@ -245,7 +245,7 @@ def is_folder(descriptor: int) -> bool:
         (os, "fsync", errno.ENOTSUP, None, "cannot bring it to disk"),
     ],
 )
-def test_calls_that_a_file_system_has_not(
+def test_file_systems_without_a_call(
     write: Write,
     module: Any,
     call: str,

@@ -1,4 +1,4 @@
-"""tests/csrc/coverage_fuzzer.cpp finds what only coverage leads to. `make sanitize` runs it on the search."""
+"""tests/csrc/coverage_fuzzer.cpp finds a bug that needs coverage guidance. `make sanitize` runs it on the search."""
 
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   return depth < 0;
 }
 """
-RUNS = "1000000"  # by chance it takes 2^32
+RUNS = "1000000"  # without guidance it takes 2^32 on average
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the fuzzer is for GCC, which is not here")
@@ -42,5 +42,5 @@ def test_the_fuzzer_finds_a_planted_bug(tmp_path: Path) -> None:
             assert subprocess.run(["./fuzzer", "crash-7"], cwd=tmp_path).returncode < 0
             assert "found: crash-7" in ended[flag].stdout
     assert ended["-fsanitize-coverage=trace-pc"].returncode < 0
-    assert ended["-g"].returncode == 0  # without coverage the same number of inputs finds nothing
+    assert ended["-g"].returncode == 0  # without coverage as many inputs find nothing
     assert "nothing found" in ended["-g"].stdout

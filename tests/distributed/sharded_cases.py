@@ -2,7 +2,7 @@
 
     python tests/sharded_cases.py RANK WORLD_SIZE STORE RESULTS
 
-RESULTS.RANK receives {name of the case: "" or what failed}. Random numbers are the same on all ranks.
+RESULTS.RANK receives {name of the case: "" or its traceback}. Random numbers are the same on all ranks.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def case(run: Case) -> Case:
 
 
 def parts(n: int, world: int) -> list[slice]:
-    """Random ones, of which some are empty."""
+    """Random parts of the rows, some of them empty."""
     cuts = [0, *sorted(torch.randint(0, n + 1, (world - 1,)).tolist()), n]
     return [slice(*ends) for ends in pairwise(cuts)]
 
@@ -43,7 +43,7 @@ def tables(
     scatter_queries: bool = False,
     **options: Any,
 ) -> tuple[gk.ItemTable, gk.ShardedItemTable]:
-    """One table, and the same in shards."""
+    """A table, and the same rows in shards."""
     mine = of_ranks[dist.get_rank()]
     local = gk.ItemTable.from_rows(rows[mine], ids=None if ids is None else ids[mine], **options)
     sharded = gk.ShardedItemTable(local, scatter_queries=scatter_queries)
@@ -125,7 +125,7 @@ def each_rank_its_queries(rank: int, world: int, folder: Path) -> None:
     assert_same(gk.mips_topk(query, sharded, 5), gk.mips_topk(query, one, 5))
 
 
-# ---- what crosses the network ----
+# ---- network traffic ----
 
 
 def received(sharded: gk.ShardedItemTable, *search: Any) -> tuple[gk.TopK, int]:
@@ -153,13 +153,13 @@ def lists_are_completed_where_rows_are_sorted(rank: int, world: int, folder: Pat
     of_ranks = [slice(n * r // world, n * (r + 1) // world) for r in range(world)]
     for scatter_queries in (False, True):
         one, sharded = tables(rows, of_ranks, torch.randperm(n), scatter_queries)
-        spread = torch.zeros(1, 1)  # all scores are equal: smaller ids first, wherever they are
+        spread = torch.zeros(1, 1)  # equal scores: smaller ids first, on whatever rank
         queries = torch.cat([torch.rand(2, 1), spread, torch.rand(rank if scatter_queries else 1, 1)])
         top, nbytes = received(sharded, queries, k)
         assert_same(top, gk.mips_topk(queries, one, k))
         if not scatter_queries:
-            assert nbytes == bytes_received(4, k, world, completed=3)  # not the query whose scores are equal
-        complete, sharded._complete = sharded._complete, lambda *_: None  # the case does need it
+            assert nbytes == bytes_received(4, k, world, completed=3)  # without the query with equal scores
+        complete, sharded._complete = sharded._complete, lambda *_: None  # checks that the case needs a second exchange
         with raises(AssertionError, "places differ"):
             assert_same(gk.mips_topk(queries, sharded, k), gk.mips_topk(queries, one, k))
         sharded._complete = complete
@@ -252,7 +252,7 @@ def ranks_make_different_calls(rank: int, world: int, folder: Path) -> None:
 
 @case
 def subnormal_scores_are_ordered(rank: int, world: int, folder: Path) -> None:
-    """Also where the process takes subnormal numbers for 0."""
+    """Even if the process flushes subnormal numbers to 0."""
     n = 40 * world
     one, sharded = tables(torch.randperm(n)[:, None] * 1e-44, parts(n, world))
     torch.set_flush_denormal(True)
@@ -288,7 +288,7 @@ def shards_do_not_fit(rank: int, world: int, folder: Path) -> None:
         gk.ShardedItemTable(rows if last else gk.ItemTable.from_rows(rows))  # type: ignore[arg-type]
     with raises(TypeError, "group must be a ProcessGroup"):
         gk.ShardedItemTable(gk.ItemTable.from_rows(rows), group="all")  # type: ignore[arg-type]
-    empty = gk.ItemTable.from_rows(rows[:0])  # whose ids nobody misses
+    empty = gk.ItemTable.from_rows(rows[:0])  # has no ids to miss
     assert len(gk.ShardedItemTable(empty if last else gk.ItemTable.from_rows(rows, ids=torch.arange(5)))) == 5 * (
         world - 1
     )
@@ -344,7 +344,7 @@ def replicas_of_shards(rank: int, world: int, folder: Path) -> None:
     one = gk.ItemTable.from_rows(rows)
     local = gk.ItemTable.from_rows(rows[70 * which // shards : 70 * (which + 1) // shards])
     sharded = gk.ShardedItemTable(local, group=mesh["shard"])
-    queries = torch.randn(world // shards, 2, 4)[mesh.get_local_rank("replica")]  # replicas have queries of their own
+    queries = torch.randn(world // shards, 2, 4)[mesh.get_local_rank("replica")]  # each replica has its own queries
     assert_same(gk.mips_topk(queries, sharded, 20), gk.mips_topk(queries, one, 20))
     group = gk.ShardedItemTable(local, group=mesh.get_group("shard"))
     assert_same(gk.mips_topk(queries, group, 20), gk.mips_topk(queries, one, 20))

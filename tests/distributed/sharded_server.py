@@ -1,9 +1,9 @@
-"""What `test_sharded.py` starts under torchrun's variables: a rank that loads its part of a table and serves searches.
+"""A rank that loads its part of a table and serves searches; `test_sharded.py` starts it with torchrun's variables.
 
     python tests/sharded_server.py FOLDER TIMEOUT FAULT
 
-FAULT is what happens to the last rank after the first search, unless it has been restarted: none, kill or stop. Every
-rank leaves a file in FOLDER: `served.RANK` with its restarts and address, or `lost.RANK` with the error it got.
+FAULT happens to the last rank after the first search, unless it has been restarted: none, kill or stop. Every rank
+writes a file to FOLDER: `served.RANK` with its restarts and address, or `lost.RANK` with the error that it raised.
 """
 
 import os
@@ -39,7 +39,7 @@ def main() -> None:
             assert_same(gk.mips_topk(queries, sharded, 50), want)
     except ShardError as error:
         (folder / f"lost.{rank}").write_text(str(error))
-        os._exit(3)  # what is left of the group would wait for the rank that is lost
+        os._exit(3)  # a normal exit would wait for the lost rank
     (folder / f"served.{rank}").write_text(f"{restarts} {os.environ.get('GRANK_ADDRESS', '')}")
     leave()
 

@@ -1,4 +1,4 @@
-"""Tables in shards: the same bits as one table on every rank, errors on all ranks or none, lost ranks.
+"""Sharded tables: equal bits to one table on every rank, errors on all ranks or none, lost ranks.
 
 Ranks are processes over gloo. One launch runs all cases of `sharded_cases.py`.
 """
@@ -50,24 +50,24 @@ def test_needs_a_process_group() -> None:
 
 
 @given(k=st.integers(0, 1 << 62), num_shards=st.integers(1, 5000))
-def test_short_lists_hold_k_together(k: int, num_shards: int) -> None:
+def test_short_lists_add_up_to_k(k: int, num_shards: int) -> None:
     s = short_list(k, num_shards)
     assert s <= k <= s * num_shards
 
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.int8}, {"coarse": torch.int8}], ids=str)
-def test_parts_of_a_file_are_the_whole(options: dict[str, torch.dtype], mmap: bool, tmp_path: Path) -> None:
+def test_parts_of_a_file_add_up_to_the_file(options: dict[str, torch.dtype], mmap: bool, tmp_path: Path) -> None:
     path, ids = tmp_path / "table", torch.randperm(90)[:23]
     whole = gk.ItemTable.from_rows(torch.randn(23, 5), ids=ids, **options)
     whole.save(path)
-    loaded = [gk.ItemTable.load(path, mmap=mmap, part=(r, 30)) for r in range(30)]  # some of which have no row
+    loaded = [gk.ItemTable.load(path, mmap=mmap, part=(r, 30)) for r in range(30)]  # some parts are empty
     assert sum(map(len, loaded)) == 23
     columns = [table.current.columns.present() for table in loaded]
     for name, column in whole.current.columns.present().items():
         assert torch.equal(torch.cat([of[name] for of in columns]), column)
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # of the last part
+    data[-1] ^= 1  # a byte of the last part
     path.write_bytes(data)
     with pytest.raises(ValueError, match="is corrupted"):
         gk.ItemTable.load(path, mmap=mmap, part=(0, 30))
@@ -77,11 +77,11 @@ def test_parts_of_a_file_are_the_whole(options: dict[str, torch.dtype], mmap: bo
 
 @given(B=st.integers(0, 3), G=st.integers(1, 5), s=st.integers(0, 6), k=st.integers(0, 30), most=st.integers(1, 9))
 def test_merge_orders_by_score_and_id(B: int, G: int, s: int, k: int, most: int) -> None:
-    values = torch.randint(-most, most, (B, G * s)) / 2.0  # few values: equal ones
+    values = torch.randint(-most, most, (B, G * s)) / 2.0  # few values, so many are equal
     ids = torch.stack([torch.randperm(G * s) for _ in range(B)]) if B else torch.empty(0, G * s, dtype=torch.int64)
     none = torch.rand(B, G * s) < 0.2
     values[none], ids[none] = -torch.inf, -1
-    values[torch.rand(B, G * s) < 0.1] = -torch.inf  # which an item may score
+    values[torch.rand(B, G * s) < 0.1] = -torch.inf  # a score that an item may have
     got = merge(values, ids, k)
     for b in range(B):
         pairs = [(v, i) for v, i in zip(values[b].tolist(), ids[b].tolist(), strict=True)]
@@ -89,13 +89,13 @@ def test_merge_orders_by_score_and_id(B: int, G: int, s: int, k: int, most: int)
         assert list(zip(got[0][b].tolist(), got[1][b].tolist(), strict=True)) == pairs[:k]
 
 
-# ---- the model on paper ----
+# ---- the cost model ----
 
 HOST = Host("", memory=1e9, arithmetic=1e12, latency=1e-3, bandwidth=1e6, merge=1e-6)
 
 
 def test_costs_by_hand() -> None:
-    assert message(3, 5) == 8 * (1 + 15 + 8)  # a word of failure, ids, scores two a word
+    assert message(3, 5) == 8 * (1 + 15 + 8)  # words: status, ids, scores (two per word)
     assert received(1, 10, 1) == 0
     s = short_list(1000, 4)
     assert s == 250 + math.ceil(5 * math.sqrt(250)) + 6
@@ -128,7 +128,7 @@ def test_a_tree_pays_for_many_shards_and_small_scans() -> None:
     assert tree_pays_from(HOST, 1, 100, scan=1e9, share=0.1) is None
 
 
-# ---- ranks that are lost ----
+# ---- lost ranks ----
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fault", "timeout"), [("kill", SECONDS * 10), pytest.param("stop", 5, marks=pytest.mark.slow)]
 )
-def test_a_lost_rank_is_an_error_on_the_others(fault: str, timeout: int, table: Path) -> None:
+def test_a_lost_rank_raises_on_the_others(fault: str, timeout: int, table: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -166,13 +166,13 @@ def test_a_lost_rank_is_an_error_on_the_others(fault: str, timeout: int, table: 
 def launched(
     table: Path, fault: str, *options: str, prefix: tuple[str, ...] = (), **variables: str
 ) -> subprocess.Popen[str]:
-    """Under torchrun."""
+    """Starts ranks under torchrun."""
     torchrun = (*prefix, sys.executable, "-m", "torch.distributed.run", *options)
     return started(*torchrun, TESTS / "distributed" / "sharded_server.py", table, 60, fault, **variables)
 
 
 @pytest.mark.slow
-def test_an_elastic_restart_serves_on(table: Path) -> None:
+def test_an_elastic_restart_continues_serving(table: Path) -> None:
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     torchrun = launched(table, "kill", *options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # as docs/scaling.md explains
     output = finished([torchrun])
@@ -194,7 +194,7 @@ def test_the_server_of_the_document(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them."""
+    """Two network namespaces, connected by a pair of virtual interfaces."""
     names = [f"grank{os.getpid()}{letter}" for letter in "ab"]
     commands = [f"netns add {name}" for name in names]
     commands.append(f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
@@ -202,7 +202,7 @@ def hosts() -> Iterator[list[str]]:
         commands += [f"-n {name} addr add 10.77.0.{last}/24 dev cable", f"-n {name} link set cable up"]
         commands += [f"-n {name} link set lo up"]
     if shutil.which("ip") is None:
-        pytest.skip("there is no `ip` to make network namespaces with")
+        pytest.skip("`ip` is not installed, so there are no network namespaces")
     try:
         for command in commands:
             done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)

@@ -33,7 +33,7 @@ def planted(request: pytest.FixtureRequest) -> Emulator:
 
 
 class Bug(IntEnum):
-    """As in planted_bugs.cu."""
+    """The enumeration of planted_bugs.cu."""
 
     NONE = 0
     NO_BARRIER_AFTER_COPY = 1
@@ -66,7 +66,7 @@ class Bug(IntEnum):
 
 @dataclass
 class Kernel:
-    """A kernel of planted_bugs.cu, what it takes and gives, and what must be said of each of its bugs."""
+    """A kernel of planted_bugs.cu: its arguments, its result, and the expected report of each planted bug."""
 
     entry: str
     x: torch.Tensor
@@ -124,7 +124,7 @@ COPY = Kernel(
 COPY_VECTORS = Kernel(
     "planted_copy_vectors",
     FLOATS[:510],
-    torch.cat([FLOATS[:508], torch.zeros(4)]),  # the last copy is not valid: zeros
+    torch.cat([FLOATS[:508], torch.zeros(4)]),  # the last copy is invalid and fills zeros
     {
         Bug.MISALIGNED_VECTOR: rf"misaligned: {WHO}read of 16 bytes at x\+\d+{AT}",
         Bug.MISALIGNED_COPY: rf"misaligned: {WHO}read of 16 bytes at x\+\d+{AT}",
@@ -227,7 +227,7 @@ def test_planted_bugs_are_found_in_any_order(
 ) -> None:
     with pytest.raises(
         EmulationError, match=text.split(":")[0]
-    ):  # the schedule decides which of two accesses is reported
+    ):  # which of two accesses is reported depends on the schedule
         kernel.run(checked, bug, settings)
 
 
@@ -237,7 +237,7 @@ def test_fresh_shared_memory_is_nan(fast: Emulator) -> None:
     assert out[1::2].isnan().all()
 
 
-def test_a_write_past_a_buffer_shows_without_the_checker_too(fast: Emulator) -> None:
+def test_a_write_past_a_buffer_is_found_without_the_checker(fast: Emulator) -> None:
     with pytest.raises(EmulationError, match="guard: bytes around out were changed"):
         COPY.run(fast, Bug.WRITE_PAST_BUFFER)
 
@@ -245,7 +245,7 @@ def test_a_write_past_a_buffer_shows_without_the_checker_too(fast: Emulator) -> 
 def test_tensors_keep_their_strides(planted: Emulator) -> None:
     x = FLOATS[5:69:2]
     out = torch.zeros(32, 3)
-    # The kernel knows nothing of strides: it writes 32 elements from out[0, 1] on.
+    # The kernel ignores strides: it writes 32 elements from out[0, 1] on.
     planted.run("planted_gather", x=x, out=Output(out[:, 1], initialised=True), stride=2)
     assert torch.equal(out[:, 1], torch.cat([x[::3], torch.zeros(21)]))
     assert not out[:, ::2].any()
@@ -256,7 +256,7 @@ def test_tensors_keep_their_strides(planted: Emulator) -> None:
     [(MAXIMUM, {"blocks": 0}, "the grid is empty"), (BROADCAST, {"threads": 1025}, "1025 threads in a block")],
     ids=["grid", "block"],
 )
-def test_what_cuda_would_not_launch(planted: Emulator, kernel: Kernel, sizes: dict[str, int], text: str) -> None:
+def test_launches_that_cuda_refuses(planted: Emulator, kernel: Kernel, sizes: dict[str, int], text: str) -> None:
     with pytest.raises(EmulationError, match=f"launch: {text}"):
         replace(kernel, sizes={**kernel.sizes, **sizes}).run(planted)
 
@@ -264,7 +264,7 @@ def test_what_cuda_would_not_launch(planted: Emulator, kernel: Kernel, sizes: di
 # ---- schedules ----
 
 
-def test_random_schedules_show_what_the_order_hides(fast: Emulator) -> None:
+def test_random_schedules_find_bugs_hidden_by_a_fixed_order(fast: Emulator) -> None:
     kernel, bug = SUM_REVERSED_TILES, Bug.NO_BARRIER_BEFORE_PREFETCH
     assert torch.equal(kernel.run(fast, bug), kernel.expected)
     for seed in range(1, 6):
@@ -317,14 +317,14 @@ def test_bank_conflicts_of_ldmatrix(checked: Emulator, swizzled: int, wavefronts
     counters = checked.run("planted_first_column", settings, x=INTEGERS, out=out, swizzled=swizzled, bug=0)
     ldmatrix, source, target = counters.ldmatrix, counters.copy_source, counters.copy_target
     assert (ldmatrix.requests, ldmatrix.bytes) == (1, 512)
-    assert (ldmatrix.transactions, ldmatrix.ideal) == (4 * wavefronts, 4)  # a matrix at a time
-    # Eight copies a lane, each lane in a row of its own.
+    assert (ldmatrix.transactions, ldmatrix.ideal) == (4 * wavefronts, 4)  # one matrix per wavefront
+    # Eight copies per lane, each lane in its own row.
     assert (source.requests, source.bytes, source.transactions, source.ideal) == (8, 4096, 8 * 32, 8 * 16)
     assert (target.requests, target.transactions, target.ideal) == (8, 8 * 4 * wavefronts, 8 * 4)
     assert (counters.mma, counters.barriers, counters.atomics, counters.blocks) == (0, 1, 0, 1)
 
 
-def test_a_word_for_all_lanes_is_one_wavefront(checked: Emulator) -> None:
+def test_broadcast_is_one_wavefront(checked: Emulator) -> None:
     counters = checked.run(
         "planted_broadcast", x=INTEGERS[:4], out=Output.empty(128, dtype=torch.int32), **BROADCAST.sizes, bug=0
     )

@@ -28,7 +28,7 @@ from grank_kernels.backends.problems import CandidateCrossAttentionProblem, Scor
 HALVES = (torch.float16, torch.bfloat16)
 WIDTHS = (16, 32, 64, 128)
 WARPS = 4
-TILE = 64  # rows of a block, and keys of a stage
+TILE = 64  # rows per block, and keys per stage
 INT64 = torch.iinfo(torch.int64)
 HOSTILE_OFFSETS = [  # for two users and 70 rows
     [INT64.min, 30, INT64.max],
@@ -46,7 +46,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """The oracle's tensors are too small for two threads."""
+    """One torch thread: the oracle's tensors are too small for two."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def scores_of(problem: Scoring, **emulation: Any) -> tuple[torch.Tensor, Counter
 
 
 def attend(problem: Attention, grad_out: torch.Tensor, **emulation: Any) -> tuple[list[torch.Tensor], list[Counters]]:
-    """`out` and the gradients of its inputs, and the counters of both directions."""
+    """(`out` and the gradients of its inputs, counters of the forward and the backward pass)."""
     leaf = problem.cast(None)
     with with_emulator(**emulation) as module:
         out = leaf.attend("emulated")
@@ -226,7 +226,7 @@ def test_attention_with_hostile_lengths(lengths: list[int]) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_many_ragged_users_find_their_tiles() -> None:
-    """More users than one round of the binary search probes, most of them without rows."""
+    """More users than one round of the binary search probes, most of them with no rows."""
     counts = [0] * 40 + [1] * 40 + [0, 200, 0, 65, 64, 63] + [2] * 20 + [0] * 30
     q = torch.randn(sum(counts), 1, 16).half()
     k, v = (torch.randn(len(counts), 3, 1, 16).half() for _ in range(2))
@@ -238,7 +238,7 @@ def test_many_ragged_users_find_their_tiles() -> None:
     assert_attention_is_right(problem, grad_out, [out.detach(), *gradients])
 
 
-# ---- what it costs ----
+# ---- counters ----
 
 
 def tiles(rows: int) -> int:
@@ -302,7 +302,7 @@ def test_cost_of_attention(D: int, activation: str) -> None:
         assert_no_waste(counters)
 
 
-# ---- planted bugs, which the tests above must notice ----
+# ---- planted bugs: each must fail one of the checks above ----
 
 SCORES, GRADIENTS = "score_candidates", "candidate_cross_attention_backward"
 ONE_KERNEL = {  # replaces the .cu file: one dtype and one width, to compile quickly
@@ -319,11 +319,11 @@ void candidate_cross_attention_backward(const CandidateCrossAttention& problem,
 BARRIER, GATHERED = "__syncthreads();  // the stage is free", "cp_async_commit();  // older"
 WAIT, SWIZZLE = "cp_async_wait<1>();", "(row / kRowsInLine % kPlaces)"
 RIGHT_DW, WRONG_DW = "(logits, a, second_rows", "(logits, a, first_rows"
-QUICK_BUGS = [  # expected report, kernel, and the bug: in a file, a wrong text in place of the right one
+QUICK_BUGS = [  # expected report, kernel, and the bug: (file, text, replacement)
     ("race", SCORES, f"{SCORES}.cuh", BARRIER, "//"),
     ("in flight", GRADIENTS, f"{GRADIENTS}.cuh", WAIT, "cp_async_wait<2>();"),
 ]
-BUGS = [  # each compiles a kernel anew, 2 to 5 s
+BUGS = [  # each compiles a kernel, 2 to 5 s
     ("race", GRADIENTS, f"{GRADIENTS}.cuh", BARRIER, "//"),
     ("in flight", SCORES, f"{SCORES}.cuh", WAIT, "cp_async_wait<2>();"),
     ("in flight", SCORES, f"{SCORES}.cuh", GATHERED, "//"),
@@ -385,7 +385,7 @@ def test_head_of_an_empty_history_is_exact_for_whole_numbers(activation: str, dt
 
 
 @pytest.mark.usefixtures("quick")
-def test_one_key_far_ahead_is_taken_alone(dtype: torch.dtype) -> None:
+def test_a_dominant_key_gets_weight_1(dtype: torch.dtype) -> None:
     """exp2(x) is 0 for x < -150: the other keys get weight 0, in every tile."""
     L, D = 200, 32
     for best in (0, 63, 64, 130, L - 1):
@@ -424,8 +424,8 @@ def test_stub_bindings_and_entry_points_agree() -> None:
         assert problem + rest[1:] == parameters(entries, f"emulated_{function}")
 
 
-def test_compiled_module_takes_what_the_launcher_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without users nothing is launched, so no device is needed."""
+def test_compiled_module_accepts_the_arguments_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 0 users launches nothing, so no device is needed."""
     compiled = pytest.importorskip("grank_kernels._cuda", reason="built without nvcc")
     monkeypatch.setattr(cuda, "_stream_of", lambda device: nullcontext(0))
     problem = scoring([], 5, dtype=torch.float16, table=torch.int8)

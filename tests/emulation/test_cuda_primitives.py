@@ -1,4 +1,4 @@
-"""The primitives of the CUDA kernels as the emulator has them, against the PTX ISA."""
+"""The emulator's primitives for CUDA kernels, against the PTX ISA."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def fragment_c(lane: int, i: int) -> tuple[int, int]:
 
 
 def to_fragments(matrix: torch.Tensor, fragment: Callable[[int, int], tuple[int, int]], count: int) -> torch.Tensor:
-    """(32, count): what every lane holds."""
+    """Elements per lane, (32, count)."""
     return torch.stack([torch.stack([matrix[fragment(lane, i)] for i in range(count)]) for lane in range(32)])
 
 
@@ -82,7 +82,7 @@ def test_mma_has_the_fragments_of_the_ptx_isa(probe: Emulator, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", ELEMENTS.values(), ids=ELEMENTS)
 @pytest.mark.parametrize("rounding", Rounding)
-def test_mma_rounds_as_it_is_told(probe: Emulator, dtype: torch.dtype, rounding: Rounding) -> None:
+def test_mma_follows_the_rounding_setting(probe: Emulator, dtype: torch.dtype, rounding: Rounding) -> None:
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
     terms = torch.cat([a.float()[:, :, None] * b.float()[None], c[:, None]], dim=1)
     sequential = c.clone()
@@ -90,8 +90,7 @@ def test_mma_rounds_as_it_is_told(probe: Emulator, dtype: torch.dtype, rounding:
         sequential += terms[:, k]
     result = mma(probe, a, b, c, rounding)
     assert torch.equal(result, sequential) == (rounding == Rounding.SEQUENTIAL)
-    # Every one of 16 additions loses at most one unit of 2^-23 of the largest sum on its way; so does a term when it is
-    # cut off.
+    # Each of 16 additions, and each truncated term, is off by at most 2^-23 of the largest partial sum.
     bound = 33 * 2**-23 * terms.abs().sum(dim=1).double()
     assert ((result.double() - terms.double().sum(dim=1)).abs() <= bound).all()
 
@@ -99,9 +98,9 @@ def test_mma_rounds_as_it_is_told(probe: Emulator, dtype: torch.dtype, rounding:
 @pytest.mark.parametrize(
     ("places", "term", "units"),  # 1 + a term at each of these k, in units of 2^-23: in sequence, groups of 8, of 16
     [
-        ([0, 1, 2], -24, (0, 1, 1)),  # each is rounded away; three together are 1.5 units, cut off
-        ([0, 1, 2, 3, 4, 5, 6], -25, (0, 0, 1)),  # below the 24 bits that groups of 8 keep
-        ([0, 8], -24, (0, 0, 1)),  # in one group or in two
+        ([0, 1, 2], -24, (0, 1, 1)),  # each alone is rounded away; their sum, 1.5 units, is truncated
+        ([0, 1, 2, 3, 4, 5, 6], -25, (0, 0, 1)),  # below the 24 bits kept by groups of 8
+        ([0, 8], -24, (0, 0, 1)),  # in one group of 16, or in two groups of 8
         ([0], -23, (1, 1, 1)),
     ],
 )
@@ -189,7 +188,7 @@ def test_int8_is_unpacked_exactly(probe: Emulator, element: str) -> None:
 
 
 @pytest.mark.parametrize("rounding", Rounding)
-def test_approximate_functions_are_off_by_their_documented_errors(probe: Emulator, rounding: Rounding) -> None:
+def test_approximate_functions_have_their_documented_errors(probe: Emulator, rounding: Rounding) -> None:
     x = torch.cat([torch.rand(1000) * 4, torch.rand(1000) * 100 + 1e-3])
     out = Output.empty(3, 2000)
     probe.run("probe_approximate_functions", Settings(rounding=rounding), x=x, out=out, n=2000)
@@ -197,7 +196,7 @@ def test_approximate_functions_are_off_by_their_documented_errors(probe: Emulato
     error = (out.tensor - exact).abs()
     log2_scale = torch.where((x > 0.5) & (x < 2), 1.0, exact[1].abs())
     error /= torch.stack([exact[0], log2_scale, exact[2]])
-    rounded = 2**-24  # the emulator's own float
+    rounded = 2**-24  # rounding of the emulator's float32
     documented = torch.tensor([2**-22, 2**-22, 2**-23])
     if rounding == Rounding.SEQUENTIAL:
         assert error.max() <= 2 * rounded
@@ -207,7 +206,7 @@ def test_approximate_functions_are_off_by_their_documented_errors(probe: Emulato
 
 
 @pytest.mark.parametrize("rounding", Rounding)
-def test_approximate_functions_at_the_ends(probe: Emulator, rounding: Rounding) -> None:
+def test_approximate_functions_of_extreme_arguments(probe: Emulator, rounding: Rounding) -> None:
     denormal = 2.0**-130
     x = torch.tensor([0.0, -torch.inf, torch.inf, -130.0, denormal, torch.nan])
     out = Output.empty(3, 6)

@@ -1,5 +1,6 @@
-"""The CUDA kernels as nvcc emits them for sm_80, executed from their PTX without a GPU: the launcher as it is, forward
-and backward, every access checked, warps in adversarial order.
+"""The CUDA kernels in the PTX simulator: nvcc's PTX for sm_80 under the real launcher, forward and backward.
+
+Every access is checked, and warps run in adversarial order.
 """
 
 import re
@@ -24,10 +25,10 @@ SEEDS = [None, 1, 2]
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """The oracle's sizes are too small for two."""
+    """One torch thread: the oracle's tensors are too small for two."""
 
 
-# ---- the planted bugs of the CUDA emulator's tests, in what nvcc makes of them ----
+# ---- the planted bugs of the CUDA emulator's tests, compiled by nvcc ----
 
 PLANTED = Path(__file__).parent / "cuda" / "planted_bugs.cu"
 BUGS = re.findall(r"\bk(\w+)(?: = 0)?,", re.search(r"enum class Bug[^}]*\{([^}]*)\}", PLANTED.read_text())[1])  # type: ignore[index]
@@ -37,7 +38,7 @@ INTEGERS = np.arange(2048, dtype=np.int32) * 37 % 1009
 
 @dataclass(frozen=True)
 class Planted:
-    """A kernel of planted_bugs.cu: its inputs, numbers, launch and result; what each of its bugs is called here."""
+    """A kernel of planted_bugs.cu: inputs, numbers, launch, result, and the expected report of each bug."""
 
     name: str
     x: np.ndarray
@@ -47,7 +48,7 @@ class Planted:
     grid: int = 1
     block: int = 128
     shared: int = 0
-    before: np.ndarray | None = None  # what the output holds, if anything
+    before: np.ndarray | None = None  # content of the output before the launch; None: uninitialised
 
     def run(self, bug: str, seed: int | None) -> np.ndarray:
         memory = GlobalMemory()
@@ -101,17 +102,17 @@ ELSEWHERE = {
     "NoWarpBarrier",
     "ReadFromOtherBlocks",
     "TooMuchShared",
-}  # nothing is reported within a warp; a block of one thread; what a launch refuses
+}  # not here: races within a warp, blocks of one thread, refused launches
 FOUND = [pytest.param(kernel, bug, id=bug) for kernel in KERNELS for bug in kernel.finds]
 
 
-def test_every_planted_bug_is_looked_for() -> None:
+def test_every_planted_bug_has_a_case() -> None:
     assert {bug for kernel in KERNELS for bug in kernel.finds} | ELSEWHERE | {"None"} == set(BUGS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kernel", KERNELS, ids=[kernel.name for kernel in KERNELS])
-def test_right_kernels_pass(kernel: Planted, seed: int | None) -> None:
+def test_correct_kernels_pass(kernel: Planted, seed: int | None) -> None:
     np.testing.assert_array_equal(kernel.run("None", seed), kernel.expected)
 
 
@@ -148,7 +149,7 @@ def check_scores(case: tuple[Any, ...], seed: int | None, coverage: dict[str, Co
 
 
 ATTENTIONS = [
-    # lengths, queries of a user, heads, width, elements, options
+    # lengths, queries per user, heads, width, elements, options
     (
         [0, 1, 63],
         64,
@@ -170,7 +171,7 @@ ATTENTIONS = [
 
 
 def check_attention(case: tuple[Any, ...], seed: int | None, coverage: dict[str, Coverage]) -> None:
-    """And its gradients."""
+    """Compares outputs and gradients with the oracle."""
     lengths, C, heads, D, dtype, options = case
     problem = attention(lengths, C, heads, D, dtype=dtype, **options)
     leaf, module = problem.cast(None), PtxModule(coverage, seed=seed)
@@ -202,7 +203,7 @@ def test_attention_and_its_gradients(case: tuple[Any, ...], seed: int) -> None:
 
 @pytest.mark.parametrize(("check", "cases"), [(check_scores, SCORINGS), (check_attention, ATTENTIONS)])
 def test_nearly_every_line_is_executed(check: Callable[..., None], cases: list[Any]) -> None:
-    """Of the source: nvcc leaves dead instructions to ptxas, such as loops for threads that a block does not have."""
+    """Counts source lines, not instructions: ptxas, not nvcc, removes loops for threads beyond the block."""
     coverage: dict[str, Coverage] = {}
     for case in cases:
         check(case, None, coverage)
@@ -216,7 +217,7 @@ def test_nearly_every_line_is_executed(check: Callable[..., None], cases: list[A
 
 @pytest.mark.slow  # compiles the emulator of the CUDA source
 def test_both_emulators_count_the_same() -> None:
-    """From the source and from the PTX: products, barriers, copies and matrix rows are the same in number."""
+    """Source and PTX execute the same numbers of products, barriers, copies and matrix rows."""
     problem = scoring([0, 1, 63, 130], 65, 32, 64, dtype=torch.float16)
     module = PtxModule({})
     scores = scores_of(problem, module)
@@ -231,7 +232,7 @@ def test_both_emulators_count_the_same() -> None:
 
 
 @pytest.mark.parametrize("i", range(2))
-def test_what_orders_memory_is_missed(i: int) -> None:
+def test_deleted_barriers_are_reported(i: int) -> None:
     """Deletes each barrier and wait of `score_candidates` in turn."""
     coverage: dict[str, Coverage] = {}
     check_scores(SCORINGS[i], None, coverage)

@@ -1,5 +1,6 @@
-"""What single PTX instructions give, on the hostile values of their types, against their definitions in Python's
-integers, fractions and math: none of it is numpy's arithmetic once more.
+"""Single PTX instructions on extreme values, against definitions in Python's int, Fraction and math.
+
+The definitions use no NumPy arithmetic, since the simulator does.
 """
 
 import itertools
@@ -20,7 +21,7 @@ INTEGERS = ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
 
 
 def execute(opcode: str, to: str, types: tuple[str, ...], rows: list[Row], suffix: str = "") -> list[int]:
-    """The bits an instruction makes of rows of operands, given as bits. `suffix` holds further, constant operands."""
+    """Result bits of an instruction for rows of operand bits. `suffix`: further, constant operands."""
     memory = GlobalMemory()
     declarations, body, arguments = "", "", []
     for i, type in enumerate(types):
@@ -63,7 +64,7 @@ def signed(x: int, bits: int) -> int:
 
 
 def value(x: int, type: str) -> int:
-    """What bits stand for in an integer type."""
+    """Value of bits in an integer type."""
     return signed(x, TYPE_BITS[type]) if type[0] == "s" else x & (1 << TYPE_BITS[type]) - 1
 
 
@@ -79,11 +80,11 @@ def truncate(a: int, b: int) -> int:
 
 
 def shift_right(a: int, n: int, type: str) -> int:
-    return value(a, type) >> n  # Python's shift keeps the sign, and goes beyond the width
+    return value(a, type) >> n  # Python's shift keeps the sign and takes any distance
 
 
 def extract(a: int, start: int, length: int, type: str) -> int:
-    """PTX ISA, bfe: bits beyond the register are the sign, of the field or of the register, or zero."""
+    """PTX ISA, bfe: bits beyond the register are the sign (s32, s64) or zero (u32, u64)."""
     bits = TYPE_BITS[type]
     start, length = start & 255, length & 255
     sign_at = min(start + length - 1, bits - 1)
@@ -231,7 +232,7 @@ def to_float(bits: int, type: str) -> float:
 
 
 def round_to(x: Fraction, type: str) -> int:
-    """Bits of the nearest number, ties to even: counted in units of the last place, as the format is defined."""
+    """Bits of the nearest number, ties to even, counted in units in the last place."""
     _, mantissa, bias = FORMATS[type]
     sign, x = (1 << TYPE_BITS[type] - 1 if x < 0 else 0), abs(x)
     if x == 0:
@@ -244,7 +245,7 @@ def round_to(x: Fraction, type: str) -> int:
 
 
 def float_rows(type: str, operands: int, seed: int = 0) -> list[Row]:
-    """Bits of special values in all pairs, and random ones of all magnitudes."""
+    """Bits of all pairs of special values, and of random values of all magnitudes."""
     width = TYPE_BITS[type]
     special = torch.tensor(SPECIAL, dtype={"f16": torch.float16, "f32": torch.float32, "bf16": torch.bfloat16}[type])
     bits = special.view(torch.int32 if width == 32 else torch.int16).numpy().view(UNSIGNED[width])
@@ -257,7 +258,7 @@ def float_rows(type: str, operands: int, seed: int = 0) -> list[Row]:
 
 
 def exact(function: Callable[..., Any], operands: list[float], type: str) -> int | None:
-    """The right bits, or None where an operand or the result is not a finite number: that is left to numpy and IEEE."""
+    """Correct bits, or None if an operand or the result is not finite (compared with NumPy's IEEE results)."""
     if not all(map(math.isfinite, operands)):
         return None
     try:
@@ -285,7 +286,7 @@ def test_floats_are_rounded_once(name: str, type: str) -> None:
     for row, bits in zip(rows, found, strict=True):
         values = [to_float(x, type) for x in row]
         expected = exact(function, values, type)
-        if expected is None or expected << 1 == 0:  # the sign of a zero: below
+        if expected is None or expected << 1 == 0:  # the sign of a zero is tested below
             continue
         checked += 1
         assert bits == expected, (name, values, to_float(bits, type), to_float(expected, type))
@@ -336,7 +337,7 @@ def test_comparisons_of_floats(comparison: str) -> None:
     ],
 )  # fmt: skip
 def test_functions_of_floats(name: str, function: Callable[[float], float], ulps: float) -> None:
-    """Within what the PTX ISA promises of the approximations, or closer."""
+    """Errors are within the bounds of the PTX ISA."""
     x = np.concatenate([np.linspace(0.01, 30, 200), np.geomspace(1e-6, 100, 200)])
     x = x.astype(np.float32)
     found = execute(f"{name}.f32", "f32", ("f32",), [(int(bits),) for bits in x.view(np.uint32)])
@@ -351,7 +352,7 @@ def test_functions_of_floats(name: str, function: Callable[[float], float], ulps
 @pytest.mark.parametrize("to", ["s32", "u32", "s64", "u64", "s8"])
 @pytest.mark.parametrize("of", ["f32", "f16"])
 def test_floats_to_integers(mode: str, to: str, of: str) -> None:
-    """Rounded as asked, saturated, NaN to 0."""
+    """Rounded by the modifier, saturated, NaN to 0."""
     rows = float_rows(of, 1)
     low, high = (
         (-(1 << TYPE_BITS[to] - 1), (1 << TYPE_BITS[to] - 1) - 1) if to[0] == "s" else (0, (1 << TYPE_BITS[to]) - 1)
@@ -393,7 +394,7 @@ def test_integers_to_floats(of: str) -> None:
 
 @pytest.mark.parametrize("type", ["f16", "bf16"])
 def test_packed_pairs(type: str) -> None:
-    """The two halves of a register do not touch each other."""
+    """The two halves of a register do not affect each other."""
     rows = [
         tuple(low | high << 16 for low, high in zip(row, reversed(row), strict=True)) for row in float_rows(type, 3)
     ]

@@ -1,15 +1,15 @@
-"""Launches of the PTX simulator: what they count, what they refuse, how they take their arguments."""
+"""Launches of the PTX simulator: counters, refused kernels and launches, layout of arguments."""
 
 import numpy as np
 import pytest
 from emulation.ptx import Coverage, GlobalMemory, PtxError, launch, parse
 from test_ptx_simulator import COPY, COUNT, WGMMA, assemble, run
 
-# ---- what is counted
+# ---- counters
 
 
-def test_coverage_counts_what_a_thread_executed() -> None:
-    """Not an instruction whose guard nobody passed."""
+def test_coverage_counts_executed_instructions() -> None:
+    """An instruction counts only if its guard is true in some thread."""
     kernel = assemble("setp.lt.u32 %p1, %r0, %r1; @%p1 st.global.u32 [%d0], 1;", 1)
     memory = GlobalMemory()
     address = memory.put("output", np.zeros(1, np.uint32))
@@ -82,7 +82,7 @@ def test_other_counters() -> None:
     assert multiplied.counters["wgmma"] == 4
 
 
-# ---- what is refused
+# ---- refused kernels and launches
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_other_counters() -> None:
         ("ld.param.u64 %d2, [a+8];", "out of bounds of the parameters: byte 8 of 8"),
     ],
 )
-def test_what_is_not_known_is_named(body: str, says: str) -> None:
+def test_unknown_instructions_are_named(body: str, says: str) -> None:
     with pytest.raises(PtxError, match=says):
         run(body)
 
 
-def test_launches_that_cannot_be() -> None:
+def test_invalid_launches_are_refused() -> None:
     kernel, memory = assemble("", 1), GlobalMemory()
     for block in (0, 33, 2048):
         with pytest.raises(PtxError, match="block must be whole warps"):

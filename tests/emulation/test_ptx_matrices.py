@@ -1,4 +1,4 @@
-"""Matrix instructions of PTX, with the fragments laid out as the PTX ISA draws them, and atomics."""
+"""PTX matrix instructions, with the fragments of the PTX ISA's figures, and atomics."""
 
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ DTYPES = {
 
 
 def run(body: str, *arrays: np.ndarray, result: tuple[int, ...], block: int = 32, shared: int = 16) -> np.ndarray:
-    """uint32 results at %d9; the arrays at %d0, %d1, ..."""
+    """uint32 results at %d9 of a kernel with the arrays at %d0, %d1, ..."""
     memory = GlobalMemory()
     arguments = [memory.put(f"x{i}", array) for i, array in enumerate(arrays)]
     arguments.append(memory.empty("result", result, np.uint32))
@@ -37,7 +37,7 @@ def registers(base: int, count: int) -> str:
 
 
 def transfer(opcode: str, pointer: str, base: int, count: int) -> str:
-    """Loads or stores `count` registers a lane, one after the other in memory."""
+    """Loads or stores `count` registers per lane, one after the other in memory."""
     text = f"mad.wide.u32 %d20, %r0, {4 * count}, {pointer};"
     for i in range(count):
         register, place = f"%r{base + i}", f"[%d20+{4 * i}]"
@@ -57,7 +57,7 @@ MMAS = [
 
 @pytest.mark.parametrize(("shape", "type"), MMAS)
 def test_mma(shape: str, type: str) -> None:
-    """Lane l: group l >> 2, thread l & 3 of it. With p elements a register, element i of A is in register i // p."""
+    """Lane l is thread l & 3 of group l >> 2. With p elements per register, element i of A is in register i // p."""
     depth, dtype = int(shape.partition("k")[2]), DTYPES[type]
     packed = 4 // dtype.itemsize
     sums = "s32" if type in ("s8", "u8") else "f32"
@@ -94,7 +94,7 @@ def test_mma(shape: str, type: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_matrices_to_registers_and_back(count: int, transposed: bool) -> None:
-    """Register j of lane l: row l // 4 of matrix j, elements 2 (l % 4) and the next; or that column."""
+    """Register j of lane l: elements 2 (l % 4) and 2 (l % 4) + 1 of row l // 4 of matrix j (.trans: of a column)."""
     matrices = np.arange(count * 64, dtype=np.uint16).reshape(count, 8, 8)
     trans = ".trans" if transposed else ""
     rows = f"and.b32 %r5, %r0, {8 * count - 1}; mov.u32 %r6, tile; mad.lo.s32 %r6, %r5, 16, %r6;"
@@ -139,7 +139,7 @@ ATOMICS: dict[str, Callable[[int, int], int]] = {
 @pytest.mark.parametrize("space", ["global", "shared"])
 @pytest.mark.parametrize("operation", ATOMICS)
 def test_atomics(operation: str, space: str) -> None:
-    """64 threads on 4 words, in the order of the threads where there is no seed; each gets what was there before."""
+    """64 threads on 4 words, in thread order without a seed; each thread gets the old value."""
     values = np.random.default_rng(0).integers(0, 1 << 32, 64, np.uint32)
     if operation[:3] in ("inc", "dec"):
         values %= 9
@@ -159,14 +159,14 @@ def test_atomics(operation: str, space: str) -> None:
 
 
 def test_compare_and_swap() -> None:
-    """A lock word that each thread in turn takes from its own number to the next."""
+    """Each thread in turn changes the word from its own number to the next."""
     body = "add.u32 %r1, %r0, 1; atom.global.cas.b32 %r9, [%d0], %r0, %r1;" + transfer("st.global.b32", "%d9", 9, 1)
     np.testing.assert_array_equal(run(body, np.zeros(1, np.uint32), result=(32,)), np.arange(32))
 
 
 @pytest.mark.parametrize(("type", "dtype"), [("f32", np.float32), ("f16x2", np.float16), ("u64", np.uint64)])
 def test_sums_by_atomics(type: str, dtype: type) -> None:
-    """Integers, so that the order does not matter."""
+    """Integer-valued floats: the order does not matter."""
     x = np.arange(32 * 8 // np.dtype(dtype).itemsize).astype(dtype) % 7
     words = x.reshape(-1, 2 if type == "f16x2" else 1)[:32]
     size, register = (8, "%d3") if type == "u64" else (4, "%r3")
@@ -178,7 +178,7 @@ def test_sums_by_atomics(type: str, dtype: type) -> None:
     np.testing.assert_array_equal(found.view(dtype), words.sum(0))
 
 
-def test_matrices_of_the_wrong_kind() -> None:
+def test_invalid_matrix_instructions_are_refused() -> None:
     for opcode in (
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16",
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",

@@ -1,4 +1,4 @@
-"""The primitives of the CUDA kernels in nvcc's PTX and in the CUDA emulator: two implementations, the same bits."""
+"""Primitives of the CUDA kernels: nvcc's PTX in the simulator gives the same bits as the CUDA emulator."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def assert_same_bits(
     threads: int = 32,
     shared_bytes: int = 0,
 ) -> None:
-    """`outputs`: what they hold at first. `number`: the last argument."""
+    """`outputs`: their content before the launch. `number`: the last argument."""
     numbers = {} if number is None else {"number": number}
     memory = GlobalMemory()
     arguments = [memory.put(name, array) for name, array in {**inputs, **outputs}.items()]

@@ -1,7 +1,7 @@
-"""The PTX simulator itself: what instructions do, and that every check finds the bug it is there for.
+"""The PTX simulator: control flow, barriers, and a planted bug for every check.
 
-Each planted bug is one change to a kernel that passes without it. The kernels are PTX by hand, so that none of this
-needs a compiler; test_ptx_triton.py and test_ptx_cuda.py run what compilers emit.
+A planted bug is one change to a correct kernel. The kernels are hand-written PTX and need no compiler; compiled PTX is
+tested in test_ptx_triton.py and test_ptx_cuda.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SEEDS = [None, 0, 1]
 
 
 def assemble(body: str, parameters: int = 2, target: str = "sm_80") -> Kernel:
-    """Parameters a, b, ... are addresses; %d0, %d1, ... hold them, %r0 the thread, %r1 the CTA."""
+    """PTX of a kernel with addresses a, b, ... in %d0, %d1, ..., the thread in %r0 and the CTA in %r1."""
     names = "abcdefgh"[:parameters]
     load = "\n".join(f"ld.param.u64 %d{i}, [{name}];" for i, name in enumerate(names))
     return parse(f"""
@@ -34,14 +34,14 @@ def assemble(body: str, parameters: int = 2, target: str = "sm_80") -> Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel that is right, its inputs, and what it gives."""
+    """A correct kernel, its inputs and its result."""
 
     body: str
     inputs: tuple[np.ndarray, ...]
     expected: np.ndarray
     block: int = 64
     grid: int = 1
-    output: np.ndarray | None = None  # what the output holds before; None: uninitialised
+    output: np.ndarray | None = None  # content of the output before the launch; None: uninitialised
     target: str = "sm_80"
 
     def run(self, body: str = "", seed: int | None = None) -> tuple[np.ndarray, Run]:
@@ -58,7 +58,7 @@ class Program:
 
 X = np.arange(64, dtype=np.uint32) * 7 + 1
 
-# Thread t hands its number to thread 63 - t.
+# Thread t passes its number to thread 63 - t.
 REVERSE = Program(
     """
     mul.wide.u32 %d2, %r0, 4;  add.s64 %d3, %d0, %d2;
@@ -76,7 +76,7 @@ REVERSE = Program(
     X[::-1],
 )
 
-# Each warp reduces its numbers, by shuffles and by a vote.
+# Each warp reduces its numbers by shuffles and a vote.
 REDUCE = Program(
     """
     mul.wide.u32 %d2, %r0, 4;  add.s64 %d3, %d0, %d2;  add.s64 %d4, %d1, %d2;
@@ -96,7 +96,7 @@ REDUCE = Program(
     np.repeat([X[:32].sum(), X[32:].sum()], 32).astype(np.uint32),
 )
 
-# cp.async in two groups of four 16-byte pieces a thread would use; every thread reads what another one copied.
+# cp.async in two groups of four 16-byte pieces; every thread reads the copies of another one.
 COPY = Program(
     """
     mul.wide.u32 %d2, %r0, 16;  add.s64 %d3, %d0, %d2;
@@ -126,7 +126,7 @@ COPY = Program(
     ).reshape(-1),
 )
 
-# Every thread of every CTA counts itself, by an atomic.
+# Every thread of every CTA adds 1 by an atomic.
 COUNT = Program(
     """
     mul.wide.u32 %d2, %r1, 4;  add.s64 %d3, %d0, %d2;
@@ -166,11 +166,12 @@ B = (np.arange(16)[:, None] % 4 - np.arange(8) % 3).astype(np.float16)
 
 
 def cores(matrix: np.ndarray) -> np.ndarray:
-    """(rows, 16) as a descriptor without swizzle describes it: 8 x 8 blocks, along the depth first."""
+    """(rows, 16) in the layout of a descriptor without swizzle: 8 x 8 blocks, along the depth first."""
     return matrix.reshape(-1, 8, 2, 8).swapaxes(1, 2).copy()
 
 
-# The descriptors: start >> 4; 128 bytes to the next block of the depth (8), 256 to the next 8 rows (16). B is 2048 on.
+# Descriptors, in units of 16 bytes: start; 8 (128 bytes) to the next block of the depth, 16 (256) to the next 8 rows. B
+# starts at byte 2048.
 WGMMA = Program(
     """
     mul.wide.u32 %d3, %r0, 16;  add.s64 %d4, %d0, %d3;
@@ -211,10 +212,10 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_right_programs_pass(name: str, seed: int | None) -> None:
+def test_correct_programs_pass(name: str, seed: int | None) -> None:
     found, run = PROGRAMS[name].run(seed=seed)
     np.testing.assert_array_equal(found, PROGRAMS[name].expected)
-    assert (run.executions > 0).all() or name == "reduce"  # nothing votes for zero there
+    assert (run.executions > 0).all() or name == "reduce"  # its branch for a vote of zero is not taken
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ BUGS = {
     "barriers that do not meet": Bug(
         REVERSE, "bar.sync 0;", "@%p2 bar.sync 1; @!%p2 bar.sync 2;", "deadlock: not all threads .* thread 0"
     ),
-    "exit before the barrier": Bug(REVERSE, "bar.sync 0;", "@%p2 exit; bar.sync 0;", "the rest has exited"),
+    "exit before the barrier": Bug(REVERSE, "bar.sync 0;", "@%p2 exit; bar.sync 0;", "other threads have exited"),
     "trap": Bug(REVERSE, "bar.sync 0;", "@%p1 trap; bar.sync 0;", "trap, thread 0"),
     "shuffle in part of a warp": Bug(
         REDUCE, "shfl.sync.bfly.b32 %r3, %r2, 8", "@%p1 shfl.sync.bfly.b32 %r3, %r2, 8", "by part of a warp"
@@ -271,7 +272,7 @@ BUGS = {
         COPY, "cp.async.wait_all;", "cp.async.cg.shared.global [%r4], [%d3], 16; cp.async.wait_all;", "race .* read by"
     ),
     "copy from outside": Bug(COPY, "[%d3], 16;", "[%d3+16], 16;", r"out of bounds: input0\+1024"),
-    "copy reads more than it writes": Bug(COPY, "[%d3], 16, 8;", "[%d3], 16, 24;", "is told to read 24"),
+    "copy reads more than it writes": Bug(COPY, "[%d3], 16, 8;", "[%d3], 16, 24;", "at most 16 bytes, got 24"),
     "sum without an atomic": Bug(
         COUNT, "atom.global.add.u32 %r3, [%d1], %r2;",
         "ld.global.u32 %r3, [%d1]; add.s32 %r3, %r3, %r2; st.global.u32 [%d1], %r3;", "race on output",
@@ -281,13 +282,13 @@ BUGS = {
     "atomic on uninitialised memory": Bug(
         REVERSE, "st.global.u32 [%d4], %r8;", "red.global.add.u32 [%d4], %r8;", "atomic on uninitialised memory: output"
     ),
-    "not all meet at the named barrier": Bug(NAMED, "bar.sync 1, 64;", "bar.sync 1, 96;", "the rest has exited"),
+    "not all meet at the named barrier": Bug(NAMED, "bar.sync 1, 64;", "bar.sync 1, 96;", "other threads have exited"),
     "read before the named barrier": Bug(NAMED, "bar.sync 1, 64;", "", "race on shared byte"),
     "no proxy fence": Bug(WGMMA, "fence.proxy.async.shared::cta;", "", "no fence.proxy.async"),
     "no barrier before wgmma": Bug(WGMMA, "bar.sync 0;", "", "race|uninitialised"),
-    "wgmma not waited for": Bug(WGMMA, "wgmma.wait_group.sync.aligned 0;", "", "%r2[0-3] belongs to a wgmma"),
+    "wgmma not waited for": Bug(WGMMA, "wgmma.wait_group.sync.aligned 0;", "", "%r2[0-3] is in use by a wgmma"),
     "wgmma not committed": Bug(WGMMA, "wgmma.commit_group.sync.aligned;", "", "belongs to a wgmma"),
-    "wgmma waited for too early": Bug(WGMMA, "wait_group.sync.aligned 0", "wait_group.sync.aligned 1", "belongs"),
+    "wgmma waited for too early": Bug(WGMMA, "wait_group.sync.aligned 0", "wait_group.sync.aligned 1", "in use"),
     "overwritten under wgmma": Bug(
         WGMMA, "wgmma.wait", "bar.sync 0; st.shared.u32 [%r4], 0; wgmma.wait", "was written while a wgmma read it"
     ),
@@ -304,11 +305,11 @@ def test_planted_bugs_are_found(name: str, seed: int | None) -> None:
         bug.program.run(bug.program.body.replace(bug.old, bug.new), seed=seed)
 
 
-# ---- flow of control, barriers, order
+# ---- control flow, barriers, order
 
 
 def run(body: str, block: int = 32, grid: int = 1, seed: int | None = None, words: int = 64) -> np.ndarray:
-    """What the body leaves in an output of zeros at %d0."""
+    """The output, zero before the launch and at %d0, after the body."""
     memory = GlobalMemory()
     address = memory.put("output", np.zeros(words, np.uint32))
     launch(assemble(body, 1), (grid,), (block,), [address], memory, seed=seed)
@@ -319,8 +320,8 @@ STORE = "mul.wide.u32 %d9, %r0, 4; add.s64 %d9, %d0, %d9; st.global.u32 [%d9], %
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_threads_that_part_meet_again(seed: int | None) -> None:
-    """Thread t goes round t + 1 times, through one of two arms; the shuffle after it needs all of them."""
+def test_diverged_threads_reconverge(seed: int | None) -> None:
+    """Thread t loops t + 1 times through one of two branches; the shuffle after the loop needs all threads."""
     found = run(
         f"""
         mov.u32 %r9, 0;  mov.u32 %r2, 0;
@@ -358,7 +359,7 @@ def test_barrier_with_a_reduction(operation: str, result: int) -> None:
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 @pytest.mark.parametrize("width", [32, 8])
 def test_shuffles(mode: str, width: int) -> None:
-    """As the CUDA programming guide defines them: a lane whose source lies outside its segment keeps its own."""
+    """CUDA programming guide: a lane with a source outside its segment keeps its own value."""
     clamp = (32 - width) << 8 | (0 if mode == "up" else 31)
     found = run(f"shfl.sync.{mode}.b32 %r9|%p1, %r0, 3, {clamp}, -1; @!%p1 add.u32 %r9, %r9, 1000; {STORE}")
     for lane in range(32):
@@ -376,7 +377,7 @@ def test_votes_and_masks() -> None:
 
 
 def test_the_order_of_warps_follows_the_seed() -> None:
-    """Each of 32 warps takes the next number; with no seed in order, with a seed in some other order."""
+    """Each of 32 warps takes the next number: in warp order without a seed, in another order with one."""
     body = "setp.eq.u32 %p1, %r0, 0; @%p1 atom.global.add.u32 %r9, [%d0], 1;" + (
         "mul.wide.u32 %d9, %r1, 4; add.s64 %d9, %d0, %d9; @%p1 st.global.u32 [%d9+4], %r9;"
     )
@@ -389,7 +390,7 @@ def test_the_order_of_warps_follows_the_seed() -> None:
 
 
 def test_races_are_found_in_every_order() -> None:
-    """Warps write one word after another: nothing in the values shows it when one warp runs to its end first."""
+    """Warps write one word; if each warp runs to its end first, the values show no race."""
     bug = BUGS["no barrier"]
     for seed in range(20):
         with pytest.raises(PtxError, match="race"):
@@ -402,7 +403,7 @@ def test_the_same_bytes_written_twice_are_no_race() -> None:
 
 
 def test_launches_are_in_order() -> None:
-    """What one launch wrote, another may read, from whatever CTA."""
+    """A launch may read the writes of an earlier one, from any CTA."""
     memory = GlobalMemory()
     first, second = memory.put("x", X), memory.empty("y", 64, np.uint32)
     third = memory.empty("z", 64, np.uint32)
@@ -411,7 +412,7 @@ def test_launches_are_in_order() -> None:
     np.testing.assert_array_equal(memory.get("z"), X)
 
 
-def test_an_endless_loop_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_loop_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "STEPS", 1000)
     with pytest.raises(PtxError, match="still running after 1000"):
         run("HERE: add.s32 %r2, %r2, 1; bra HERE;")

@@ -1,7 +1,7 @@
-"""Kernels as compilers emit them, executed from their PTX without a GPU.
+"""Whole searches of the Triton backend in the PTX simulator.
 
-The searches of the Triton backend, launch after launch, from the code that Triton emits for sm_80 (mma.sync, ldmatrix,
-cp.async) and for sm_90a (wgmma): every access checked, warps in adversarial order, results equal to the bit.
+Runs Triton's PTX for sm_80 (mma.sync, ldmatrix, cp.async) and sm_90a (wgmma), with every access checked and warps in
+adversarial order. Results have the reference's bits.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ TARGETS = ["sm_80", "sm_90"]
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
-    """Whatever was compiled, for all tests of this file."""
+    """Compiled kernels, shared by the tests of this file."""
     programs = Programs()
     yield programs
     programs.compiler.close()
@@ -39,7 +39,7 @@ def programs() -> Iterator[Programs]:
 
 @dataclass(frozen=True)
 class Search:
-    """B queries, N rows, integers of at most `most` in size; rows of a chunk; what is changed in the plan."""
+    """B queries over N rows of integers in [-most, most]; rows per chunk; changed fields of the plan."""
 
     B: int
     N: int
@@ -76,7 +76,7 @@ class Search:
 
 
 def run(search: Search, device: TritonDevice) -> tuple[torch.Tensor, torch.Tensor]:
-    """All launches of the search, in order."""
+    """Runs all launches of the search, in order."""
     values, positions, works = launches_of(search, device)
     for work in works:
         device.run(work)
@@ -84,7 +84,7 @@ def run(search: Search, device: TritonDevice) -> tuple[torch.Tensor, torch.Tenso
 
 
 def launches_of(search: Search, device: TritonDevice) -> tuple[torch.Tensor, torch.Tensor, Iterator[Launch]]:
-    """On one processor, so that a program does several tiles."""
+    """Launches for a device of one multiprocessor, so that a program has several tiles."""
     problem, target = search.problem(), Device(device.target, processors=1, shared=166912, small=256, block=2)
     excluded = 9 if search.filters else 0
     N = search.chunk or search.N
@@ -97,7 +97,7 @@ def launches_of(search: Search, device: TritonDevice) -> tuple[torch.Tensor, tor
 
 
 def allocating(works: Iterator[Launch], device: TritonDevice) -> Iterator[Launch]:
-    """The same, with what they allocate on the device."""
+    """The launches, with their allocations in simulated memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mips_topk_launches, "torch", device.memory.torch)
         yield from works
@@ -112,10 +112,10 @@ def check(search: Search, device: TritonDevice) -> None:
     torch.testing.assert_close((values, positions), expected, rtol=0, atol=0)
 
 
-TIES = Search(5, 1500, 20)  # a list of `collect` is cut several times, in the midst of equal scores
+TIES = Search(5, 1500, 20)  # `collect` shortens a list several times, between equal scores
 SAMPLE = Search(5, 700, 70, most=9, plan={"sampled": 300, "groups": 128})  # several rounds of the sample
-OVERFLOW = Search(3, 700, 70, most=0, plan={"room": 160})  # all scores equal, candidates lost: collected again
-CHUNKS = Search(5, 1100, 70, chunk=600)  # the second one goes on from the first one's threshold
+OVERFLOW = Search(3, 700, 70, most=0, plan={"room": 160})  # all scores equal, candidates lost: `collect` runs
+CHUNKS = Search(5, 1100, 70, chunk=600)  # the second chunk starts with the threshold of the first
 SEARCHES = [TIES, SAMPLE, OVERFLOW, CHUNKS]
 
 
@@ -139,7 +139,7 @@ COVERED = {
     "float16": ALL,
     "float16 filters": ALL,
     "float16 B=125": {"sample", "scan"},
-}  # else SCORING: what follows is the same for all precisions, and goes to the end only where scores are equal
+}  # else SCORING: the later kernels do not depend on the precision, and TIES executes all their branches
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ COVERED = {
     [pytest.param(x, t, marks=[pytest.mark.slow] * ((x, t) not in QUICK)) for x in FAMILIES for t in TARGETS],
 )
 def test_searches(family: str, target: str, programs: Programs) -> None:
-    """Equal to the reference, nothing to report, and hardly an instruction that was not executed.
+    """Results equal the reference, no check fails, and nearly every instruction is executed.
 
-    Triton compiles a kernel again for other multiples of 16 among its arguments: the most used of such twins counts.
+    Triton compiles a kernel once per set of arguments divisible by 16; only the variant with most executions counts.
     """
     coverage: dict[Key, Coverage] = {}
     for seed, search in enumerate(FAMILIES[family]):
@@ -175,7 +175,7 @@ def test_searches_in_other_orders(seed: int, target: str, programs: Programs) ->
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_scan_moves_every_row_once(target: str, programs: Programs) -> None:
-    """16-byte asynchronous copies of whole sectors, no bank conflicts, and as many products as the shape asks for."""
+    """16-byte asynchronous copies of whole sectors, no bank conflicts, no superfluous products."""
     search = Search(5, 1500, 70)
     device = TritonDevice(target, programs)
     run(search, device)
@@ -183,7 +183,7 @@ def test_the_scan_moves_every_row_once(target: str, programs: Programs) -> None:
     tiles, items, queries = 12, 128, 16
     counters = scan.counters
     assert counters["cp_async_bytes"] == search.N * search.d * 2
-    assert scan.executed("cp.async.cg.shared.global") * 32 * 16 >= counters["cp_async_bytes"]  # the rest is zeros
+    assert scan.executed("cp.async.cg.shared.global") * 32 * 16 >= counters["cp_async_bytes"]  # the others are zeros
     assert counters["cp_async_sectors"] * 32 <= 1.1 * counters["cp_async_bytes"]
     assert counters["matrix_wavefronts"] == counters["matrix_wavefronts_ideal"]
     warp_products = tiles * (items // 16) * (search.d // 16)  # 16 rows, 16 deep, all 16 queries
@@ -194,7 +194,7 @@ def test_the_scan_moves_every_row_once(target: str, programs: Programs) -> None:
 
 @pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
-    """A sample of 4 * 10^9 rows, all of them one row in memory: which rows are drawn takes 64-bit arithmetic."""
+    """A sample of 4 * 10^9 rows, all stored as one row (stride 0): drawing rows takes 64-bit arithmetic."""
     N, size, groups = 4_000_000_000, 300, 128
     problem = replace(Search(1, 1, 70).problem(), items=torch.ones(1, 64, dtype=torch.float16).expand(N, 64))
     device, target_device = TritonDevice(target, programs), Device(target, 1, 166912)
@@ -215,11 +215,11 @@ def test_rows_beyond_32_bits(target: str, programs: Programs) -> None:
     np.testing.assert_array_equal(found[0, :groups], drawn)
 
 
-# ---- mutations: what was emitted is needed, and the simulator notices when it is gone
+# ---- mutations: a deleted barrier or wait is reported
 
 
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
-def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
+def test_deleted_barriers_are_reported(target: str, programs: Programs) -> None:
     """Deletes each barrier, wait and fence of `scan` in turn."""
     device = TritonDevice(target, programs)
     _, _, works = launches_of(Search(5, 1500, 70), device)
@@ -227,7 +227,7 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
     _, program, arguments = device.prepare(scan)
 
     def candidates(changed: Program, seed: int | None) -> list[list[tuple[int, float]]]:
-        """Of each query, in the order of positions: that of their arrival is nobody's business."""
+        """Candidates of each query sorted by position, since their order is undefined."""
         memory = device.memory.copy()
         changed.run(scan, arguments, memory, seed)
         lists = scan.arguments["lists"]
@@ -247,7 +247,7 @@ def test_what_orders_memory_is_missed(target: str, programs: Programs) -> None:
         except PtxError:
             same = False
         (unnoticed if same else noticed).append(order)
-    # Left are barriers back to back and the drain after the loop: nothing is in flight there, nothing between them.
+    # Not reported: back-to-back barriers, and the last wait after the loop, when nothing is in flight.
     assert len(noticed) >= 0.6 * (len(noticed) + len(unnoticed)), unnoticed
     kinds = {"bar.sync", "cp.async.wait_group"} | (
         {"wgmma.wait_group", "fence.proxy.async"} if target == "sm_90" else set()

@@ -1,4 +1,4 @@
-"""Every check and correction of the strict interpreter, on kernels with a planted bug and on right ones."""
+"""Every check and correction of the strict interpreter, on correct kernels and on kernels with a planted bug."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +48,7 @@ def test_bounds() -> None:
     assert torch.equal(view[:64], x[:64])
 
 
-def test_what_a_mask_leaves_undefined_is_not_zero() -> None:
+def test_masked_elements_are_not_zero() -> None:
     for dtype in (torch.float32, torch.int32, torch.float16):
         y = torch.zeros(64, dtype=dtype)
         copy[(1,)](torch.ones(64, dtype=dtype), y, 64, 32, True, 64)
@@ -98,7 +98,7 @@ def test_races() -> None:
     }.items():
         with pytest.raises(KernelFaultError, match=message):
             total[(4,)](x, sums, kind, 16)
-    total[(1,)](x, sums, "read and write", 16)  # one program alone may
+    total[(1,)](x, sums, "read and write", 16)  # allowed for a single program
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def test_reductions_and_scans() -> None:
     assert w.tolist() == [np.nanmax(x_nan), np.nanmin(x_nan)]
 
 
-def test_what_was_changed_is_restored() -> None:
+def test_patches_are_undone() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     inside: Any = InterpreterBuilder.create_dot

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of all ops: memory that shows when it is read before it was written, instruction sets."""
+"""Fixtures of all ops' tests: poisoned fresh memory, and the active instruction set."""
 
 import ctypes
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from memory import poisoned
 from grank_kernels.backends import cpu
 
 if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
-    M_PERTURB = -6  # of malloc.h
-    ctypes.CDLL(None).mallopt(M_PERTURB, 0x80)  # new memory is full of 0x7f: 3.4e38 as a float
+    M_PERTURB = -6  # from malloc.h
+    ctypes.CDLL(None).mallopt(M_PERTURB, 0x80)  # new memory is filled with 0x7f: 3.4e38 as float32
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,6 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The instruction set of the parameter, in use for one test."""
+    """Activates the instruction set of the parameter for one test."""
     with cpu.using_isa(request.param):
         yield request.param

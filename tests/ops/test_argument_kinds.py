@@ -1,4 +1,4 @@
-"""Every tensor argument of every public function, given every kind of tensor: honoured, or refused by name.
+"""Every tensor argument of every public function with every kind of tensor: correct, or an error naming it.
 
 A new public function is one line in `CALLS`.
 """
@@ -41,7 +41,7 @@ def left(ids: torch.Tensor) -> torch.Tensor:
 
 
 def calls() -> dict[str, tuple[Callable[..., Any], Tensors]]:
-    """The functions and valid arguments: fresh ones, since kinds change them."""
+    """(function, valid arguments) pairs; new tensors each time, since kinds modify them."""
     rows, queries = table().rows(torch.arange(N)), torch.randn(B, D)
     exclude, some = torch.randint(-1, N, (B, E)), torch.arange(0, 2 * B, 2)
     return {
@@ -103,7 +103,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], Tensors]]:
 
 
 class Plain(torch.Tensor):
-    """A subclass without operations of its own."""
+    """A tensor subclass that overrides nothing."""
 
 
 def freed(x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def shrunk(x: torch.Tensor) -> torch.Tensor:
 
 def nested(x: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a prototype, torch says
+        warnings.simplefilter("ignore", UserWarning)  # torch: nested tensors are a prototype
         return torch.nested.nested_tensor(list(x))
 
 
@@ -174,7 +174,7 @@ def kinds(x: torch.Tensor, of_all: dict[str, Any], of_floats: dict[str, Any]) ->
     return of_all | (of_floats if x.is_floating_point() else {})
 
 
-VALID = {  # here these kinds are among the documented forms
+VALID = {  # (argument, kind) pairs that are documented forms
     ("ItemTable.rows", "ids", "0-d"), ("ItemTable.rows", "ids", "one dimension more"),
     ("mips_topk", "exclude", "a list"), ("mips_topk, exclude as a list", "exclude[1]", "a list"),
 }  # fmt: skip
@@ -194,7 +194,7 @@ REFUSED_CASES = [
 
 
 def named(argument: str) -> str:
-    """A pattern of messages that name an argument; `out` is named as a whole where it is no pair of tensors."""
+    """Pattern of messages that name an argument; `out` is named as a whole if it is not a pair of tensors."""
     names = {argument, argument.replace("out's values", "out").replace("out's indices", "out")}
     return rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)"
 
@@ -221,8 +221,8 @@ def test_refused_by_name(call: str, name: str, make: Callable[[torch.Tensor], An
 
 
 @pytest.mark.parametrize(("call", "name"), [(call, name) for call, name, x in ARGUMENTS if x.is_floating_point()])
-def test_a_gradient_is_there_or_refused(call: str, name: str) -> None:
-    """But for `ItemTable`, which copies its rows, as documented, and counts."""
+def test_gradients_flow_or_are_refused(call: str, name: str) -> None:
+    """Except for `ItemTable`, which copies its rows, as documented, and `count_rescored`, which returns counts."""
     run, given = calls()[call]
     leaf = given[name].clone().requires_grad_()
     if call == "score_candidates" or name.startswith("out's"):

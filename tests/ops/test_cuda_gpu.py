@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, races by repetition, sizes that matter."""
+"""Tests that need a GPU: streams, CUDA graphs, races by repetition, large sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def test_scores_of_the_rankers_shape(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", ["softmax", "silu"])
 def test_attention_repeats_its_bits(activation: str) -> None:
-    """A race would show in one of many runs."""
+    """Repeated, because a race changes the result of few runs."""
     problem = on_gpu(large_attention(activation)).cast(None)
     grad_out = torch.randn(problem.attend("cuda").shape, dtype=problem.q.dtype, device="cuda")
 
@@ -69,7 +69,7 @@ def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, tor
 
 
 def test_a_graph_sees_new_ids_and_offsets() -> None:
-    """Grids come from shapes alone, so that a captured call is right for whatever its buffers hold later."""
+    """Grids depend on shapes only, so a captured call is correct for any later content of its buffers."""
     problem = on_gpu(large_scoring(C=500, L=300))
     graph, scores = captured(lambda: gk.score_candidates(**vars(problem), backend="cuda"))
     total = len(problem.keys)
@@ -91,7 +91,7 @@ def test_a_graph_of_attention_sees_new_offsets() -> None:
 
 
 def test_runs_in_the_current_stream() -> None:
-    """Inputs that are made in another stream, behind a long wait."""
+    """Inputs are computed in another stream after a long kernel."""
     problem = on_gpu(large_scoring())
     want = problem.scores("cuda")
     stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""The memory that tests of the ops run on shows places that a kernel leaves unwritten."""
+"""Poisoned memory: an element that a kernel leaves unwritten is noticed."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from grank_kernels.backends import cpu
 
 
 def test_fresh_memory_is_poisoned() -> None:
-    """In the ways in which the backends allocate results."""
+    """Fresh memory from every allocation function of the backends."""
     q = torch.ones(2, 3)
     for fresh in (torch.empty(2, 3), torch.empty(2, 3, device="cpu"), torch.empty_like(q), q.new_empty(2, 3)):
         assert fresh.isnan().all()

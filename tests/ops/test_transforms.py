@@ -1,4 +1,4 @@
-"""Every op under torch.func transforms and forward-mode differentiation: right, or refused with a reason."""
+"""Every op under torch.func transforms and forward-mode differentiation: correct, or an error with the reason."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ B, N, D, K = 3, 40, 6, 4
 close = torch.testing.assert_close
 Function = Callable[..., torch.Tensor]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, in forward mode
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # raised by torch in forward mode
 
 
 @pytest.fixture(params=BACKENDS)
@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def dense_values(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The values of `mips_topk` by a gather, of which torch has every derivative."""
+    """Values of `mips_topk` by a gather, which torch differentiates in every mode."""
     scores = queries @ rows.mT
     return scores.gather(-1, scores.topk(K, dim=-1).indices)
 

@@ -1,4 +1,4 @@
-"""Tables, comparisons and subprocesses that the tests of tables share."""
+"""Tables, comparisons and subprocesses shared by the tests of tables."""
 
 import os
 import subprocess

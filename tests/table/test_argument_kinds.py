@@ -1,4 +1,4 @@
-"""Every tensor argument of a table, of every unusual kind: right, or refused by name."""
+"""Every tensor argument of a table with every unusual kind of tensor: correct, or an error naming it."""
 
 import itertools
 from collections.abc import Callable
@@ -84,6 +84,6 @@ def test_refused_by_name(kind: str, argument: str) -> None:
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("kind", KINDS_RIGHT)
-def test_right(kind: str, argument: str) -> None:
+def test_correct(kind: str, argument: str) -> None:
     _, call, good = ARGUMENTS[argument]
     assert torch.equal(call(table(), KINDS_RIGHT[kind](good.clone())), call(table(), good))

@@ -1,4 +1,4 @@
-"""Files that are not tables, or no longer: refused by name, whatever they hold."""
+"""Damaged and foreign files: an error that names the file."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table with every tensor there is but the basis."""
+    """A file with every tensor of the format but the basis."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("tables") / "table"
     table_of(9, 3, "float32", torch.int8).save(path)
@@ -36,7 +36,7 @@ def loads(path: Path, data: bytes) -> gk.ItemTable:
 
 @pytest.mark.parametrize("bits", [[None], pytest.param(range(8), marks=pytest.mark.slow)])
 def test_no_bit_can_change_unnoticed(bits: list[int | None], saved: Path, tmp_path: Path) -> None:
-    """Every byte of the file, header, padding and data: one bit of it, and in the slow test each."""
+    """Flips one bit of every byte of header, padding and data; the slow test flips every bit."""
     good, path = saved.read_bytes(), tmp_path / "damaged"
     for at in range(len(good)):
         for bit in bits:
@@ -47,7 +47,7 @@ def test_no_bit_can_change_unnoticed(bits: list[int | None], saved: Path, tmp_pa
     assert len(loads(path, good)) == 9
 
 
-def test_no_length_but_the_right_one(saved: Path, tmp_path: Path) -> None:
+def test_other_lengths_are_refused(saved: Path, tmp_path: Path) -> None:
     good, path = saved.read_bytes(), tmp_path / "damaged"
     for length in range(len(good)):
         with pytest.raises(ValueError, match=r"damaged is (empty|truncated)"):
@@ -57,7 +57,7 @@ def test_no_length_but_the_right_one(saved: Path, tmp_path: Path) -> None:
 
 
 def edited(good: bytes, edit: Callable[[dict[str, Any]], None]) -> bytes:
-    """The file with another header, and the data as they were."""
+    """The file with another header and the same data."""
     start = 8 + int.from_bytes(good[:8], "little")
     header = json.loads(good[8:start])
     edit(header)
@@ -134,7 +134,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"), [([5, 5], "ids must be unique, got 5"), ([5, -1], "ids must not be negative")]
 )
-def test_ids_that_no_table_has(ids: list[int], message: str, tmp_path: Path) -> None:
+def test_invalid_ids_are_refused(ids: list[int], message: str, tmp_path: Path) -> None:
     columns = Columns(torch.ones(2, 3), ids=torch.tensor(ids))
     table_file.write(tmp_path / "foreign", columns, [columns])
     with pytest.raises(ValueError, match=f"foreign is malformed: {message}"):
@@ -152,7 +152,7 @@ JSON = st.recursive(
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_header_is_read_or_refused(data: st.DataObject, saved: Path, tmp_path: Path) -> None:
-    """Some value in the header becomes any other: ValueError or, if it means the same, the same table."""
+    """Any value in place of one value of the header: ValueError, or the same table if the meaning is the same."""
 
     def edit(header: dict[str, Any]) -> None:
         at: Any = header
@@ -184,7 +184,7 @@ def test_any_bytes_are_refused(data: bytes, front: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "value"), [("coarse_error", torch.nan), ("coarse_error", -1.0),
                                              ("coarse_scale", torch.nan), ("coarse_scale", torch.inf)])  # fmt: skip
 def test_bounds_that_would_hide_rows(name: str, value: float, mmap: bool, tmp_path: Path) -> None:
-    """A foreign program may write them with valid checksums; `verify=False` looks at none."""
+    """Too small error bounds with valid checksums are refused; `verify=False` does not check them."""
     columns = table_of(9, 3, "float32", torch.int8).current.columns
     getattr(columns, name)[4] = value
     table_file.write(tmp_path / "foreign", columns, [columns])
@@ -197,7 +197,7 @@ def test_bounds_that_would_hide_rows(name: str, value: float, mmap: bool, tmp_pa
 @settings(max_examples=3000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_an_unverified_file(data: st.DataObject, saved: Path, tmp_path: Path) -> None:
-    """Bytes changed, removed and inserted, checksums not compared: an error, or a table that can be searched."""
+    """Changed, removed and inserted bytes with `verify=False`: an error, or a table that can be searched."""
     content = bytearray(saved.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at, count = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 9))
@@ -216,8 +216,8 @@ def test_any_damage_to_an_unverified_file(data: st.DataObject, saved: Path, tmp_
             assert set(top.indices[0].tolist()) <= {-1, *table.ids.tolist()}
 
 
-def test_damage_that_is_not_looked_for(saved: Path, tmp_path: Path) -> None:
-    """`verify=False` is for files too large to be read at every start."""
+def test_damage_that_verify_false_accepts(saved: Path, tmp_path: Path) -> None:
+    """`verify=False` skips the checksums, for files too large to be read at every start."""
     path = tmp_path / "damaged"
     data = bytearray(saved.read_bytes())
     data[-1] ^= 1

@@ -19,7 +19,7 @@ def dtype_of(kind: str) -> torch.dtype:
     return dtype
 
 
-# ---- rows, as they are kept ----
+# ---- stored rows ----
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -83,7 +83,7 @@ def test_int8_of_any_row(row: list[float]) -> None:
 
 
 def test_int8_of_a_table_larger_than_a_step() -> None:
-    rows = torch.randn(2, 5).repeat(3, 1).repeat_interleave(1 << 18, 0)  # 1.6 million rows in two steps
+    rows = torch.randn(2, 5).repeat(3, 1).repeat_interleave(1 << 18, 0)  # 1.6 million rows, quantised in two steps
     rows *= torch.arange(1, len(rows) + 1)[:, None] / len(rows)
     rows = rows[:, :3]
     assert_quantised(rows)
@@ -131,11 +131,11 @@ def test_rows_begin_with_a_cache_line(kind: str, shape: tuple[int, int]) -> None
     assert held.is_contiguous()
 
 
-def test_a_table_takes_no_part_in_gradients() -> None:
+def test_a_table_has_no_gradient() -> None:
     rows = torch.nn.Parameter(torch.randn(5, 3))
     with pytest.warns(UserWarning, match="rows require a gradient, and an ItemTable is a copy without one") as warned:
         table = ItemTable.from_rows(rows)
-    assert warned[0].filename == __file__  # the caller's line, so that Python says it once
+    assert warned[0].filename == __file__  # the caller's line, so that Python reports it once
     with torch.no_grad():
         ItemTable.from_rows(rows)
     ItemTable.from_rows(rows.detach())
@@ -143,7 +143,7 @@ def test_a_table_takes_no_part_in_gradients() -> None:
     assert not mips_topk(torch.randn(2, 3), table, 2).values.requires_grad
 
 
-# ---- what a table says of itself ----
+# ---- properties ----
 
 
 @pytest.mark.parametrize(("kind", "nbytes"), [("float32", 4096), ("float16", 2048), ("bfloat16", 2048), ("int8", 1280)])
@@ -217,8 +217,8 @@ def test_a_table_of_floats_searches_as_its_tensor(kind: str, backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_the_rows_a_table_gives(kind: str, backend: str) -> None:
-    """Whole numbers, the largest of a query and of a row 127: exact in every dtype but bfloat16's 8 bits of them."""
+def test_scores_match_the_rows_of_the_table(kind: str, backend: str) -> None:
+    """Whole numbers with a maximum of 127 in every query and row, the others below 5 in bfloat16: exact scores."""
     most = 4 if kind == "bfloat16" else 127
     queries, rows = torch.randint(-most, most + 1, (5, 30)).float(), torch.randint(-most, most + 1, (400, 30)).float()
     queries[:, 3] = 127

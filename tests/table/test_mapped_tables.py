@@ -1,4 +1,4 @@
-"""Tables that stay in their files."""
+"""Tables mapped from files."""
 
 import copy
 import errno
@@ -33,12 +33,12 @@ def test_a_mapped_table(tmp_path: Path) -> None:
         pickle.dumps(mapped)
     queries = torch.randn(2, 8)
     assert_same(gk.mips_topk(queries, copy.deepcopy(mapped), 9), gk.mips_topk(queries, table, 9))
-    mapped.save(tmp_path / "table")  # onto itself
+    mapped.save(tmp_path / "table")  # onto its own file
     assert_equal_tables(gk.ItemTable.load(tmp_path / "table"), table)
 
 
 def test_a_mapped_file_is_not_copied(tmp_path: Path) -> None:
-    """The limit of the contract: 64 MB and what the result takes, for a table of 256 MB."""
+    """The limit of the contract, 64 MB beside the result, for a table of 256 MB."""
     rows = torch.randn(1000, 64)
     gk.ItemTable.write(tmp_path / "table", (rows for _ in range(2000)), num_rows=2_000_000, dtype=torch.float16)
     code = """
@@ -71,7 +71,7 @@ def grow(path: Path) -> None:
 
 
 def rewrite(path: Path) -> None:
-    """The same size; the time of a write is coarser than a test is fast."""
+    """Rewrites a file with the same size and sets its time: the clock of files is coarser than a test."""
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
@@ -80,7 +80,7 @@ def rewrite(path: Path) -> None:
 
 @pytest.mark.parametrize("coarse", [None, torch.int8])
 @pytest.mark.parametrize("change", [shrink, grow, rewrite])
-def test_a_file_that_was_changed_in_place_is_refused(
+def test_a_file_changed_in_place_is_refused(
     change: Callable[[Path], None], coarse: torch.dtype | None, tmp_path: Path
 ) -> None:
     table_of(100, 8, "float32", coarse, with_ids=False).save(tmp_path / "table")
@@ -123,7 +123,7 @@ def test_mapped_files_are_closed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flush", [False, True])
 def test_subnormal_scores_are_ordered_as_in_memory(flush: bool, tmp_path: Path) -> None:
-    """Also where the process takes subnormal numbers for 0."""
+    """Even if the process flushes subnormal numbers to 0."""
     table = gk.ItemTable.from_rows(torch.randperm(50)[:, None] * 1e-44 - 2e-43)
     table.save(tmp_path / "table")
     mapped = gk.ItemTable.load(tmp_path / "table", mmap=True)

@@ -1,4 +1,4 @@
-"""Tables in other processes, spawned and forked, and in threads that outlive the main thread."""
+"""Tables in spawned and forked processes, and in threads that outlive the main thread."""
 
 import os
 import textwrap
@@ -73,8 +73,8 @@ def test_spawned_processes_search_the_same_memory(tmp_path: Path) -> None:
     assert done.stdout.split() == ["fine", "loaded"]
 
 
-def test_rows_move_to_shared_memory_once_a_version() -> None:
-    """What a spawned process receives, without the process."""
+def test_rows_move_to_shared_memory_once_per_version() -> None:
+    """Pickles as for a spawned process, without starting one."""
     table, queries = table_of(500, 8, "float32", torch.int8), torch.randn(2, 8)
     want = gk.mips_topk(queries, table, 9)
     make, (version,) = table._reduce_shared()
@@ -93,7 +93,7 @@ def test_rows_move_to_shared_memory_once_a_version() -> None:
 
 
 def in_a_child(check: Callable[[], object]) -> int:
-    """Exit status of a forked process that runs a check: 0, or 1 if it raises, or 9 if it hangs."""
+    """Exit status of a check in a forked process: 0, 1 if it raises, 9 if it hangs."""
     if (child := os.fork()) == 0:
         status = [1]
         thread = threading.Thread(target=lambda: (check(), status.append(0)), daemon=True)
@@ -192,7 +192,7 @@ def test_an_error_of_a_request_reaches_the_search(mapped: gk.ItemTable, monkeypa
 
 
 def test_mapped_tables_work_after_the_main_thread_has_ended(tmp_path: Path) -> None:
-    """In a thread that is not a daemon, and in an exit handler."""
+    """In a non-daemon thread, and in an exit handler."""
     table_of(2000, 16, "float32").save(tmp_path / "table")
     code = """
         import atexit, sys, threading, torch, grank_kernels as gk

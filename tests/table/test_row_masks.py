@@ -1,4 +1,4 @@
-"""`table.mask`: filters by id, which stay right when updates move rows; masks by row are then refused."""
+"""`table.mask`: filters by id stay valid when updates move rows; masks by row are then refused."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def test_a_mask_by_id_is_the_mask_by_row(options: dict[str, Any], with_ids: bool
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_a_mask_stays_right_when_rows_move(with_ids: bool) -> None:
+def test_a_mask_stays_valid_when_rows_move(with_ids: bool) -> None:
     table = table_of(400, with_ids)
     allowed = table.ids[torch.randperm(400)[:150]]
     mask = table.mask(allowed)
@@ -43,11 +43,11 @@ def test_a_mask_stays_right_when_rows_move(with_ids: bool) -> None:
             assert torch.equal(found[found >= 0].sort().values, left)
 
 
-def test_a_mask_by_row_from_before_an_update_is_refused() -> None:
+def test_an_outdated_mask_by_row_is_refused() -> None:
     table = table_of(400, with_ids=False)
     by_row = torch.arange(400) % 10 < 3
     table.upsert(torch.tensor([400]), torch.randn(1, 6))
-    gk.mips_topk(QUERIES, table, 9, allow=torch.cat([by_row, by_row[:1]]))  # a row was added, none has moved
+    gk.mips_topk(QUERIES, table, 9, allow=torch.cat([by_row, by_row[:1]]))  # a row was added, no row has moved
     table.upsert(torch.tensor([0]), torch.randn(1, 6))
     table.remove(torch.tensor([400]))
     for each in (table, copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
@@ -69,7 +69,7 @@ def test_a_snapshot_takes_masks_by_row() -> None:
         gk.mips_topk(QUERIES, snapshot, 9, allow=by_row)
 
 
-def test_a_mask_of_other_ids_and_of_none() -> None:
+def test_a_mask_of_unknown_ids_and_of_no_ids() -> None:
     table = table_of(50)
     for ids in (torch.tensor([-1, 9_999, 2**62]), torch.empty(0, dtype=torch.int64)):
         assert (gk.mips_topk(QUERIES, table, 5, allow=table.mask(ids)).indices == -1).all()
@@ -86,7 +86,7 @@ def test_a_mask_is_a_copy_and_can_be_pickled() -> None:
 
 
 def test_masks_with_other_arguments(tmp_path: Any) -> None:
-    """Exclusions, one query, a mapped table."""
+    """Masks with exclusions, with one query, and on a mapped table."""
     table = table_of(100)
     by_row, seen = torch.rand(100) < 0.5, table.ids[torch.randint(0, 100, (3, 7))]
     table.save(tmp_path / "table")

@@ -1,4 +1,4 @@
-"""Whatever fails while a table is saved, loaded or updated, no table is lost."""
+"""Failures while a table is saved, loaded or updated: the old or the new table survives."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_killed_at_any_call(tmp_path: Path) -> None:
-    """A process that saves ends before its n-th system call, for every n. The next one waits for no lock."""
+    """Ends a saving process before its n-th system call, for every n; the next one must not wait for a lock."""
     code = """
         import os, sys, torch, grank_kernels as gk
         from grank_kernels.table import file as table_file
@@ -54,13 +54,13 @@ def test_killed_at_any_call(tmp_path: Path) -> None:
     assert killed[0] == "9,1.0,table"
     assert {re.sub("[0-9a-f]{8}", "X", line) for line in killed[1:renamed]} == {
         "9,1.0,.table.X.partial,table",
-        "9,1.0,table",  # the temporary of the process before is deleted, and there is no new one yet
+        "9,1.0,table",  # the earlier temporary is deleted, the new one not yet created
     }
     assert set(killed[renamed:]) == {"9,2.0,table"}
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Processes that save again and again, forked so that torch is imported once."""
+    """Kills processes that save in a loop; they are forked, so torch is imported once."""
     code = """
         import os, random, signal, sys, time, torch, grank_kernels as gk
         torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 20
-    assert all(len(line) == 2 and line[1] in "12" for line in lines)  # one version, and at most one temporary
+    assert all(len(line) == 2 and line[1] in "12" for line in lines)  # one version, at most one temporary
     assert len({version for version, _ in lines}) > 1
 
 
@@ -112,7 +112,7 @@ def test_a_table_outlives_its_file(mmap: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 500, 8_000])
 def test_a_full_disk(room: int, tmp_path: Path) -> None:
-    """A limit on the size of a file fails in the same calls as a disk without room."""
+    """A limit on the file size: it fails in the same calls as a full disk."""
     old, new = table_of(5, 3, "float32"), table_of(1000, 4, "float32")
     old.save(tmp_path / "table")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -145,7 +145,7 @@ def test_a_disk_that_fails(call: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_memory_to_load_or_update(tmp_path: Path) -> None:
-    """Under a limit on memory: an error that says so, and a table that goes on as it was."""
+    """Under a memory limit: an error that says so, and an unchanged table."""
     table_of(2_000_000, 16, "float32", with_ids=False).save(tmp_path / "table")
     code = """
         import resource, sys, torch, grank_kernels as gk

@@ -1,4 +1,4 @@
-"""Files of tables: what was saved is loaded."""
+"""Files of tables: saving and loading."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(("kind", "coarse"), KINDS_OF_TABLES)
-def test_there_and_back(
+def test_round_trip(
     kind: str, coarse: torch.dtype | None, with_ids: bool, mmap: bool, n: int, d: int, tmp_path: Path
 ) -> None:
     table = table_of(n, d, kind, coarse, with_ids)
@@ -44,7 +44,7 @@ def test_a_basis_is_kept(mmap: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "coarse"), KINDS_OF_TABLES)
-def test_an_updated_table_is_saved_without_what_is_gone(kind: str, coarse: torch.dtype | None, tmp_path: Path) -> None:
+def test_an_updated_table_is_saved_without_removed_rows(kind: str, coarse: torch.dtype | None, tmp_path: Path) -> None:
     table = table_of(2000, 8, kind, coarse, with_ids=False)
     table.upsert(torch.arange(1900, 2100), torch.randn(200, 8))
     table.remove(torch.arange(50, 150))
@@ -83,7 +83,7 @@ def test_rows_begin_with_a_cache_line(kind: str, tmp_path: Path) -> None:
     assert gk.ItemTable.load(tmp_path / "table", mmap=True).operands()[0].data_ptr() % 64 == 0
 
 
-def test_rows_that_come_in_parts(tmp_path: Path) -> None:
+def test_rows_written_in_parts(tmp_path: Path) -> None:
     rows = torch.randn(1000, 12)
     for kind in KINDS:
         dtype = getattr(torch, kind)
@@ -122,7 +122,7 @@ def test_errors_of_parts(message: str, parts: list[torch.Tensor], num_rows: int,
         (ValueError, r"num_rows must be below 2\^40, got 4611686018427387904", 1 << 62),
     ],
 )
-def test_numbers_of_rows_that_no_file_has(error: type[Exception], message: str, num_rows: Any, tmp_path: Path) -> None:
+def test_impossible_numbers_of_rows(error: type[Exception], message: str, num_rows: Any, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         gk.ItemTable.write(tmp_path / "table", [torch.ones(4, 3)], num_rows=num_rows)
     assert os.listdir(tmp_path) == []

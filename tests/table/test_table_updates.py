@@ -1,4 +1,4 @@
-"""Tables that change: every version is the table that its rows would make, whoever reads while it is replaced."""
+"""Updates: every version equals a new table of the same rows, also for concurrent readers."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ def table_of(
 
 
 class Model:
-    """A table and, beside it, a dictionary of what it should hold."""
+    """A table, and a dictionary of its expected rows."""
 
     def __init__(self, rows: torch.Tensor, ids: torch.Tensor | None, kind: str, coarse: torch.dtype | None) -> None:
         self.kind = kind
@@ -62,13 +62,13 @@ class Model:
             assert_same(got, gk.mips_topk(queries, fresh, k, backend=backend, **filters))
 
 
-# ---- what is found ----
+# ---- results ----
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(("kind", "coarse"), KINDS_OF_TABLES)
 def test_updates(kind: str, coarse: torch.dtype | None, with_ids: bool) -> None:
-    """More rows than a log has room for, so that some updates append and some move the rows."""
+    """More rows than the capacity of a log: some updates append, some move the rows."""
     ids = torch.randperm(10_000)[:3000] if with_ids else None
     model = Model(torch.randn(3000, 8), ids, kind, coarse)
     moves = 0
@@ -85,13 +85,13 @@ def test_updates(kind: str, coarse: torch.dtype | None, with_ids: bool) -> None:
         if step % 6 == 5:
             model.check()
     assert 2 <= moves <= 8
-    assert model.table.current.row_mask is not None  # the last version has positions without a row
+    assert model.table.current.row_mask is not None  # the last version has deleted rows
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_any_updates(data: st.DataObject) -> None:
-    """Small logs, few ids: every order of inserting, replacing, removing and inserting again."""
+    """Small logs and few ids: inserts, replacements, removals and repeated inserts in any order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_versions, "_slack", lambda num_rows: data.draw(st.integers(0, 6)))
         model = Model(torch.randn(5, 4), torch.arange(5) if data.draw(st.booleans()) else None, "float32", None)
@@ -120,7 +120,7 @@ def test_filters(backend: str) -> None:
         gk.mips_topk(torch.ones(3, 6), snapshot, 4, allow=wrong)
 
 
-def test_ties_go_by_id_wherever_the_rows_are() -> None:
+def test_ties_are_ordered_by_id_at_any_position() -> None:
     table = gk.ItemTable.from_rows(torch.ones(2000, 4), ids=torch.arange(2000) + 10)
     table.upsert(torch.tensor([3, 15, 9000]), torch.ones(3, 4))
     table.upsert(torch.tensor([11]), torch.ones(1, 4))
@@ -156,7 +156,7 @@ def test_the_gradient_of_an_updated_table() -> None:
 
 
 @pytest.mark.parametrize(("kind", "coarse"), KINDS_OF_TABLES)
-def test_a_snapshot_stays_what_it_was(kind: str, coarse: torch.dtype | None) -> None:
+def test_a_snapshot_does_not_change(kind: str, coarse: torch.dtype | None) -> None:
     model = Model(torch.randn(2000, 6), None, kind, coarse)
     queries = torch.randn(2, 6)
     kept = []
@@ -169,7 +169,7 @@ def test_a_snapshot_stays_what_it_was(kind: str, coarse: torch.dtype | None) -> 
         assert_same(gk.mips_topk(queries, snapshot, 50), top)
 
 
-def test_a_snapshot_that_is_updated_goes_its_own_way() -> None:
+def test_an_updated_snapshot_leaves_the_table_unchanged() -> None:
     table = gk.ItemTable.from_rows(torch.zeros(10, 2))
     one = torch.ones(1, 2)
     table.upsert(torch.tensor([3]), one)
@@ -184,7 +184,7 @@ def test_a_snapshot_that_is_updated_goes_its_own_way() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("options", [{}, {"ids": torch.arange(50) * 7}, {"dtype": torch.int8}, {"coarse": torch.int8}])
-def test_copies_answer_the_same_and_go_their_own_way(options: dict[str, Any], copied: Any) -> None:
+def test_copies_are_equal_and_independent(options: dict[str, Any], copied: Any) -> None:
     table, queries = gk.ItemTable.from_rows(torch.randn(50, 8), **options), torch.randn(3, 8)
     table.upsert(torch.tensor([7, 1000]), torch.randn(2, 8))
     table.remove(torch.tensor([0, 14]))
@@ -196,7 +196,7 @@ def test_copies_answer_the_same_and_go_their_own_way(options: dict[str, Any], co
     assert_same(gk.mips_topk(queries, table, 60), before)
 
 
-def test_copies_hold_the_rows_alone() -> None:
+def test_copies_hold_no_deleted_rows() -> None:
     model = Model(torch.randn(1500, 4), None, "float16", torch.int8)
     model.upsert(list(range(1000)))
     model.remove(list(range(100)))
@@ -211,9 +211,10 @@ def test_copies_hold_the_rows_alone() -> None:
 
 
 def soak(table: gk.ItemTable) -> tuple[set[Any], list[Any]]:
-    """Three readers and a writer; what the readers have seen, and what of it no version holds.
+    """Runs three readers and a writer; returns the versions found by searches, and the results that match no version.
 
-    Rows hold the number of their update, and 50 of them go and come back: whatever a search finds must agree.
+    Every row holds the number of its update, and each update removes 50 rows and the next one inserts them again, so
+    all scores of a result must be equal, and it must have N or N - 50 rows.
     """
     N, ids = len(table), table.ids
     stop, seen, wrong = threading.Event(), set(), []
@@ -300,10 +301,10 @@ def test_cost_and_memory_under_endless_updates(monkeypatch: pytest.MonkeyPatch) 
         assert table.operands()[0].shape[0] <= N * 5 // 4
     gc.collect()
     assert len(logs) > 10
-    assert [log() is not None for log in logs].count(True) == 1  # those of old versions are freed
+    assert [log() is not None for log in logs].count(True) == 1  # logs of old versions are freed
     assert table._log is not None
     assert table._log.capacity == N * 5 // 4
-    # The first update copies the table; then N rows are copied for every N / 4 that are written.
+    # The first update copies the table; later, N rows are copied per N / 4 written rows.
     assert sum(written) <= N + updates * step * 5
 
     table.remove(torch.randperm(N)[: N - 10])
@@ -323,10 +324,10 @@ def test_an_index_has_few_runs_and_merges_each_id_a_few_times() -> None:
     assert merged <= n * 10 * 2
 
 
-# ---- errors, and what they leave ----
+# ---- errors, and the table after them ----
 
 
-FAILURES = [  # what fails, whether the rows move to a new log, the update
+FAILURES = [  # failing function, whether the rows move to a new log, the update
     *((place, True, update) for place in ("empty", "write", "wait") for update in ("upsert", "remove")),
     *((place, False, "upsert") for place in ("index", "write", "wait")),
     *((place, False, "remove") for place in ("write", "wait")),
@@ -400,7 +401,7 @@ def test_int8_takes_finite_numbers() -> None:
     assert table.version == 0
 
 
-def test_nothing_to_update_is_no_update() -> None:
+def test_an_empty_update_makes_no_version() -> None:
     table = gk.ItemTable.from_rows(torch.ones(4, 3))
     none = torch.empty(0, dtype=torch.int64)
     table.upsert(none, torch.empty(0, 3))

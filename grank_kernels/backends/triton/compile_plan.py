@@ -1,6 +1,7 @@
-"""The kernels of representative searches, compiled ahead of time for GPUs that need not be present.
+"""Ahead-of-time compilation of the kernels of representative searches; needs no GPU.
 
-For reports and tests of the compiled code. Imports Triton. Nothing is compiled under TRITON_INTERPRET=1.
+For reports and tests of the compiled code; searches do not use it. Imports Triton. Nothing is compiled under
+TRITON_INTERPRET=1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime import jit
 
 from grank_kernels.backends.triton import INTERPRETED
 from grank_kernels.backends.triton.mips_topk_launches import Launch, Problem, certified_launches, launches, options
@@ -25,19 +26,21 @@ DEVICES = {
     "sm_100": Device("sm_100", 148, 232448),
     "gfx942": Device("gfx942", 304, 65536),
 }
-"""A100, H100, B200, MI300X: multiprocessors and bytes of shared memory a program can have."""
+"""A100, H100, B200, MI300X: target, multiprocessors, bytes of shared memory per program."""
+
+TRITON_VERSIONS = "3.6 or 3.7"  # tried: 3.6.0 and 3.7.1
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel as a launch has it compiled: Triton's own specialisation of the arguments, for a target.
+    """A kernel, a target, and Triton's specialisation of the arguments of a launch.
 
     Attributes:
         target: a key of `DEVICES`.
-        module: the module of the kernel.
-        name: its name there.
-        signature: Triton type by parameter, one type per field of a group; "constexpr" for what is compiled in.
-        constants: these values (constants, absent tensors, integers of value 1) by path: (parameter,) or
+        module: name of the kernel's module.
+        name: name of the kernel in it.
+        signature: Triton type by parameter, one type per field of a group; "constexpr" for compiled-in values.
+        constants: the compiled-in values (constants, absent tensors, integers of value 1) by path: (parameter,) or
             (parameter, field).
         attributes: "divisible by 16" and the like, by path.
         warps: warps per program.
@@ -68,14 +71,26 @@ class Specialisation:
 
 
 def specialise(target: str, launch: Launch) -> Specialisation:
-    """What `launch` has Triton compile on a target. Tensors may be on any device: only their types are read."""
-    function = JITFunction(launch.kernel.fn)  # also where the kernel itself is wrapped for the interpreter
+    """The specialisation that Triton compiles for `launch` on a target. Of tensors only the types are read.
+
+    Raises:
+        RuntimeError: this version of Triton specialises launches by other functions.
+    """
+    function = jit.JITFunction(launch.kernel.fn)  # launch.kernel may be wrapped for the interpreter
     backend = make_backend(_gpu_target(target))
-    bind = create_function_from_signature(function.signature, function.params, backend)
-    arguments, specialisation, _ = bind(**launch.arguments)
-    _, signature, constants, attributes = function._pack_args(backend, {}, arguments, specialisation, {})
+    bind, pack = _internals(function)
+    arguments, specialisation, _ = bind(function.signature, function.params, backend)(**launch.arguments)
+    _, signature, constants, attributes = pack(backend, {}, arguments, specialisation, {})
     module, name = function.fn.__module__, function.fn.__name__
     return Specialisation(target, module, name, signature, constants, attributes, launch.warps, launch.stages)
+
+
+def _internals(function: Any) -> tuple[Any, Any]:
+    """Triton's functions that bind and specialise the arguments of a launch; there is no public interface for them."""
+    bind, pack = getattr(jit, "create_function_from_signature", None), getattr(function, "_pack_args", None)
+    if bind is None or pack is None:
+        raise RuntimeError(f"triton must be {TRITON_VERSIONS} to compile without a GPU, got {triton.__version__}")
+    return bind, pack
 
 
 def _gpu_target(name: str) -> GPUTarget:
@@ -87,9 +102,9 @@ class Row:
     """One kernel of the plan.
 
     Attributes:
-        label: the search it belongs to.
-        launch: with tensors that have no memory.
-        code: what the launch has compiled.
+        label: text that describes the search.
+        launch: a launch with tensors on the meta device.
+        code: the specialised kernel.
     """
 
     label: str

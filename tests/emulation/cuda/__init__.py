@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU: the very source files, compiled by the host's compiler, one fiber for every CUDA thread."""
+"""CUDA emulator: kernel sources compiled by the host's compiler and run on the CPU, one fiber per CUDA thread."""
 
 from .emulator import Counters, EmulationError, Emulator, Output, Report, Rounding, Settings
 

@@ -1,4 +1,4 @@
-"""Simulates PTX from nvcc or Triton on the host: every thread of every CTA, in NumPy.
+"""PTX simulator in NumPy: runs every thread of every CTA of kernels compiled by nvcc or Triton.
 
     memory = GlobalMemory()
     x = memory.put("x", array)
@@ -6,10 +6,14 @@
     run = launch(parse(ptx), grid=(4,), block=(128,), arguments=[x, y, 128], memory=memory)
     memory.get("y")
 
-A fault of the kernel raises PtxError with the instruction, source line and thread: an access out of bounds, misaligned,
-uninitialised or of a copy in flight; a race; a barrier or warp instruction that only some of the threads reach. Not
-modelled: weak memory order, races within a warp, the rounding inside a tensor-core instruction, clusters, mbarrier, TMA
-and tcgen05.
+A fault of the kernel raises PtxError with the instruction, source line and thread. Faults are
+
+- accesses out of bounds, misaligned, to uninitialised memory, or to the destination of a copy in flight,
+- races between warps,
+- barriers and warp instructions that only some of their threads reach.
+
+Not modelled: weak memory order, races within a warp, rounding inside a tensor-core instruction, clusters, mbarrier,
+TMA, tcgen05.
 """
 
 from .launch import Coverage, Run, launch

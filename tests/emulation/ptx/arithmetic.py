@@ -1,4 +1,4 @@
-"""Instructions that only look at their operands: arithmetic, logic, comparisons, conversions, moves."""
+"""Register instructions: arithmetic, logic, comparisons, conversions, moves."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ FLOAT_MODIFIERS = "rn ftz approx full sat NaN wide lo hi"
 
 
 def flush(values: np.ndarray, i: Instruction) -> np.ndarray:
-    """.ftz: subnormal numbers are zeros of their sign."""
+    """Flushes subnormal numbers to zero, with their sign, if the instruction has .ftz."""
     if not i.ftz or values.dtype != np.float32:
         return values
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
 
 
 def elementwise(names: str, modifiers: str, function: Callable) -> None:
-    """An instruction that applies a function of (operands...) to operands that all have its one type."""
+    """Declares an instruction that applies `function` to its operands, all of one type."""
 
     @instruction(names, modifiers)
     def apply(m: Machine, i: Instruction, mask: Mask) -> None:
@@ -29,7 +29,7 @@ def elementwise(names: str, modifiers: str, function: Callable) -> None:
         result = flush(np.asarray(function(*operands)), i)
         if i.has("sat"):
             if not is_float(i.type):
-                m.fail("integer saturation is not known")
+                m.fail("integer saturation is not implemented")
             result = np.fmin(np.fmax(result, 0), 1)  # NaN becomes 0
         m.write(i.operands[0], i.type, result, mask)
 
@@ -56,7 +56,7 @@ def reverse_bits(x: np.ndarray) -> np.ndarray:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Integers round towards zero; by zero gives all ones, as the hardware's routine does."""
+    """Quotient; integers round towards zero, and division by zero gives all ones, as on the hardware."""
     if a.dtype.kind == "f":
         return a / b
     divisor = np.where(b == 0, b.dtype.type(1), b)
@@ -73,7 +73,7 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """float64, rounded to odd: the product is exact, and one more rounding to a shorter format is right."""
+    """a * b + c in float64, rounded to odd: a second rounding to a shorter format is correct."""
     product, c = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + c
     part = total - product
@@ -132,7 +132,7 @@ def count_bits(m: Machine, i: Instruction, mask: Mask) -> None:
 
 
 def _product(m: Machine, i: Instruction) -> tuple[np.ndarray, str]:
-    """The product an integer mul or mad takes, and its type."""
+    """Product of an integer mul or mad, and its type."""
     a, b = (m.read(each, i.type) for each in i.operands[1:3])
     bits = TYPE_BITS[i.type]
     if i.has("wide"):
@@ -148,13 +148,13 @@ def _product(m: Machine, i: Instruction) -> tuple[np.ndarray, str]:
 
 
 def _high64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The upper 64 bits of a product, from products of 32-bit halves."""
+    """Upper 64 bits of a product, by schoolbook multiplication of 32-bit halves."""
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     ua, ub = np.asarray(a).astype(np.uint64), np.asarray(b).astype(np.uint64)
     cross = (ua >> half) * (ub & low) + ((ua & low) * (ub & low) >> half)
     rest = (ua & low) * (ub >> half) + (cross & low)
     high = (ua >> half) * (ub >> half) + (cross >> half) + (rest >> half)
-    if np.asarray(a).dtype.kind == "i":  # a negative factor counted 2^64 times too much of the other
+    if np.asarray(a).dtype.kind == "i":  # a negative factor was read as 2^64 more
         high = high - np.where(a < 0, ub, np.uint64(0)) - np.where(b < 0, ua, np.uint64(0))
     return high.astype(np.asarray(a).dtype)
 
@@ -179,7 +179,7 @@ def multiply_add(m: Machine, i: Instruction, mask: Mask) -> None:
 @instruction("fma", "rn ftz sat")
 def fused_multiply_add(m: Machine, i: Instruction, mask: Mask) -> None:
     if i.type == "f64":
-        m.fail("fma.f64 is not known")
+        m.fail("fma.f64 is not implemented")
     a, b, c = (flush(m.read(each, i.type), i) for each in i.operands[1:])
     result = fma(a, b, c)
     result = flush(result.astype(np.float32), i) if i.type == "f32" else result
@@ -197,7 +197,7 @@ def dot_of_bytes(m: Machine, i: Instruction, mask: Mask) -> None:
 
 @instruction("shl shr")
 def shift(m: Machine, i: Instruction, mask: Mask) -> None:
-    """Distances beyond the width give 0, or the sign."""
+    """Shifts by more than the width give 0, or the sign for arithmetic right shifts."""
     a, distance = m.read(i.operands[1], i.type), m.read(i.operands[2], "u32")
     bits = TYPE_BITS[i.type]
     within = np.minimum(distance, bits - 1).astype(a.dtype)
@@ -222,7 +222,7 @@ def extract_field(m: Machine, i: Instruction, mask: Mask) -> None:
     field = m.read(i.operands[1], i.type).astype(np.int64 if i.type[0] == "s" else np.uint64)
     start, length = (np.asarray(m.read(each, "u32") & np.uint32(255), np.int64) for each in i.operands[2:])
     length = np.minimum(length, 64)
-    # Up to the left edge and down again, which extends by zero or sign; beyond the register is zero or sign too.
+    # Shift left to the edge, then right, which extends by zero or sign; bits beyond the register are zero or sign too.
     end = np.minimum(start + length, bits)
     left, right = (64 - end).astype(field.dtype), (64 - (end - start)).astype(field.dtype)
     empty = end <= start
@@ -326,7 +326,7 @@ def move(m: Machine, i: Instruction, mask: Mask) -> None:
 
 @instruction("cvta", "to global shared")
 def convert_address(m: Machine, i: Instruction, mask: Mask) -> None:
-    """Generic addresses of global memory are its own; those of shared memory lie in a window."""
+    """A generic address equals the global address; shared memory is mapped at SHARED_WINDOW."""
     address = m.read(i.operands[1], i.type)
     if i.has("shared"):
         window = np.uint64(SHARED_WINDOW)
@@ -355,7 +355,7 @@ def convert(m: Machine, i: Instruction, mask: Mask) -> None:
     rounding = next((ROUND_TO_INTEGER[each] for each in i.modifiers if each in ROUND_TO_INTEGER), None)
     if is_float(source) and not is_float(to):
         if rounding is None:
-            m.fail("cvt of a float to an integer without its rounding")
+            m.fail("cvt of a float to an integer needs a rounding modifier")
         value = _to_integer(rounding(value.astype(np.float64)), to)
     elif rounding is not None:
         value = rounding(value)
@@ -374,7 +374,7 @@ def _limits(type: str) -> tuple[int, int]:
 
 
 def _to_integer(value: np.ndarray, type: str) -> np.ndarray:
-    """Saturates; NaN gives 0."""
+    """Float to integer: saturates, NaN gives 0."""
     low, high = _limits(type)
     dtype = (SIGNED if type[0] == "s" else UNSIGNED)[TYPE_BITS[type]]
     inside = np.where((value > low) & (value < high), value, 0).astype(dtype)

@@ -1,4 +1,4 @@
-"""What grank_kernels/_cuda.pyi says, on the PTX that nvcc makes of the CUDA kernels. Takes tensors for addresses."""
+"""The interface of grank_kernels/_cuda.pyi over simulated PTX; takes tensors instead of addresses."""
 
 import struct
 from typing import Any
@@ -8,7 +8,7 @@ from .nvcc import ptx_of
 from .parser import Kernel, parse
 from .tensors import TensorMemory
 
-ROWS = 64  # of a block
+ROWS = 64  # candidates per block
 THREADS = 128
 SCORE_CANDIDATES = "@PqqPPqqPPqPPPPffiP0P"
 ATTENTION = "@qqPPqq?PPPPqqPfiPP0P"
@@ -16,7 +16,13 @@ GRADIENTS = "@PPPPPP"
 
 
 class PtxModule:
-    """`coverage`, by name of a kernel, may outlive it. `plan`: stages and tiles per block of score_candidates."""
+    """Runs the CUDA kernels in the simulator.
+
+    Args:
+        coverage: by name of a kernel; filled by the runs.
+        plan: stages, and tiles per block, of score_candidates.
+        seed: of a random order of warps; None runs them in a fixed order.
+    """
 
     def __init__(self, coverage: dict[str, Coverage], plan: tuple[int, int] = (2, 1), seed: int | None = None) -> None:
         self.coverage, self.plan, self.seed = coverage, plan, seed
@@ -74,14 +80,14 @@ class PtxModule:
         self.memory.download([x for x in gradients if x is not None])
 
     def _kernels(self, header: str, names: list[str]) -> list[Kernel]:
-        """In the order of their names; each once, for its coverage."""
+        """The parsed kernels `names`, parsed once each."""
         for name in names:
             if name not in self.coverage:
                 self.coverage[name] = Coverage(parse(ptx_of(header, name)))
         return [self.coverage[name].kernel for name in names]
 
     def _packed(self, layout: str, values: list[Any] | tuple[Any, ...]) -> bytes:
-        """The struct in C's layout."""
+        """The fields as a C struct, in bytes."""
         plain = [
             self.memory.upload(f"field {i}", x) if x is None or hasattr(x, "data_ptr") else x
             for i, x in enumerate(values)

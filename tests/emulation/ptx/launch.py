@@ -16,20 +16,24 @@ from .registry import resolve
 from .scheduler import Scheduler
 from .values import TYPE_BITS
 
-LANES = 8192  # threads that run together: enough to hide Python, few enough for the registers to stay in the cache
+LANES = 8192  # threads per batch: enough to hide Python's overhead, few enough to keep registers in the cache
 
 
 @dataclass(frozen=True)
 class Run:
-    """`executions`: how many warps executed each instruction. `counters`, over the whole launch:
+    """Counts of a launch.
 
-    global_load_bytes, global_load_sectors and the same of store: bytes asked for, and 32-byte sectors a warp touches
-    shared_load_bytes, shared_store_bytes
-    shared_wavefronts, shared_wavefronts_ideal: passes over the banks, and how many there would be without conflicts
-    matrix_wavefronts, matrix_wavefronts_ideal: the same of ldmatrix and stmatrix
-    cp_async_bytes, cp_async_sectors: bytes read from global memory, not those filled with zeros
-    global_atomics, shared_atomics: lanes
-    mma, wgmma: warps that executed one; barriers: completed ones
+    Attributes:
+        executions: per instruction, the number of warps that executed it.
+        counters: sums over the launch:
+
+            global_load_bytes, global_store_bytes, shared_load_bytes, shared_store_bytes: bytes requested by lanes
+            global_load_sectors, global_store_sectors: 32-byte sectors touched, per warp instruction
+            shared_wavefronts: passes over the banks; shared_wavefronts_ideal: passes without bank conflicts
+            matrix_wavefronts, matrix_wavefronts_ideal: the same for ldmatrix and stmatrix
+            cp_async_bytes, cp_async_sectors: bytes read from global memory, without the zero-filled bytes
+            global_atomics, shared_atomics: lanes
+            mma, wgmma: warp instructions; barriers: completed barriers
     """
 
     kernel: Kernel
@@ -37,14 +41,14 @@ class Run:
     counters: Counter[str]
 
     def executed(self, name: str) -> int:
-        """Warps that executed an instruction whose opcode begins with `name`."""
+        """Number of warp instructions with an opcode that begins with `name`."""
         return sum(
             int(n) for i, n in zip(self.kernel.instructions, self.executions, strict=True) if i.opcode.startswith(name)
         )
 
 
 class Coverage:
-    """The instructions of a kernel that at least one thread executed, over several runs."""
+    """Instructions of a kernel executed by at least one thread, over several runs."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -58,7 +62,7 @@ class Coverage:
         return float((self.executions > 0).mean())
 
     def lines(self) -> dict[str, bool]:
-        """Whether any instruction of each source line was executed."""
+        """For each source line, whether one of its instructions was executed."""
         executed: dict[str, bool] = {}
         for i, n in zip(self.kernel.instructions, self.executions, strict=True):
             executed[i.source] = executed.get(i.source, False) or n > 0
@@ -79,15 +83,20 @@ def launch(
 ) -> Run:
     """Executes the kernel on `memory`.
 
-    `arguments` has one entry per parameter: an address, a number, or the bytes of a struct. Trailing parameters may be
-    left out, as Triton does with its scratch pointers. `shared_bytes` is the dynamic shared memory. With a `seed` the
-    warps run, and atomics happen, in a random order.
+    Args:
+        kernel: the parsed kernel.
+        grid, block: up to three dimensions each.
+        arguments: one per parameter: an address, a number, or the bytes of a struct. Trailing parameters may be left
+            out, as Triton does with its scratch pointers.
+        memory: holds the buffers.
+        shared_bytes: dynamic shared memory.
+        seed: runs warps and atomics in a random order; None runs them in a fixed order.
     """
     resolve(kernel)
     grid3, block3 = ((*map(int, sizes), 1, 1)[:3] for sizes in (grid, block))
     threads, ctas = math.prod(block3), math.prod(grid3)
     if threads % WARP or not 0 < threads <= 1024:
-        raise PtxError(f"block must be whole warps of up to 1024 threads, got {block3}")
+        raise PtxError(f"block must be a multiple of 32 threads, at most 1024, got {block3}")
     unit = granule(kernel, "global")
     accesses = Accesses(len(memory.data) // unit, unit, threads // WARP)
     accesses.state[:] = np.where(memory.written.reshape(-1, unit).all(1), READY, UNWRITTEN)
@@ -113,19 +122,21 @@ def launch(
 
 
 def granule(kernel: Kernel, space: str) -> int:
-    """The largest power of two, up to 16, that divides every access of the kernel to a space."""
+    """Largest power of two, up to 16, that divides the size of every access to a memory space."""
     sizes = [16]
     for i in kernel.instructions:
         if i.name in ("ld", "st", "atom", "red") and not i.has("param") and transfers.space_of(i) in (space, "generic"):
             sizes.append(TYPE_BITS[i.type] // 8 * transfers.vector_length(i))
         elif i.name == "cp" and i.has("global"):
             size = i.operands[2].bits if isinstance(i.operands[2], Immediate) else 4
-            sizes.append(size if space == "shared" or len(i.operands) == 3 else 4)  # it may read less than it writes
+            sizes.append(
+                size if space == "shared" or len(i.operands) == 3 else 4
+            )  # cp.async with a source size may read less
     return min(sizes)
 
 
 def pack(kernel: Kernel, arguments: Sequence[int | float | np.generic | bytes]) -> bytes:
-    """The bytes of parameter memory."""
+    """Parameter memory: the arguments as bytes."""
     if len(arguments) > len(kernel.parameters):
         raise PtxError(f"{kernel.name} takes {len(kernel.parameters)} arguments, got {len(arguments)}")
     packed = bytearray(kernel.parameter_bytes)

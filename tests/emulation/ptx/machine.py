@@ -1,4 +1,4 @@
-"""The state of a batch of CTAs that run together: registers, shared memory, and what is under way."""
+"""State of a batch of CTAs that run together: registers, shared memory, copies and products in flight."""
 
 import functools
 import math
@@ -13,11 +13,11 @@ from .parser import Address, Immediate, Instruction, Kernel, Name, Operand, PtxE
 from .values import PLAIN, TYPE_BITS, UNSIGNED, decode, encode, is_float, resize
 
 WARP = 32
-Mask = np.ndarray | None  # the lanes an instruction is executed by; None for all
+Mask = np.ndarray | None  # active lanes of an instruction; None for all
 
 
 class Space:
-    """One state space as an instruction sees it: flat bytes, and the record of who did what to them."""
+    """One state space: flat bytes, and the record of accesses to them."""
 
     def __init__(self, name: str, data: np.ndarray, accesses: Accesses) -> None:
         self.name, self.data, self.accesses = name, data, accesses
@@ -28,7 +28,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Task:
-    """A launch, and what its batches share."""
+    """State of a launch that its batches share."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -36,14 +36,14 @@ class Task:
     parameters: bytes
     memory: GlobalMemory
     global_accesses: Accesses
-    shared_bytes: int  # of a CTA
+    shared_bytes: int  # per CTA
     shared_granule: int
     counters: Counter[str]
     rng: np.random.Generator | None
 
 
 class Machine:
-    """Every register is one vector over the lanes: the threads of all CTAs of the batch, CTA after CTA."""
+    """A batch of CTAs. A register is a vector over lanes: the threads of all CTAs of the batch, CTA after CTA."""
 
     def __init__(self, task: Task, ctas: range) -> None:
         self.task, self.kernel, self.memory = task, task.kernel, task.memory
@@ -55,20 +55,20 @@ class Machine:
         self.thread = self.every_lane % self.threads
         self.local_cta = self.every_lane // self.threads
         self.cta = self.local_cta + ctas.start
-        self.warp = (ctas.start * self.warps_per_cta + self.every_lane // WARP).astype(np.int32)  # of the whole launch
+        self.warp = (ctas.start * self.warps_per_cta + self.every_lane // WARP).astype(np.int32)  # in the launch
         self.clocks = Clocks(ctas.start, len(ctas), self.warps_per_cta)
         shared = len(ctas) * task.shared_bytes
         accesses = Accesses(shared // task.shared_granule, task.shared_granule, self.warps_per_cta)
         self.shared = Space("shared", np.full(shared, POISON, np.uint8), accesses)
         self.global_ = Space("global", task.memory.data, task.global_accesses)
         self.registers: list[np.ndarray | None] = [None] * len(task.kernel.registers)
-        self.locked: dict[int, np.ndarray] = {}  # registers of an unfinished wgmma: the lanes that may not touch them
-        self.copies: list = []  # cp.async under way
-        self.committed = np.zeros(self.lanes, np.int64)  # groups of copies, a lane
-        self.products: list = []  # wgmma under way
-        self.committed_products = np.zeros(self.lanes // WARP, np.int64)  # groups of them, a warp
+        self.locked: dict[int, np.ndarray] = {}  # register of an unfinished wgmma: lanes that must not access it
+        self.copies: list = []  # cp.async in flight
+        self.committed = np.zeros(self.lanes, np.int64)  # groups of copies per lane
+        self.products: list = []  # wgmma in flight
+        self.committed_products = np.zeros(self.lanes // WARP, np.int64)  # groups of wgmma per warp
         self.instruction: Instruction = task.kernel.instructions[0]
-        self.active = np.ones(self.lanes, bool)  # who goes on together, guards aside
+        self.active = np.ones(self.lanes, bool)  # lanes at the current instruction, before its guard
         self.special: dict[str, np.ndarray] = self._special()
 
     def fail(self, message: str, lane: int | np.integer | None = None) -> NoReturn:
@@ -78,7 +78,7 @@ class Machine:
     # ---- registers and operands
 
     def bits(self, register: Register) -> np.ndarray:
-        """What the register holds, in place. A register that was never written holds nonsense."""
+        """The register's storage. Before the first write it holds garbage."""
         held = self.registers[register.index]
         if held is None:
             nonsense = bool(register.index % 2) if register.bits == 1 else 0xDEADBEEFDEADBEEF & (1 << register.bits) - 1
@@ -87,7 +87,7 @@ class Machine:
         return held
 
     def read(self, operand: Operand, type: str) -> np.ndarray:
-        """The values of an operand: a vector over the lanes, or one value for all of them."""
+        """Values of an operand: a vector over the lanes, or one value for all lanes."""
         if isinstance(operand, Register):
             if self.locked:
                 self._check_unlocked(operand, None)
@@ -107,7 +107,7 @@ class Machine:
         self.fail(f"cannot read {operand} as .{type}")
 
     def read_lanes(self, operand: Operand, type: str) -> np.ndarray:
-        """The same, one value a lane."""
+        """Values of an operand, one per lane."""
         values = self.read(operand, type)
         return values if values.ndim else np.full(self.lanes, values)
 
@@ -133,7 +133,7 @@ class Machine:
         if lanes is not None:
             lanes = lanes & self.active if mask is None else lanes & mask
             if lanes.any():
-                self.fail(f"{register.name} belongs to a wgmma that was not waited for", np.nonzero(lanes)[0][0])
+                self.fail(f"{register.name} is in use by a wgmma in flight", np.nonzero(lanes)[0][0])
 
     def _special(self) -> dict[str, np.ndarray]:
         block, grid, t, c = self.task.block, self.task.grid, self.thread, self.cta
@@ -155,7 +155,7 @@ class Machine:
         return self.every_lane if mask is None else np.nonzero(mask)[0]
 
     def addresses(self, operand: Operand) -> np.ndarray:
-        """int64, one a lane."""
+        """Addresses as int64, one per lane."""
         if not isinstance(operand, Address) or isinstance(operand.base, Name):
             self.fail(f"not an address: {operand}")
         if isinstance(operand.base, Register):
@@ -165,9 +165,9 @@ class Machine:
     def locate(
         self, space: str, operand: Operand, size: int, mask: Mask, bytes: np.ndarray | None = None
     ) -> tuple[Space, np.ndarray, np.ndarray]:
-        """(space, lanes, offsets into its bytes) of an access of `size` bytes a lane; checks alignment and bounds.
+        """(space, lanes, byte offsets) of an access of `size` bytes per lane; checks alignment and bounds.
 
-        `bytes`, one a lane, is how much of `size` is touched where that differs.
+        `bytes` gives the bytes accessed per lane if they are fewer than `size`.
         """
         lanes = self.lanes_of(mask)
         addresses = self.addresses(operand)[lanes]
@@ -178,7 +178,7 @@ class Machine:
         if space == "generic":
             in_window = (addresses >= SHARED_WINDOW) & (addresses < GLOBAL_BASE)
             if in_window.any() and not in_window.all():
-                self.fail("generic addresses of shared and of global memory in one instruction")
+                self.fail("one instruction mixes generic addresses of shared and global memory")
             space = "shared" if len(lanes) and in_window[0] else "global"
             if space == "shared":
                 addresses = addresses - SHARED_WINDOW
@@ -209,7 +209,7 @@ class Machine:
         return self.global_, lanes, offsets
 
     def by_warp(self, lanes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Offsets as rows of 32, -1 for idle lanes: what the counters take."""
+        """Offsets (warps, 32), -1 for idle lanes, for the traffic counters."""
         rows = np.full(self.lanes, -1, np.int64)
         rows[lanes] = offsets
         rows = rows.reshape(-1, WARP)

@@ -1,8 +1,8 @@
-"""Memory that knows what was done to it: bounds, what was written, what is still in flight, and who touched it when.
+"""Global and shared memory with bounds, initialisation, copies in flight, and a race detector on vector clocks.
 
-Races are found from vector clocks, not from the values of one run: two accesses, of which one writes, race if they come
-from different warps and no barrier lies between them. Warps of different CTAs meet at no barrier. Not a race: two
-atomics; two writes of the same bytes, which Triton emits for replicated tensors. Within a warp nothing is reported.
+Two accesses race if they are from different warps, at least one of them writes, and no barrier orders them. Warps of
+different CTAs are never ordered. Exempt: two atomics; two writes of equal bytes, which Triton emits for replicated
+tensors; accesses of one warp.
 """
 
 import copy
@@ -13,7 +13,7 @@ import numpy as np
 from .parser import PtxError
 
 GLOBAL_BASE = 0x7F00_0000_0000
-SHARED_WINDOW = 0x7E00_0000_0000  # where generic addresses of shared memory lie
+SHARED_WINDOW = 0x7E00_0000_0000  # generic address of shared memory
 POISON = 0xFF  # NaN in every float format, -1 in every integer
 
 UNWRITTEN, READY, IN_FLIGHT = range(3)
@@ -22,7 +22,7 @@ SEVERAL_WARPS = -16  # SEVERAL_WARPS - c: several warps of CTA c
 
 
 class Clocks:
-    """What each warp knows of the others of its CTA: their clock at the last barrier both took part in."""
+    """Vector clocks: for each pair of warps of a CTA, the other's clock at their last common barrier."""
 
     def __init__(self, first_cta: int, ctas: int, warps: int) -> None:
         self.warps = warps
@@ -33,7 +33,7 @@ class Clocks:
         self.oldest = self.known.min(1)
 
     def meet(self, warps: np.ndarray) -> None:
-        """These warps of one CTA met at a barrier: all they did before is known to each."""
+        """A barrier of these warps of one CTA: orders all their earlier accesses."""
         local = warps - self.first
         self.known[local] = self.known[local].max(0)
         self.now[local] += 1
@@ -42,7 +42,7 @@ class Clocks:
 
 
 class Accesses:
-    """The state of every granule of one memory space: the largest unit that no access of the kernel splits."""
+    """State per granule of a memory space; a granule is the largest unit that no access of the kernel splits."""
 
     def __init__(self, granules: int, granule: int, warps_per_cta: int) -> None:
         self.granule, self.warps_per_cta = granule, warps_per_cta
@@ -52,14 +52,14 @@ class Accesses:
         self.by_atomic = np.zeros(granules, bool)
         self.reader = np.full(granules, NOBODY, np.int32)
         self.read_at = np.zeros(granules, np.int32)
-        self.unfenced = np.zeros(granules, bool)  # written, and no fence.proxy.async since
+        self.unfenced = np.zeros(granules, bool)  # written after the last fence.proxy.async
 
     def granules(self, offsets: np.ndarray, size: int) -> np.ndarray:
         first = offsets // self.granule
         return first[:, None] + np.arange(-(-size // self.granule))
 
     def unordered_write(self, at: np.ndarray, warps: np.ndarray, clocks: Clocks) -> np.ndarray:
-        """Where the last write is not known to have happened before what `warps` do now."""
+        """Granules with a last write that is not ordered before the current access of `warps`."""
         who = self.writer[at]
         other = (who != warps) & (who >= 0)
         if not other.any():
@@ -69,7 +69,7 @@ class Accesses:
         return other & ~(same_cta & known)
 
     def unordered_read(self, at: np.ndarray, warps: np.ndarray, clocks: Clocks) -> np.ndarray:
-        """Where a read is not known to have happened before what `warps` do now."""
+        """Granules with a read that is not ordered before the current access of `warps`."""
         who = self.reader[at]
         other = (who != warps) & (who != NOBODY)
         if not other.any():
@@ -82,7 +82,7 @@ class Accesses:
         return other & ~ordered
 
     def mark_write(self, at: np.ndarray, warps: np.ndarray, clocks: Clocks, atomic: bool = False) -> np.ndarray:
-        """Returns where another warp wrote in the same instruction, and was taken as the last."""
+        """Records a write; returns where another warp of the same instruction is recorded as the writer."""
         shape = np.broadcast_to(warps, at.shape)
         self.writer[at] = shape
         self.written_at[at] = clocks.now[warps - clocks.first]
@@ -105,7 +105,7 @@ class Accesses:
         return np.where((cta == mine) & (who != SEVERAL_CTAS), SEVERAL_WARPS - mine, SEVERAL_CTAS)
 
     def fence(self, warps: np.ndarray, clocks: Clocks) -> None:
-        """fence.proxy.async: what these warps wrote, or know to be written, can be read by wgmma."""
+        """fence.proxy.async: writes ordered before the fences of these warps become visible to wgmma."""
         at = np.nonzero(self.unfenced)[0]
         for warp in warps:
             self.unfenced[at] &= self.unordered_write(at, np.full(len(at), warp), clocks)
@@ -125,14 +125,14 @@ class Buffer:
 
 
 class GlobalMemory:
-    """Named buffers at made-up addresses, with unmapped gaps between them. It outlives a launch, so launches chain."""
+    """Named buffers with unmapped gaps between them; may be used by several launches."""
 
     GAP, ALIGNMENT = 4096, 512
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.data = np.zeros(self.GAP, np.uint8)
-        self.written = np.ones(self.GAP, bool)  # a gap is a matter of bounds, not of this
+        self.written = np.ones(self.GAP, bool)  # gaps are found by the bounds check
 
     def put(self, name: str, array: np.ndarray) -> int:
         """Copies the array; returns its address. A buffer of the same name, type and shape is overwritten."""
@@ -141,13 +141,13 @@ class GlobalMemory:
         if known is None:
             known = self._add(name, array)
         elif (known.shape, known.dtype) != (array.shape, array.dtype):
-            raise PtxError(f"{name} is a buffer already, of {known.dtype} {known.shape}")
+            raise PtxError(f"{name} must stay {known.dtype} {known.shape}, got {array.dtype} {array.shape}")
         self.data[known.offset : known.end] = array.reshape(-1).view(np.uint8)
         self.written[known.offset : known.end] = True
         return GLOBAL_BASE + known.offset
 
     def empty(self, name: str, shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> int:
-        """A buffer that may not be read before it is written."""
+        """Adds an uninitialised buffer; returns its address."""
         buffer = self._add(name, np.empty(shape, dtype))
         self.data[buffer.offset : buffer.end] = POISON
         self.written[buffer.offset : buffer.end] = False
@@ -158,7 +158,7 @@ class GlobalMemory:
         return self.data[buffer.offset : buffer.end].view(buffer.dtype).reshape(buffer.shape).copy()
 
     def copy(self) -> "GlobalMemory":
-        """The same buffers, their bytes apart from now on."""
+        """A deep copy of the buffers' bytes."""
         twin = copy.copy(self)
         twin.data, twin.written = self.data.copy(), self.written.copy()
         return twin
@@ -172,7 +172,7 @@ class GlobalMemory:
         return buffer
 
     def outside(self, offsets: np.ndarray, size: int | np.ndarray) -> np.ndarray | None:
-        """Where an access is not within one buffer; None where all are."""
+        """Mask of the accesses that are not within one buffer; None if all are."""
         low, high = int(offsets.min()), int((offsets + size).max())
         if any(b.offset <= low and high <= b.end for b in self.buffers):
             return None
@@ -183,7 +183,7 @@ class GlobalMemory:
         return outside if outside.any() else None
 
     def describe(self, offset: int) -> str:
-        """The buffer an offset lies in or next to."""
+        """The nearest buffer to an offset, as text."""
 
         def distance(buffer: Buffer) -> int:
             return max(buffer.offset - offset, offset - buffer.end + 1, 0)
@@ -195,7 +195,7 @@ class GlobalMemory:
 
 
 def distinct_sectors(offsets: np.ndarray, size: int) -> int:
-    """32-byte sectors that each row of offsets, the lanes of one warp, touches; -1 is a lane that does nothing."""
+    """Number of 32-byte sectors touched per warp, summed. `offsets` is (warps, lanes); -1 is an idle lane."""
     parts = [offsets] if size <= 32 else [offsets + i for i in range(0, size, 32)]
     sectors = np.sort(np.concatenate(parts, 1) >> 5, axis=1)
     new = np.diff(sectors, axis=1, prepend=np.int64(-1)) != 0
@@ -203,8 +203,8 @@ def distinct_sectors(offsets: np.ndarray, size: int) -> int:
 
 
 def wavefronts(offsets: np.ndarray, size: int) -> tuple[int, int]:
-    """(passes over the 32 banks of shared memory, passes a conflict-free access would take), rows as above."""
-    lanes = min(offsets.shape[1], 32, 128 // size)  # 128 bytes of lanes go together
+    """(passes over the 32 banks of shared memory, passes without conflicts); offsets as in `distinct_sectors`."""
+    lanes = min(offsets.shape[1], 32, 128 // size)  # lanes that share a pass: 128 bytes
     rows = offsets.reshape(-1, lanes)
     rows = rows[(rows >= 0).any(1)]
     words = np.where(rows >= 0, rows >> 2, -1)[..., None] + np.arange(max(1, size // 4))

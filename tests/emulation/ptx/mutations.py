@@ -1,4 +1,4 @@
-"""PTX without one of its barriers, waits or fences: a simulator that does not miss it has a dead check."""
+"""Mutation tests of the simulator: PTX with one barrier, wait or fence deleted, which it must report."""
 
 import re
 from collections.abc import Iterator
@@ -10,6 +10,6 @@ ORDERS = re.compile(
 
 
 def mutants(ptx: str) -> Iterator[tuple[str, str]]:
-    """What was deleted, and the rest."""
+    """(deleted instruction, PTX without it) for each barrier, wait and fence."""
     for order in ORDERS.finditer(ptx):
         yield order[1], ptx[: order.start()] + "\n" + ptx[order.end() :]

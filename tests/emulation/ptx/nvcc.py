@@ -1,4 +1,4 @@
-"""Template kernels to PTX by nvcc, where there is one."""
+"""Compiles template kernels to PTX with nvcc, if it is installed."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "ptx_emulation"
 HEADERS = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h")])
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(["/usr/local/cuda/bin", "/opt/cuda/bin"]))
-MISSING = None if NVCC else "there is no nvcc to compile CUDA C++ to PTX"
+MISSING = None if NVCC else "nvcc is not installed"
 
 
 @cache
@@ -25,7 +25,7 @@ def ptx_of(header: str, *instantiations: str) -> str:
 
 
 def compile_ptx(source: str, headers: Sequence[Path] = ()) -> str:
-    """Kept under build/, by the content of the sources and the version of nvcc."""
+    """PTX of a source, cached under build/ by the content of the sources and the version of nvcc."""
     parts = [source, _version(), *(path.read_text() for path in headers)]
     target = CACHE / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.ptx"
     if not target.exists():

@@ -1,4 +1,4 @@
-"""PTX text to instructions: the `.entry`, its parameters, registers, shared variables and labels."""
+"""PTX parser: instructions, parameters, registers, shared variables and labels of an `.entry`."""
 
 import re
 import struct
@@ -10,7 +10,7 @@ from .values import TYPE_BITS
 
 
 class PtxError(Exception):
-    """What the simulator found wrong: with the text, with the kernel, or with what it was given."""
+    """A fault in the PTX text, in the kernel's execution, or in the arguments of a launch."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Name:
-    """A label, or a name the kernel does not know."""
+    """A label, or an undeclared name."""
 
     name: str
 
@@ -47,12 +47,12 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """`{a, b}`, and `d|p`: an instruction with two results."""
+    """`{a, b}`, or the two results `d|p`."""
 
     items: "tuple[Operand, ...]"
 
 
-Operand = Register | Immediate | Special | Name | Address | Vector | None  # None: `_`, a result nobody wants
+Operand = Register | Immediate | Special | Name | Address | Vector | None  # None: `_`, an unused result
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """One `.entry`. Shared variables lie one after the other, the dynamic ones last."""
+    """One `.entry`. Shared variables are placed one after the other, dynamic shared memory last."""
 
     name: str
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -103,13 +103,13 @@ class Kernel:
 
 
 def parse(ptx: str, entry: str = "") -> Kernel:
-    """Reads the first `.entry` whose name contains `entry`."""
+    """The first `.entry` with `entry` in its name."""
     ptx = re.sub(r"/\*.*?\*/", "", ptx, flags=re.DOTALL)
     ptx = re.sub(r"//[^\n]*", "", ptx)
     heads = list(re.finditer(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{;]*)\{", ptx, flags=re.DOTALL))
     head = next((h for h in heads if entry in h[1]), None)
     if head is None:
-        raise PtxError(f"no .entry with {entry!r} in its name; there are {[h[1] for h in heads]}")
+        raise PtxError(f"no .entry with {entry!r} in its name; the text has {[h[1] for h in heads]}")
     kernel = Kernel(head[1])
     _parameters(kernel, head[2] or "")
     _shared_variables(kernel, ptx)
@@ -124,7 +124,7 @@ def _closing_brace(text: str, start: int) -> int:
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
             return start + brace.start()
-    raise PtxError("the body of the kernel does not end")
+    raise PtxError("the kernel's body has no closing brace")
 
 
 def _align(offset: int, alignment: int) -> int:
@@ -150,7 +150,7 @@ def _shared_variables(kernel: Kernel, ptx: str) -> None:
         width = TYPE_BITS[type] // 8
         kernel.shared[name] = _align(kernel.static_shared_bytes, int(align or width))
         kernel.static_shared_bytes = kernel.shared[name] + width * int(count or 1)
-    for name, align in dynamic:  # all of them name the same memory
+    for name, align in dynamic:  # all dynamic variables share one address
         kernel.shared[name] = _align(kernel.static_shared_bytes, max(align, 128))
     if dynamic:
         kernel.static_shared_bytes = max(kernel.shared[name] for name, _ in dynamic)
@@ -171,7 +171,7 @@ def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
 
 
 def _statements(text: str) -> list[str]:
-    """Instructions, directives and labels, one a string. The braces of scopes are dropped: see _declare_registers."""
+    """Instructions, directives and labels, one per string, without the braces of scopes (see _declare_registers)."""
     found = []
     for piece in re.split(r";|\n(?=\s*\.loc)|(?<=\n)(?=\s*\.loc)", text):
         rest = piece.strip()
@@ -208,7 +208,7 @@ def _declare_registers(kernel: Kernel, line: str) -> None:
             known = kernel.registers.get(each)
             if known is None:
                 kernel.registers[each] = Register(each, bits, len(kernel.registers))
-            elif known.bits != bits:  # scopes of inline assembly may repeat a name, of one width
+            elif known.bits != bits:  # scopes of inline assembly may repeat a name, with one width
                 raise PtxError(f"{each} is declared twice, with {known.bits} and {bits} bits")
 
 
@@ -235,7 +235,7 @@ def _instruction(kernel: Kernel, text: str, source: str) -> Instruction:
 
 
 def _split(text: str, separator: str = ",") -> Sequence[str]:
-    """At the separators outside braces and brackets."""
+    """Splits at the separators outside braces and brackets."""
     pieces, depth = [""], 0
     for character in text:
         depth += (character in "{[") - (character in "}]")

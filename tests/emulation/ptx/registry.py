@@ -1,4 +1,4 @@
-"""The instructions the simulator knows. What is not declared here, down to a modifier, is an error at the launch."""
+"""Registry of implemented instructions; launching a kernel with any other instruction or modifier is an error."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ ORDER = "weak relaxed acquire release acq_rel volatile cta gpu sys cluster"
 
 
 def instruction(names: str, modifiers: str = "") -> Callable[[Callable], Callable]:
-    """Declares a handler `(machine, instruction, mask)` of the instructions `names`; mask is None for all lanes."""
+    """Registers a handler `(machine, instruction, mask)` for the instructions `names`; mask None means all lanes."""
 
     def declare(handler: Callable) -> Callable:
         for name in names.split():
@@ -29,7 +29,7 @@ def instruction(names: str, modifiers: str = "") -> Callable[[Callable], Callabl
 
 
 def resolve(kernel: Kernel) -> list[Callable]:
-    """The handler of every instruction."""
+    """The handler of every instruction of a kernel."""
     for i in kernel.instructions:
         if i.name not in HANDLERS:
             raise PtxError(f"{kernel.name}: unknown instruction {i.opcode}, {i}")

@@ -1,7 +1,7 @@
-"""Which lanes go on: the lowest program counter first, so that threads that parted meet again; barriers; exits.
+"""Scheduler: branches, barriers and exits. The lowest program counter runs first, so diverged threads reconverge.
 
-With a random generator, a random part of the warps runs until it can go no further, then another part. A right kernel
-gives the same result under every order.
+With a random generator a random subset of the warps runs until all of them wait or have exited, then another subset. A
+correct kernel gives the same result under every order.
 """
 
 import numpy as np
@@ -11,13 +11,13 @@ from .parser import Instruction, Name, PtxError, Vector
 from .registry import HANDLERS, instruction
 from .warps import members
 
-STEPS = 5_000_000  # instructions of a batch before it is taken for an endless loop
+STEPS = 5_000_000  # most instructions of a batch; more are reported as an endless loop
 
 
 @instruction("bra", "uni")
 @instruction("ret exit trap bar barrier", "uni sync red popc and or aligned warp cta")
 def control(machine: Machine, i: Instruction, mask: Mask) -> None:
-    """Ends a straight run of instructions; the scheduler does it itself."""
+    """Registers the control instructions, which the scheduler executes itself."""
 
 
 def warps_of(lanes: np.ndarray) -> int:
@@ -31,9 +31,9 @@ class Scheduler:
         self.handlers = [HANDLERS[i.name] for i in self.code]
         self.end = len(self.code)
         self.pc = np.zeros(machine.lanes, np.int64)
-        self.barrier = np.full(machine.lanes, -1)  # the one a lane waits at
+        self.barrier = np.full(machine.lanes, -1)  # number of the barrier at which a lane waits
         self.expected = np.zeros(machine.lanes, np.int64)
-        self.predicate = np.zeros(machine.lanes, bool)  # what it brought to a bar.red
+        self.predicate = np.zeros(machine.lanes, bool)  # operand of bar.red
         self.chosen = np.ones(machine.lanes, bool)
         self.steps = 0
 
@@ -51,7 +51,7 @@ class Scheduler:
             if live.any():
                 stuck = np.nonzero(live)[0][0]
                 self.machine.instruction = self.code[self.pc[stuck] - 1]
-                self.machine.fail("deadlock: not all threads of the CTA come to this barrier", stuck)
+                self.machine.fail("deadlock: not all threads of the CTA reach this barrier", stuck)
             return None
         rng = self.machine.rng
         if rng is None:
@@ -63,7 +63,7 @@ class Scheduler:
         return ready & self.chosen
 
     def _straight_run(self, p: int, active: np.ndarray, stop: int) -> None:
-        """Executes from p until a branch, a barrier, an exit, or the place where other threads wait to be met."""
+        """Executes from p to a branch, a barrier, an exit, or the program counter of other ready threads."""
         machine = self.machine
         machine.active = active
         threads = np.count_nonzero(active)
@@ -131,7 +131,7 @@ class Scheduler:
             self._release(cta)
 
     def _release(self, cta: int) -> None:
-        """Lets go the threads of a CTA whose barrier is complete."""
+        """Releases the threads of every CTA with a complete barrier."""
         machine = self.machine
         first = cta * machine.threads
         mine = slice(first, first + machine.threads)
@@ -141,7 +141,7 @@ class Scheduler:
             if len(waiting) < self.expected[waiting].max():
                 if gone.any() and len(waiting) + gone.sum() == machine.threads:
                     machine.instruction = self.code[self.pc[waiting[0]] - 1]
-                    machine.fail("barrier reached by part of the CTA, the rest has exited", waiting[0])
+                    machine.fail("barrier reached by part of the CTA, the other threads have exited", waiting[0])
                 continue
             i = self.code[self.pc[waiting[0]] - 1]
             if i.has("red"):

@@ -10,16 +10,16 @@ from .memory import GLOBAL_BASE, POISON, Buffer, GlobalMemory
 
 
 class TensorMemory(GlobalMemory):
-    """Copies a storage to the device when a launch is given it, and back after the launch.
+    """Copies the storages of a launch's tensors to the device before it, and back after it.
 
-    So host code may work on tensors between launches. What `self.torch` allocates may not be read by a kernel before
-    something was written to it: the torch of a launcher is replaced by it.
+    Host code may use the tensors between launches. `self.torch` replaces `torch` in a launcher: what it allocates is
+    uninitialised device memory, and a kernel that reads it before a write is reported.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: dict[int, Buffer] = {}  # by their address
-        self.alive: list[torch.Tensor] = []  # so that no address is used twice
+        self.storages: dict[int, Buffer] = {}  # by address of the storage
+        self.alive: list[torch.Tensor] = []  # keeps addresses unique
         self.fresh: set[int] = set()
         self.torch = AllocatingTorch(self)
 
@@ -61,7 +61,7 @@ class TensorMemory(GlobalMemory):
 
 
 class AllocatingTorch(ModuleType):
-    """torch, but `empty` and `empty_like` allocate on the device."""
+    """torch with `empty` and `empty_like` that allocate on the simulated device."""
 
     def __init__(self, memory: TensorMemory) -> None:
         super().__init__("torch")
@@ -73,5 +73,5 @@ class AllocatingTorch(ModuleType):
 
 
 def storage_of(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of the whole storage, in place."""
+    """The whole storage as a uint8 view."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()

@@ -1,4 +1,4 @@
-"""Instructions that touch memory: loads, stores, atomics, cp.async, fences. An access is checked before it happens."""
+"""Memory instructions: loads, stores, atomics, cp.async, fences. Every access is checked first."""
 
 from dataclasses import dataclass
 
@@ -38,13 +38,13 @@ def race(m: Machine, space: Space, at: np.ndarray, bad: np.ndarray, lanes: np.nd
     if bad.any():
         lane, part = np.argwhere(bad)[0]
         offset = int(at[lane, part]) * space.accesses.granule
-        m.fail(f"race on {where(m, space, offset)}: {what} by another warp, with no barrier between", lanes[lane])
+        m.fail(f"race on {where(m, space, offset)}: {what} by another warp, without a barrier in between", lanes[lane])
 
 
 def observe(
     m: Machine, space: Space, lanes: np.ndarray, offsets: np.ndarray, size: int, strong: bool = False
 ) -> np.ndarray:
-    """A read is about to happen. Returns the granules."""
+    """Checks and records a read; returns its granules."""
     accesses, warps = space.accesses, m.warp[lanes][:, None]
     at = accesses.granules(offsets, size)
     state = accesses.state[at]
@@ -64,7 +64,7 @@ def observe(
 def overwrite(
     m: Machine, space: Space, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray, strong: bool = False
 ) -> None:
-    """Writes rows of words, one row a lane."""
+    """Checks, records and makes a write of one row of words per lane."""
     accesses, warps = space.accesses, m.warp[lanes][:, None]
     width = words.dtype.itemsize
     at = accesses.granules(offsets, width * words.shape[1])
@@ -118,7 +118,7 @@ def load(m: Machine, i: Instruction, mask: Mask) -> None:
 
 
 def put(m: Machine, target: Operand, type: str, bits: np.ndarray, lanes: np.ndarray) -> None:
-    """Bits of a type into the lanes of a register."""
+    """Writes the bits of a type to lanes of a register."""
     if isinstance(target, Register):
         spread = np.zeros(m.lanes, bits.dtype)
         spread[lanes] = bits
@@ -187,7 +187,7 @@ def atomic(m: Machine, i: Instruction, mask: Mask) -> None:
     memory, index = space.words(width), offsets // width
     values = [m.read_lanes(each, i.type)[lanes] for each in operands]
     before = np.zeros(len(lanes), memory.dtype)
-    for turn in turns(index):  # lanes that want the same word take turns
+    for turn in turns(index):  # lanes with the same word go one after another
         before[turn] = memory[index[turn]]
         old = decode(before[turn], i.type)
         if i.has("cas"):
@@ -199,7 +199,7 @@ def atomic(m: Machine, i: Instruction, mask: Mask) -> None:
 
 
 def turns(index: np.ndarray) -> list[np.ndarray]:
-    """Positions in groups of distinct indices, in order."""
+    """Groups of positions, in order, each with distinct indices."""
     order = np.argsort(index, kind="stable")
     new = np.diff(index[order], prepend=-1) != 0
     start = np.maximum.accumulate(np.where(new, np.arange(len(index)), 0))
@@ -213,13 +213,13 @@ def turns(index: np.ndarray) -> list[np.ndarray]:
 
 @dataclass
 class Copy:
-    """One cp.async, of the lanes whose copy has not landed yet."""
+    """One cp.async in flight: its lanes, destinations and bytes."""
 
     lanes: np.ndarray
     targets: np.ndarray
     sources: np.ndarray
     size: int
-    read: np.ndarray  # bytes that come from global memory; the rest is zeros
+    read: np.ndarray  # bytes read from global memory; the others are zeros
     group: np.ndarray
 
     def part(self, which: np.ndarray) -> "Copy":
@@ -240,7 +240,7 @@ def copy(m: Machine, i: Instruction, mask: Mask) -> None:
 
 
 def issue(m: Machine, i: Instruction, mask: Mask) -> None:
-    """The destination is in flight from now on: it may not be touched before the wait of the lane that copies."""
+    """Starts a copy: its destination must not be accessed before the wait of the copying lane."""
     size = int(m.read(i.operands[2], "u32"))
     read = np.full(m.lanes, size)
     for extra in i.operands[3:]:
@@ -250,7 +250,8 @@ def issue(m: Machine, i: Instruction, mask: Mask) -> None:
             read = m.read_lanes(extra, "u32").astype(np.int64)
     target, lanes, targets = m.locate("shared", i.operands[0], size, mask)
     if (read[lanes] > size).any():
-        m.fail(f"cp.async of {size} bytes is told to read {read[lanes].max()}", lanes[read[lanes].argmax()])
+        most = lanes[read[lanes].argmax()]
+        m.fail(f"the source size of cp.async must be at most {size} bytes, got {read[most]}", most)
     sources = np.zeros(m.lanes, np.int64)
     everyone = np.ones(m.lanes, bool) if mask is None else mask
     for bytes in np.unique(read[lanes]):
@@ -269,7 +270,7 @@ def issue(m: Machine, i: Instruction, mask: Mask) -> None:
 
 
 def land(m: Machine, keep: int, waiting: np.ndarray) -> None:
-    """All but the last `keep` groups of the lanes that wait arrive; -1: also what was not committed."""
+    """Completes all but the last `keep` groups of the waiting lanes; -1 also completes uncommitted copies."""
     under_way = []
     for each in m.copies:
         done = waiting[each.lanes] & (each.group < m.committed[each.lanes] - keep)
@@ -288,12 +289,12 @@ def land(m: Machine, keep: int, waiting: np.ndarray) -> None:
     m.copies = under_way
 
 
-# ---- what orders memory, and what only advises
+# ---- fences and prefetches
 
 
 @instruction("fence membar", f"{ORDER} sc gl proxy async shared::cta")
 def fence(m: Machine, i: Instruction, mask: Mask) -> None:
-    """Only the proxy fence is modelled: generic writes become visible to wgmma."""
+    """Fences; only fence.proxy.async has an effect: generic writes become visible to wgmma."""
     if i.has("proxy"):
         m.shared.accesses.fence(np.unique(m.warp[m.active if mask is None else mask]), m.clocks)
 
@@ -301,7 +302,7 @@ def fence(m: Machine, i: Instruction, mask: Mask) -> None:
 @instruction("prefetch prefetchu", f"{SPACES} L1 L2")
 @instruction("griddepcontrol", "wait launch_dependents")
 def advice(m: Machine, i: Instruction, mask: Mask) -> None:
-    """Changes no result."""
+    """Hints without an effect on results."""
 
 
 @instruction("createpolicy", "fractional range L2::evict_first L2::evict_last L2::evict_normal L2::evict_unchanged")

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels to PTX in a child process: Triton decides at import whether it interprets or compiles."""
+"""Compiles Triton kernels to PTX in a child process, because TRITON_INTERPRET is read once, at import."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Compiled:
 
 
 class Compiler:
-    """Compiles up to PTX, without ptxas, which takes longer. Results are cached in Triton's format under build/."""
+    """Compiles to PTX only, since ptxas takes longest; results are in a Triton cache under build/."""
 
     def __init__(self) -> None:
         self.process = ProcessPoolExecutor(1, get_context("spawn"))
@@ -36,7 +36,7 @@ class Compiler:
 
 
 def _set_up() -> None:
-    triton.knobs.cache.dir = str(CACHE / "triton")  # not the default folder: these entries hold no machine code
+    triton.knobs.cache.dir = str(CACHE / "triton")  # not the default folder: these entries have no machine code
     CUDABackend.make_cubin = lambda *_, **__: b""
 
 

@@ -58,10 +58,10 @@ class TritonDevice:
         self.memory.download([x for x in leaves(tuple(work.arguments.values())) if isinstance(x, torch.Tensor)])
 
     def prepare(self, work: Launch) -> tuple[Key, Program, list[Any]]:
-        """The compiled kernel and its arguments, after all tensors were copied to the device."""
+        """The compiled kernel and its arguments; copies all tensors to the device."""
         code = specialise(self.target, work)
         types = tuple(type_of(x) for x in leaves(tuple(work.arguments[name] for name in code.signature)))
-        constants = tuple(str(work.arguments[name]) for name in work.kernel.fn.__annotations__)  # tl.constexpr, all
+        constants = tuple(str(work.arguments[name]) for name in work.kernel.fn.__annotations__)  # all are tl.constexpr
         configuration = (code.target, code.name, types, constants, code.warps, code.stages)
         key = (configuration, f"{code.constants} {code.attributes}")
         if key not in self.programs:

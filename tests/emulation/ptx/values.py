@@ -1,7 +1,7 @@
-"""The scalar types of PTX as numpy sees them: registers hold bits, instructions read and write values.
+"""PTX's scalar types in NumPy: registers hold bits, instructions read and write values.
 
-f16 and f32 are numpy's own; a bf16 is held as the float32 of the same value; the packed pairs f16x2 and bf16x2 get one
-more axis of length two, so that an instruction written for one number works for both of them.
+f16 and f32 are NumPy types, bf16 is a float32 with the same value, and the packed pairs f16x2 and bf16x2 have one more
+axis of length two, so an instruction written for single numbers applies to pairs.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def is_float(type: str) -> bool:
 
 
 def decode(bits: np.ndarray, type: str) -> np.ndarray:
-    """The values that `bits`, unsigned integers as wide as the type, stand for."""
+    """Values of `bits`, unsigned integers as wide as the type."""
     match type:
         case "pred":
             return bits
@@ -37,7 +37,7 @@ def decode(bits: np.ndarray, type: str) -> np.ndarray:
             return decode(_halves(bits), "bf16")
         case "f16x2":
             return _halves(bits).view(np.float16)
-        case "tf32":  # the multiplier does not look at the low 13 bits
+        case "tf32":  # the multiplier ignores the low 13 bits
             return (bits & np.uint32(0xFFFFE000)).view(np.float32)
     if type[0] == "f":
         return bits.view(FLOATS[type])
@@ -45,7 +45,7 @@ def decode(bits: np.ndarray, type: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, type: str) -> np.ndarray:
-    """The bits of values, rounded to nearest even where the type is narrower."""
+    """Bits of values, rounded to nearest even if the type is narrower."""
     values = np.asarray(values)
     match type:
         case "pred":
@@ -64,7 +64,7 @@ def encode(values: np.ndarray, type: str) -> np.ndarray:
 
 
 def resize(bits: np.ndarray, width: int, signed: bool = False) -> np.ndarray:
-    """Truncates to `width` bits, or extends with zeros or the sign."""
+    """Truncates to `width` bits, or extends by zeros or the sign."""
     have = bits.dtype.itemsize * 8
     if bits.dtype == bool or have == width:
         return bits
@@ -75,7 +75,7 @@ def resize(bits: np.ndarray, width: int, signed: bool = False) -> np.ndarray:
 
 def _round_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.asarray(values, np.float32).view(np.uint32)
-    if values.dtype == np.float64:  # round to odd on the way, or the second rounding could go wrong
+    if values.dtype == np.float64:  # round to odd first: avoids the error of double rounding
         nearest = bits.view(np.float32).astype(np.float64)
         away = np.where(np.abs(nearest) < np.abs(values), 1, -1)
         bits = (bits + np.where((nearest != values) & (bits & 1 == 0), away, 0)).astype(np.uint32)

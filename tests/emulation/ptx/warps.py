@@ -1,7 +1,7 @@
-"""Instructions that a warp executes together: shuffles, votes, ldmatrix, mma.sync.
+"""Warp instructions: shuffles, votes, ldmatrix, mma.sync.
 
-Lane l of a warp holds, of an 8 x 8 block whose 32-bit registers pack p elements, row l // 4 and p elements from column
-p (l % 4) on. PTX ISA, "Matrix Fragments for mma.m16n8k16" and its siblings.
+Matrix fragments: with p elements per 32-bit register, lane l holds p columns from p (l % 4) on of row l // 4, in blocks
+of 8 rows (PTX ISA, "Matrix Fragments for mma.m16n8k16" and the sections after it).
 """
 
 import re
@@ -21,7 +21,7 @@ FULL = 0xFFFFFFFF  # the mask of a whole warp
 
 
 def rows_of(m: Machine, operand: Operand, type: str, warps: np.ndarray) -> np.ndarray:
-    """(warps, 32) values of an operand."""
+    """Values of an operand, (warps, 32)."""
     rows = m.read_lanes(operand, type).reshape(-1, WARP)
     return rows if len(warps) == len(rows) else rows[warps]
 
@@ -29,7 +29,7 @@ def rows_of(m: Machine, operand: Operand, type: str, warps: np.ndarray) -> np.nd
 def write_rows(
     m: Machine, target: Operand, type: str, values: np.ndarray, warps: np.ndarray, active: np.ndarray | bool = True
 ) -> None:
-    """(warps, 32) values, or (warps, 1), to the active lanes of the warps."""
+    """Writes values (warps, 32) or (warps, 1) to the active lanes of the warps."""
     everybody = len(warps) == m.lanes // WARP and np.all(active)
     if everybody and values.shape[1] == WARP:
         m.write(target, type, values.reshape(-1), None)
@@ -42,7 +42,7 @@ def write_rows(
 
 
 def whole_warps(m: Machine, mask: Mask) -> np.ndarray:
-    """The warps that execute the instruction, each with all of its lanes."""
+    """The executing warps; an error unless all their lanes are active."""
     if mask is None:
         return np.arange(m.lanes // WARP)
     rows = mask.reshape(-1, WARP)
@@ -53,7 +53,7 @@ def whole_warps(m: Machine, mask: Mask) -> np.ndarray:
 
 
 def members(m: Machine, mask: Mask, membermask: Operand) -> tuple[np.ndarray, np.ndarray]:
-    """(warps, (warps, 32) lanes) that execute; they must be the very lanes their mask names."""
+    """Executing warps and their lanes (warps, 32); an error unless the lanes are those in their mask."""
     if mask is None and isinstance(membermask, Immediate) and membermask.bits & FULL == FULL:
         return np.arange(m.lanes // WARP), np.ones((m.lanes // WARP, WARP), bool)
     rows = np.ones((m.lanes // WARP, WARP), bool) if mask is None else mask.reshape(-1, WARP)
@@ -129,7 +129,7 @@ def match(m: Machine, i: Instruction, mask: Mask) -> None:
     warps, active = members(m, mask, i.operands[2])
     value = rows_of(m, i.operands[1], i.type, warps)
     if i.has("all"):
-        m.fail("match.all is not known")
+        m.fail("match.all is not implemented")
     same = (value[:, :, None] == value[:, None, :]) & active[:, None, :]
     result = (same.astype(np.uint64) << LANE.astype(np.uint64)).sum(2).astype(np.uint32)
     write_rows(m, i.operands[0], "b32", result, warps, active)
@@ -144,7 +144,7 @@ def active_mask(m: Machine, i: Instruction, mask: Mask) -> None:
 
 @instruction("ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta b16")
 def load_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
-    """Lanes 8 j to 8 j + 7 give the addresses of the rows of matrix j."""
+    """ldmatrix: lanes 8 j to 8 j + 7 give the addresses of the rows of matrix j."""
     warps = whole_warps(m, mask)
     targets = items(i.operands[0])
     space, lanes, offsets = matrix_rows(m, i.operands[1], warps, len(targets))
@@ -181,7 +181,7 @@ def matrix_rows(m: Machine, address: Operand, warps: np.ndarray, matrices: int) 
 
 @instruction("mma", "sync aligned row col satfinite m16n8k4 m16n8k8 m16n8k16 m16n8k32")
 def multiply_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
-    """D = A B + C. The products of one instruction are summed exactly, and rounded once with C."""
+    """D = A B + C, with an exact sum of the products and one rounding after the addition of C."""
     warps = whole_warps(m, mask)
     if len(i.types) != 4 or i.types[0] not in ("f32", "s32") or i.types[0] != i.types[3] or not i.has("row"):
         m.fail("unknown types of mma")
@@ -207,13 +207,13 @@ def accumulated(total: np.ndarray, type: str, saturate: bool = False) -> np.ndar
 
 
 def elements(bits: np.ndarray, type: str) -> np.ndarray:
-    """The matrix elements packed in 32-bit registers, along a new last axis, as float64: their products are exact."""
+    """Matrix elements packed in 32-bit registers, unpacked to a new last axis of float64 (exact products)."""
     width = {"s8": np.uint8, "u8": np.uint8, "f16": np.uint16, "bf16": np.uint16, "tf32": np.uint32}[type]
     return decode(np.ascontiguousarray(bits)[..., None].view(width), type).astype(np.float64)
 
 
 def fragment(m: Machine, operand: Operand, type: str, warps: np.ndarray, rows: int) -> np.ndarray:
-    """(warps, 8 rows, depth): registers go down the blocks of 8 rows first, then along the depth."""
+    """A matrix (warps, 8 * rows, depth) from registers, ordered by blocks of 8 rows, then by depth."""
     registers = items(operand)
     packed = 32 // TYPE_BITS[type] if type != "tf32" else 1
     matrix = np.zeros((len(warps), 8 * rows, 4 * packed * len(registers) // rows))

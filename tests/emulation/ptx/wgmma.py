@@ -1,7 +1,7 @@
 """wgmma.mma_async of sm_90a: four warps multiply 64 rows; operands from shared memory through matrix descriptors.
 
-Products are computed when they are issued, but until the wait their registers may not be touched and what they read
-from shared memory may not be written. PTX ISA, "Asynchronous warpgroup-level matrix instructions".
+Products are computed at issue. Until the wait their registers must not be accessed and their operands in shared memory
+must not be written. PTX ISA, "Asynchronous warpgroup-level matrix instructions".
 """
 
 import re
@@ -18,19 +18,19 @@ from .warps import QUAD, ROW, accumulated, fragment, rows_of, whole_warps, write
 
 SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 SHAPES = " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16, 32))
-SWIZZLED_ROW = np.array([16, 128, 64, 32])  # bytes, by the two highest bits of a descriptor
+SWIZZLED_ROW = np.array([16, 128, 64, 32])  # bytes, indexed by the two highest bits of a descriptor
 SWIZZLE = np.array([0, 7, 3, 1])  # which of the address bits 7 to 9 are xored into bits 4 to 6
 
 
 @dataclass
 class Product:
-    """One wgmma under way, of the warps that have not waited for it yet."""
+    """One wgmma in flight, for the warps that have not waited for it."""
 
     warps: np.ndarray
-    group: np.ndarray  # of each warp
+    group: np.ndarray  # per warp
     registers: list[int]
     read: np.ndarray  # (warps, granules) of shared memory
-    writer: np.ndarray  # who had written them, and when
+    writer: np.ndarray  # last writer of the granules at issue, and its clock
     written_at: np.ndarray
 
     def part(self, which: np.ndarray) -> "Product":
@@ -54,13 +54,13 @@ def issue(m: Machine, i: Instruction, warps: np.ndarray) -> None:
         m.fail("executed by part of a warpgroup", warps[0] * WARP)
     to, a_type, b_type = i.types
     target, a_operand, b_operand, keep, *flags = i.operands
-    flags = [int(m.read(each, "u32")) for each in flags]  # of floats: the scales of a and b; what is transposed
+    flags = [int(m.read(each, "u32")) for each in flags]  # floats: scales of a and b, then transpositions
     transposed = flags[2:]
     if to not in ("f32", "s32") or flags[:2] not in ([], [1, 1]):
         m.fail("unknown types or scales of wgmma")
     shape = next(found for each in i.modifiers if (found := SHAPE.fullmatch(each)))
     width, depth = int(shape[1]), np.arange(int(shape[2]))
-    for register in items(target):  # it may add to what another wgmma is still adding to
+    for register in items(target):  # accumulating on a wgmma in flight is allowed
         m.locked.pop(register.index, None)
     if isinstance(a_operand, Vector):
         a, read = fragment(m, a_operand, a_type, warps, rows=2), []
@@ -84,7 +84,7 @@ def issue(m: Machine, i: Instruction, warps: np.ndarray) -> None:
 
 
 def wait(m: Machine, keep: int, warps: np.ndarray) -> None:
-    """All but the last `keep` groups of these warps are done."""
+    """Completes all but the last `keep` groups of these warps."""
     waiting = np.zeros(m.lanes // WARP, bool)
     waiting[warps] = True
     under_way = []
@@ -108,7 +108,7 @@ def finish(m: Machine, product: Product) -> None:
 
 
 def lock_registers(m: Machine) -> None:
-    """The accumulators of products under way may not be touched by the lanes that own them."""
+    """Locks the accumulators of products in flight."""
     m.locked = {}
     for product in m.products:
         lanes = np.zeros((m.lanes // WARP, WARP), bool)
@@ -126,7 +126,7 @@ def shared_matrix(
     depth: np.ndarray,
     transposed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(warps, rows, depth) of an operand in shared memory, and the granules read. Transposed: rows lie side by side."""
+    """An operand in shared memory (warps, rows, depth), and the granules read; transposed: stored column by column."""
     held = rows_of(m, descriptor, "b64", warps)[:, 0]
 
     def field(start: int, bits: int) -> np.ndarray:
@@ -137,7 +137,7 @@ def shared_matrix(
     width, size = SWIZZLED_ROW[mode], TYPE_BITS[type] // 8
     if transposed:
         if (mode == 0).any():
-            m.fail("a transposed operand without swizzle is not known")
+            m.fail("a transposed operand without swizzle is not implemented")
         across = row * size
         address = start + depth // 8 * stride + depth % 8 * width + across // width * leading + across % width
     else:
@@ -152,6 +152,6 @@ def shared_matrix(
     at = observe(m, m.shared, every, offsets.reshape(-1), size)
     accesses = m.shared.accesses
     if accesses.unfenced[at].any():
-        m.fail("wgmma reads what no fence.proxy.async made visible to it", lanes[0])
+        m.fail("wgmma reads shared memory written after the last fence.proxy.async", lanes[0])
     bits = m.shared.words(size)[offsets // size]
     return decode(bits, type).astype(np.float64), at.reshape(len(warps), -1)

@@ -43,7 +43,7 @@ def test_opcheck(problem: dict[str, Any], learnt: bool, backend: str) -> None:
     arguments = op_arguments(attention(**problem), backend)
     for x in arguments:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            x.nan_to_num_(0).requires_grad_(learnt)  # NaN is not equal to itself
+            x.nan_to_num_(0).requires_grad_(learnt)  # NaN != NaN
     torch.library.opcheck(torch.ops.grank.candidate_cross_attention.default, arguments)
     if not learnt:
         out, lse = torch.ops.grank.candidate_cross_attention.default(*arguments)
@@ -52,7 +52,7 @@ def test_opcheck(problem: dict[str, Any], learnt: bool, backend: str) -> None:
 
 
 def test_meta_tensors(activation: str) -> None:
-    """Shapes and dtypes without a kernel, as for any torch op."""
+    """Meta tensors give shapes and dtypes without running a kernel."""
     q, k, v = (x.to("meta", torch.float16) for x in GOOD.values())
     got = gk.candidate_cross_attention(q, k, v, activation=activation)
     assert (got.shape, got.dtype, got.device.type) == (q.shape, torch.float16, "meta")
@@ -85,7 +85,7 @@ def test_compile(queries: str, history: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor
 def test_compile_inductor(backend: str) -> None:
     compiled_agrees("inductor", "dense", "ragged", backend)
 

@@ -1,4 +1,4 @@
-"""What only the cpu backend of candidate_cross_attention has: instruction sets, threads, its own memory."""
+"""The cpu backend of candidate_cross_attention: instruction sets, threads, memory."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from grank_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ISAS = isas()
-ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # float32 sums, fused, in one order
+ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # equal order of sums
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def _threads_restored() -> Iterator[None]:
 
 
 def results(problem: Attention) -> list[torch.Tensor]:
-    """Out and every gradient."""
+    """`out` and every gradient."""
     out = problem.attend("cpu")
     return [out, *problem.gradients("cpu", torch.ones_like(out))]
 
@@ -85,7 +85,7 @@ def test_many_callers_at_once() -> None:
 
 @pytest.mark.parametrize("activation", ["softmax", "silu"])
 def test_a_query_alone_and_among_others(activation: str) -> None:
-    """Bits do not depend on the place of a query among the others, nor those of a key's gradient on the other keys."""
+    """Bits do not depend on a query's position, and a key's gradient does not depend on the other keys."""
     problem = attention([150], 200, 1, 32, history="dense", activation=activation)
     whole = problem.attend("cpu")
     for c in (0, 63, 64, 130, 199):
@@ -123,7 +123,7 @@ print(peak(lambda: cpu.candidate_cross_attention_backward(grad, many, *outputs))
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 def test_memory_of_a_call() -> None:
-    """The outputs and what the kernel's header says; the weights alone would take 16 MB."""
+    """Memory is the outputs and the scratch stated in the kernel's header; all weights would take 16 MB."""
     done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="16384")
     assert done.returncode == 0, done.stderr
     forward, backward = (int(line) * 1024 for line in done.stdout.splitlines())
@@ -134,7 +134,7 @@ def test_memory_of_a_call() -> None:
 
 
 def far_biases(kind: str, keys: int) -> torch.Tensor | None:
-    """Finite biases up to the largest of float32, two of which are equal."""
+    """Finite biases up to the largest float32, two of them equal."""
     bias = torch.randn(2, keys, 1)
     match kind:
         case "two huge":
@@ -149,8 +149,8 @@ def far_biases(kind: str, keys: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("biases", ["none", "two huge", "all low", "some low"])
 @pytest.mark.parametrize("size", [1.0, 2e9, -2e9, 1e20, 1e37])
-def test_finite_logits_of_any_size_are_weighed_as_torch_weighs_them(size: float, biases: str, isa: str) -> None:
-    """Products that are exact in float32: ties among the largest, neighbours that vanish, and both in one batch."""
+def test_finite_logits_of_any_size_have_the_weights_of_torch(size: float, biases: str, isa: str) -> None:
+    """Exact products in float32: ties among the largest logits, vanishing neighbours, and both in one batch."""
     q = torch.zeros(2, 37, 1, 16)
     q[..., 0], q[..., 1] = torch.randint(0, 2, (2, 37, 1)), torch.randint(0, 2, (2, 37, 1))
     k = torch.zeros(2, 150, 1, 16)
@@ -165,5 +165,5 @@ def test_finite_logits_of_any_size_are_weighed_as_torch_weighs_them(size: float,
     torch.testing.assert_close(lse, logits.logsumexp(-1).permute(0, 2, 1), rtol=1e-6, atol=1e-5)
     got_grads = torch.autograd.grad(got, leaves, grad_out)
     for i, (x, y) in enumerate(zip(got_grads, torch.autograd.grad(want, leaves, grad_out), strict=True)):
-        terms = float(k.detach().abs().max()) if i == 0 else 1.0  # of which a gradient of q is made
+        terms = float(k.detach().abs().max()) if i == 0 else 1.0  # the terms of the gradient of q
         torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-5 * max(1.0, terms))

@@ -1,4 +1,4 @@
-"""The contract of candidate_cross_attention again, kept by the CUDA kernels in the emulator, and on a GPU."""
+"""The tests of candidate_cross_attention's contract, run on the CUDA kernels in the emulator and on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,12 +16,12 @@ from emulated_cuda import BACKENDS_OF_CUDA, HALVES, with_emulator
 from oracle import contract_of
 
 LEFT_OUT = {
-    "test_default_backend",  # on CPU tensors that is cpu
-    "test_other_widths",  # the kernels have 16, 32, 64 and 128
-    "test_compile_for_export",  # float32
-    "test_compile_inductor",  # float32: in float16 it rounds elsewhere what it fuses around the op
-    "test_whatever_the_process_has_set",  # the emulator itself makes tensors
-    "test_whatever_hypothesis_comes_up_with",  # brings its own backends
+    "test_default_backend",  # the default for CPU tensors is cpu
+    "test_other_widths",  # the kernels support 16, 32, 64 and 128
+    "test_compile_for_export",  # uses float32
+    "test_compile_inductor",  # uses float32; in float16 inductor rounds differently around the op
+    "test_global_modes_of_torch",  # the emulator allocates tensors, which the modes affect
+    "test_hypothesis_problems",  # has its own list of backends
 }
 CONTRACT = (scores, privacy, inputs, gradients, errors, compiling)
 globals().update(contract_of(CONTRACT, LEFT_OUT))

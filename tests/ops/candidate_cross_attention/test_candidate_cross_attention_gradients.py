@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
-def test_the_references_gradient_is_the_differences(form: tuple[str, str], bias: bool, activation: str) -> None:
-    """In float64, which the reference takes and the door does not."""
+def test_gradient_of_the_reference_by_finite_differences(form: tuple[str, str], bias: bool, activation: str) -> None:
+    """In float64, which only the reference function takes, not the public op."""
     problem = attention([4, 0, 3], 3, 2, 3, queries=form[0], history=form[1], bias=bias, activation=activation)
     problem = problem.cast(torch.float64)
     q, k, v = (x.detach().nan_to_num(0) for x in (problem.q, problem.k, problem.v))
@@ -49,7 +49,7 @@ def test_the_references_gradient_is_the_differences(form: tuple[str, str], bias:
     assert torch.autograd.gradcheck(Reference.apply, leaves)
 
 
-def test_gradients_where_only_one_is_wanted(activation: str, backend: str) -> None:
+def test_gradients_of_one_input(activation: str, backend: str) -> None:
     problem = attention([30, 0, 5], bias=True, activation=activation)
     grad_out = torch.randn(3, 9, 2, 16)
     for name, want in zip(("q", "k", "v", "bias_k"), problem.gradients(backend, grad_out), strict=True):
@@ -64,12 +64,12 @@ def test_gradients_where_only_one_is_wanted(activation: str, backend: str) -> No
 
 
 def test_gradients_are_deterministic(activation: str, dtype: torch.dtype, backend: str) -> None:
-    """From run to run, and from one number of threads to another."""
+    """Equal bits from run to run and for every number of threads."""
     problem = attention([130, 7, 0, 300], 150, 2, 32, queries="shared", bias=True, dtype=dtype, activation=activation)
     grad_out = torch.randn(4, 150, 2, 32).to(dtype)
     want = problem.gradients(backend, grad_out)
     for threads in (1, 1, 1) if backend == "reference" else (1, 2, 3, 8):
-        torch.set_num_threads(threads)  # the fixture sets it back
+        torch.set_num_threads(threads)  # reset by the fixture
         for again, x in zip(problem.gradients(backend, grad_out), want, strict=True):
             same_bits(again, x)
 

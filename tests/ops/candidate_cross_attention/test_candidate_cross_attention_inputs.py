@@ -43,17 +43,17 @@ def test_huge_logits(size: float, activation: str, dtype: torch.dtype, backend: 
     problem.q[..., 0] = 1
     out = problem.attend(backend).cpu()
     exact, plain = (problem.cast(x).formula().detach() for x in (torch.float64, dtype))
-    least = 1e6 * torch.finfo(torch.float32).tiny  # an exponential need not go below the smallest normal number
+    least = 1e6 * torch.finfo(torch.float32).tiny  # exponentials may be 0 below the smallest normal number
     assert error_of(out, exact) <= allowed(plain, exact, dtype, exact) + least
     ones = torch.ones_like(out)
     for grad, true in zip(problem.gradients(backend, ones), true_gradients(problem, ones, torch.float64), strict=True):
-        assert torch.equal(grad.isfinite(), true.to(dtype).isfinite())  # float16 ends at 65504
+        assert torch.equal(grad.isfinite(), true.to(dtype).isfinite())  # float16 overflows above 65504
         assert not grad.isnan().any()
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_width_zero(bias: bool, activation: str, backend: str) -> None:
-    """Every product is 0, so the logits are the bias."""
+    """With width 0 the logits are the bias."""
     problem = attention([5, 0, 20], 4, 2, 8, bias=bias, activation=activation)
     problem = problem.but(**{name: vars(problem)[name][..., :0] for name in "qkv"})
     assert problem.attend(backend).shape == (3, 4, 2, 0)
@@ -67,7 +67,7 @@ def test_width_zero(bias: bool, activation: str, backend: str) -> None:
 
 @pytest.mark.parametrize("size", [2e9, 2e10, 3e38])
 def test_finite_logits_of_any_size(size: float) -> None:
-    """As torch's softmax in float32: equal largest logits share the weight, in the gradient too."""
+    """torch's float32 softmax: equal largest logits share the weight, also in the gradient."""
     q, k, v = torch.ones(1, 2, 1, 1), torch.tensor([0.5, 1.0, 1.0]).view(1, 3, 1, 1), torch.randn(1, 3, 1, 1)
     bias = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1) * size
     for operands in ({"q": q * size}, {"bias_k": bias}):
@@ -80,10 +80,10 @@ def test_finite_logits_of_any_size(size: float) -> None:
 
 
 @pytest.mark.parametrize("history", ["dense", "ragged"])
-def test_a_bias_of_minus_infinity_takes_a_key_out(history: str, dtype: torch.dtype, backend: str) -> None:
+def test_a_bias_of_minus_infinity_masks_a_key(history: str, dtype: torch.dtype, backend: str) -> None:
     problem = attention([20, 6, 65], 17, 2, 32, history=history, bias=True, dtype=dtype)
     keep = [torch.rand(len(bias)) < 0.5 for *_, bias in problem.users()]
-    keep[1][:] = False  # nothing is left of this user
+    keep[1][:] = False  # all keys of this user are masked
     for (*_, bias), kept in zip(problem.users(), keep, strict=True):
         bias[~kept] = -INF
     out, lse = (x.cpu() for x in problem.attend(backend, return_lse=True))
@@ -115,7 +115,7 @@ def test_layouts(form: dict[str, str], activation: str, dtype: torch.dtype, back
     problem = attention([30, 0, 5], 9, 2, 16, bias=True, dtype=dtype, activation=activation, **form)
     grad_out = torch.randn(problem.attend(backend).shape).to(dtype)
     want = [problem.attend(backend).cpu(), *problem.gradients(backend, grad_out)]
-    close = torch.testing.assert_close if backend == "reference" else same_bits  # torch's sums go by strides
+    close = torch.testing.assert_close if backend == "reference" else same_bits  # torch's sums depend on strides
     for name, x in vars(problem).items():
         if isinstance(x, torch.Tensor):
             for same in strided(x).values():
@@ -148,14 +148,14 @@ def test_keys_that_are_the_values(activation: str, backend: str) -> None:
     torch.testing.assert_close(grad, grad_k + grad_v)
 
 
-def test_signs_yet_to_be_applied(backend: str) -> None:
+def test_tensors_with_a_lazy_negation(backend: str) -> None:
     problem = attention([30, 5], bias=True)
     want = problem.attend(backend).cpu()
     for name in ("q", "k", "v", "bias_k"):
         same_bits(problem.but(**{name: torch._neg_view(-vars(problem)[name])}).attend(backend).cpu(), want)
 
 
-def test_whatever_the_process_has_set(activation: str, backend: str) -> None:
+def test_global_modes_of_torch(activation: str, backend: str) -> None:
     problem = attention([30, 5], bias=True, activation=activation)
     grad_out = torch.randn(2, 9, 2, 16)
 

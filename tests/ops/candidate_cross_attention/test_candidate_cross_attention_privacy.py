@@ -1,4 +1,4 @@
-"""Users of candidate_cross_attention do not see each other, nor padding."""
+"""Isolation in candidate_cross_attention: users and padding do not affect other users."""
 
 import math
 
@@ -38,8 +38,8 @@ def test_nan_of_one_user_stays_there(b: int, history: str, activation: str, dtyp
                     assert of(x, other).isnan().all()
 
 
-def test_nobody_gets_no_gradient(form: dict[str, str], activation: str, dtype: torch.dtype, backend: str) -> None:
-    """Padding and rows of no user, all of them NaN, have a gradient of 0 (as has a user without history)."""
+def test_padding_has_no_gradient(form: dict[str, str], activation: str, dtype: torch.dtype, backend: str) -> None:
+    """The gradient is 0 for padding, rows of no user (all NaN), and users with an empty history."""
     problem = attention([20, 0, 3, 65], 17, 2, 32, bias=True, dtype=dtype, activation=activation, **form)
     out = problem.attend(backend).cpu()
     grads = problem.gradients(backend, torch.full_like(out, math.nan).where(out == INF, 1.0))
@@ -56,7 +56,7 @@ def test_candidates_do_not_see_each_other(activation: str, dtype: torch.dtype, b
     order = torch.randperm(65)
     for chosen in (order, order[:1], order[:33], torch.tensor([7] * 40)):
         again = problem.but(q=problem.q[:, chosen]).attend(backend).cpu()
-        if backend == "reference":  # the order of its sums is torch's, which goes by shapes
+        if backend == "reference":  # torch's order of sums depends on shapes
             torch.testing.assert_close(again, out[:, chosen])
         else:
             same_bits(again, out[:, chosen])
@@ -68,7 +68,7 @@ def test_candidates_do_not_see_each_other(activation: str, dtype: torch.dtype, b
             same_bits(alone.attend(backend).cpu()[0], out[b])
 
 
-def test_shared_queries_are_everybodys(activation: str, dtype: torch.dtype, backend: str) -> None:
+def test_shared_queries_equal_repeated_queries(activation: str, dtype: torch.dtype, backend: str) -> None:
     problem = attention([20, 0, 65], 17, 2, 32, queries="shared", dtype=dtype, activation=activation)
     for_each = problem.but(q=problem.q.expand(3, -1, -1, -1).contiguous())
     same_bits(problem.attend(backend).cpu(), for_each.attend(backend).cpu())

@@ -1,4 +1,4 @@
-"""Results of candidate_cross_attention against float64, and exact where every sum is."""
+"""Results of candidate_cross_attention: against float64, and exact if every sum is exact."""
 
 import math
 
@@ -20,8 +20,8 @@ from grank_kernels.backends import BACKENDS as BY_NAME
 
 INF = math.inf
 BACKENDS = backends_of("candidate_cross_attention")
-LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200]  # of histories
-COUNTS = [1, 2, 5, 15, 16, 17, 63, 64, 65, 100, 130]  # of candidates
+LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200]  # lengths of histories
+COUNTS = [1, 2, 5, 15, 16, 17, 63, 64, 65, 100, 130]  # candidates per user
 WIDTHS = [16, 32, 64, 128]
 FORMS = [("dense", "ragged"), ("dense", "dense"), ("shared", "ragged"), ("shared", "dense"), ("ragged", "ragged"),
          ("ragged", "dense")]  # fmt: skip
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("i", range(12))
-def test_loses_no_more_than_twice_what_torch_does(i: int, activation: str, dtype: torch.dtype, backend: str) -> None:
-    """Every length, count and width in some company, three users at a time, now and then one without history."""
+def test_error_is_at_most_twice_that_of_torch(i: int, activation: str, dtype: torch.dtype, backend: str) -> None:
+    """Random combinations of every length, count and width, with three users, some with an empty history."""
     lengths = [LENGTHS[(5 * i + j) % len(LENGTHS)] for j in range(3)]
     C, H, D = COUNTS[i % len(COUNTS)], (1, 2, 4)[i % 3], WIDTHS[i % 4]
     queries, history = FORMS[i % len(FORMS)]
@@ -63,7 +63,7 @@ def test_other_widths(H: int, D: int, activation: str, dtype: torch.dtype, backe
     reason = BY_NAME[backend].candidate_cross_attention_unsupported(problem.q, problem.k, problem.v)
     if reason is None:
         check_attention(problem, backend)
-    else:  # only a GPU's kernels have fixed widths
+    else:  # only GPU kernels have fixed widths
         assert backend == "cuda"
         with pytest.raises(ValueError, match="width"):
             problem.attend(backend)
@@ -84,7 +84,7 @@ def test_lse(form: dict[str, str], dtype: torch.dtype, backend: str) -> None:
     out, lse = (x.cpu() for x in problem.attend(backend, return_lse=True))
     assert (lse.dtype, lse.shape) == (torch.float32, out.shape[:-1])
     wide = problem.cast(torch.float64)
-    # A logarithm of a sum of weights, each of which may be rounded to the dtype before it is added.
+    # The logarithm of a sum of weights, each rounded to the dtype at most once.
     tolerance = {"rtol": 1e-6, "atol": 1e-5 + (dtype != torch.float32) * torch.finfo(dtype).eps / 2}
     nobody = torch.ones(lse.shape, dtype=torch.bool)
     for b, (q, k, _, bias) in enumerate(wide.users()):
@@ -106,7 +106,7 @@ def test_lse(form: dict[str, str], dtype: torch.dtype, backend: str) -> None:
 def test_equal_logits_average_exactly(
     length: int, C: int, activation: str, form: dict[str, str], dtype: torch.dtype, backend: str
 ) -> None:
-    """Whole numbers and 1 / L a power of two: every sum is exact in any order. silu(64) is 64."""
+    """Whole numbers, and L a power of two: every sum is exact in any order. silu(64) is 64."""
     problem = attention([length] * 2, C, 2, 16, bias=True, dtype=dtype, activation=activation, **form)
     nobody = problem.v.isnan()
     v, bias = whole(*problem.v.shape).masked_fill(nobody, math.nan), torch.zeros(problem.v.shape[:-1])
@@ -117,8 +117,8 @@ def test_equal_logits_average_exactly(
     same_bits(problem.attend(backend).cpu(), exact.to(dtype))
 
 
-def test_a_logit_far_above_the_rest_takes_all(dtype: torch.dtype, backend: str) -> None:
-    """Query i is key i's, and a thousand above the others: `out` is its value, and no logit has a gradient."""
+def test_a_dominant_logit_gets_weight_1(dtype: torch.dtype, backend: str) -> None:
+    """Query i matches key i by 1000 more than other keys: `out` is its value, and logits have a gradient of 0."""
     L = D = 64
     problem = attention([L, L], L, 1, D, queries="shared", history="dense", dtype=dtype)
     v = whole(2, L, 1, D).to(dtype)
@@ -127,7 +127,7 @@ def test_a_logit_far_above_the_rest_takes_all(dtype: torch.dtype, backend: str) 
     torch.testing.assert_close(problem.attend(backend).cpu(), v, rtol=2 * torch.finfo(dtype).eps, atol=0)
     grad_out = whole(2, L, 1, D).to(dtype)
     grad_q, grad_k, grad_v = problem.gradients(backend, grad_out)
-    size = torch.finfo(dtype).eps * 2 * 64 * 16  # of a sum of 64 products of numbers up to 4
+    size = torch.finfo(dtype).eps * 2 * 64 * 16  # rounding of a sum of 64 products of numbers up to 4
     assert float(grad_q.abs().max()) <= size
     assert float(grad_k.abs().max()) <= 1000 * size
     torch.testing.assert_close(grad_v, grad_out, rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=0)
@@ -139,7 +139,7 @@ def test_a_logit_far_above_the_rest_takes_all(dtype: torch.dtype, backend: str) 
 @settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whatever_hypothesis_comes_up_with(backend: str, data: st.DataObject) -> None:
+def test_hypothesis_problems(backend: str, data: st.DataObject) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     problem = attention(

@@ -1,4 +1,4 @@
-"""Tables on which a sampled threshold or a list of candidates fails, and parameters of slow tests."""
+"""Tables that defeat a sampled threshold or overflow a candidate list; parameters of slow tests."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def slow_except(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
-    """The cases as pytest parameters, those not in `quick` marked as slow."""
+    """The cases as pytest parameters, marked slow unless in `quick`."""
     quick = list(quick)
     marks = [[] if case in quick else [pytest.mark.slow] for case in cases]
     return [
@@ -18,7 +18,7 @@ def slow_except(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
 
 
 def table(which: str, N: int) -> torch.Tensor:
-    """(N, 2) float32 rows."""
+    """float32 rows (N, 2) of the case `which`."""
     ascending = torch.arange(N)[:, None] * torch.tensor([1e-3, 0.0])
     return {
         "constant": torch.ones(N, 2),

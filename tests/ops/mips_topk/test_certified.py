@@ -28,7 +28,7 @@ SHAPES_OF_ROWS = (
 
 @pytest.fixture(params=EVERY_ISA)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend with a certified search; an instruction set stands for the cpu backend under it."""
+    """A backend with a certified search; the name of an instruction set means the cpu backend with that set."""
     with cpu.using_isa(request.param) if request.param in cpu.isas() else nullcontext():
         yield "cpu" if request.param in cpu.isas() else request.param
 
@@ -67,9 +67,9 @@ def test_no_score_is_further_off_than_its_bound(shape: str, d: int) -> None:
 
 @pytest.mark.parametrize("d", [16, 64])
 def test_the_bound_is_reached_within_a_factor(d: int) -> None:
-    """Or it would be no bound of these errors, but a number so large that nothing is tested above.
+    """The bound is tight: a far larger one would make the test above meaningless.
 
-    A query along a row's error meets all of it: |q| |y - y~| is then attained. The rest of the bound is W |q| |x|.
+    A query parallel to a row's error attains |q| |y - y~|; the other part of the bound is W |q| |x|.
     """
     rows = torch.randn(100, d)
     numbers, scale, _ = quantise.certify(rows)
@@ -79,7 +79,7 @@ def test_the_bound_is_reached_within_a_factor(d: int) -> None:
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_no_score_is_further_off_whatever_the_numbers(data: st.DataObject) -> None:
+def test_no_score_is_further_off_for_hypothesis_problems(data: st.DataObject) -> None:
     d = data.draw(st.one_of(st.integers(1, 20), st.sampled_from([127, 129, 400])))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     stretch = 10.0 ** data.draw(st.integers(-40, 38))
@@ -87,7 +87,7 @@ def test_no_score_is_further_off_whatever_the_numbers(data: st.DataObject) -> No
     assert furthest(queries, rows, None) < 1
 
 
-def test_what_the_bound_does_not_cover_says_so() -> None:
+def test_rows_beyond_the_bound_have_infinite_error() -> None:
     rows = torch.randn(6, 8)
     rows[0, 3], rows[1, 3], rows[2], rows[3], rows[4] = math.inf, math.nan, 1e30, 0, 1e-30
     numbers, scale, error = quantise.certify(rows)
@@ -111,7 +111,7 @@ def test_a_row_s_copy_depends_on_the_row_alone() -> None:
 def test_a_basis_is_an_inverse_pair_and_only_for_rows_that_need_it() -> None:
     assert quantise.basis_for(rows_like("normal", 5000, 32)) is None
     assert quantise.basis_for(torch.zeros(500, 8)) is None
-    assert quantise.basis_for(rows_like("heavy columns", 50, 32)) is None  # too few to tell
+    assert quantise.basis_for(rows_like("heavy columns", 50, 32)) is None  # too few rows to decide
     basis = quantise.basis_for(rows_like("heavy columns", 5000, 32))
     assert basis is not None
     torch.testing.assert_close(basis[1].T @ basis[0], torch.eye(32, dtype=torch.float64), rtol=0, atol=2.0**-30)
@@ -135,7 +135,7 @@ def test_the_result_is_that_of_the_exact_scan(shape: str, kind: str, backend: st
 def assert_every_bit(p: Problem, backend: str) -> None:
     table = gk.ItemTable.from_rows(p.rows, ids=p.filters.get("ids"), dtype=getattr(torch, p.kind), coarse=torch.int8)
     filters = {name: value for name, value in p.filters.items() if name != "ids"}
-    for k in {p.k, 1 + p.k % 4}:  # of the larger ones many are above N / 32
+    for k in {p.k, 1 + p.k % 4}:  # many of the larger k are above N / 32
         got = gk.mips_topk(p.queries, table, k, backend=backend, **filters)
         assert_same(got, expected(p.queries, p.rows, k, kind=p.kind, backend=backend, **p.filters))
 
@@ -143,7 +143,7 @@ def assert_every_bit(p: Problem, backend: str) -> None:
 @pytest.mark.parametrize("backend", CERTIFYING)
 @settings(max_examples=30)
 @given(problem=problems(kinds=FLOATS))
-def test_every_bit_of_whatever_hypothesis_finds(backend: str, problem: Problem) -> None:
+def test_every_bit_of_hypothesis_problems(backend: str, problem: Problem) -> None:
     assert_every_bit(problem, backend)
 
 
@@ -197,7 +197,7 @@ def test_infinities_and_nan_among_rows_and_queries(backend: str) -> None:
         assert rescored.min() >= 40 + (~table.rows(torch.arange(4000)).isfinite()).any(1).sum()
 
 
-# ---- what it is for ----
+# ---- rows rescored ----
 
 
 @pytest.mark.parametrize(
@@ -213,14 +213,14 @@ def test_few_rows_are_rescored(shape: str, most: float) -> None:
     assert rescored.double().mean() < most * 100
 
 
-def test_many_excluded_best_rows_leave_the_bound_of_use() -> None:
+def test_many_excluded_best_rows_do_not_spoil_the_bound() -> None:
     rows, queries = torch.randn(100_000, 32), torch.randn(9, 32)
     seen = gk.mips_topk(queries, rows, 1000).indices
     table = both(queries, rows, 50, "float16", "cpu", exclude=seen)
     assert gk.count_rescored(queries, table, 50, exclude=seen).max() < 10_000
 
 
-def test_a_query_that_the_bound_says_nothing_of_is_searched_in_the_whole_table() -> None:
+def test_a_query_with_an_infinite_bound_reads_the_whole_table() -> None:
     rows = rows_like("equal", 50_000, 16)
     table = both(torch.randn(3, 16), rows, 10, "float16", "cpu")
     assert gk.count_rescored(torch.randn(3, 16), table, 10).tolist() == [50_000] * 3
@@ -229,7 +229,7 @@ def test_a_query_that_the_bound_says_nothing_of_is_searched_in_the_whole_table()
 # ---- the table and the op ----
 
 
-def test_what_a_table_holds() -> None:
+def test_content_of_a_table() -> None:
     rows = rows_like("heavy columns", 400, 12)
     table = gk.ItemTable.from_rows(rows, dtype=torch.float16, coarse=torch.int8)
     assert table.current.coarse is not None
@@ -296,7 +296,7 @@ def test_compiled_without_a_break() -> None:
 
 
 def test_radii_are_the_same_in_both_languages() -> None:
-    """A query searched alone reads as many rows in C++ as the bound computed in Python allows."""
+    """C++ rescores as many rows per query as the bound computed in Python requires."""
     rows, queries = rows_like("heavy columns", 30_000, 40), torch.randn(8, 40)
     table = gk.ItemTable.from_rows(rows, dtype=torch.float16, coarse=torch.int8)
     counts = [gk.count_rescored(queries, table, 20, backend=backend) for backend in ("cpu", "reference")]

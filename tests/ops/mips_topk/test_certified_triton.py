@@ -1,4 +1,4 @@
-"""Certified tables on the triton backend, in the strict interpreter: the bits of its exact search."""
+"""Certified tables on the triton backend, in the strict interpreter: equal bits to its exact search."""
 
 import math
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ N = 1400  # above 32 k
 
 @pytest.fixture(scope="module", autouse=True)
 def _strict() -> Iterator[None]:
-    """The strict interpreter, which multiplies bfloat16 as a GPU does."""
+    """The strict interpreter, with correct bfloat16 products."""
     with pytest.MonkeyPatch.context() as patch, strict():
         patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
         yield
@@ -62,7 +62,7 @@ def test_filters(kind: str) -> None:
     for allow in (torch.rand(N) < 0.6, torch.rand(4, N) < 0.6):
         both(queries, rows, 20, kind, "triton", ids=ids, exclude=seen, allow=allow)
     few = torch.zeros(N, dtype=torch.bool)
-    few[::100] = True  # 14 rows: the list holds all that are eligible, so nothing is to be proved
+    few[::100] = True  # 14 rows: the list holds all eligible rows, so no bound is checked
     table = both(queries, rows, 20, kind, "triton", allow=few)
     assert rescored(queries, table, 20, allow=few) == [14] * 4
 
@@ -74,7 +74,7 @@ def test_wide_rows_and_tiles_of_queries() -> None:
 
 
 @pytest.mark.parametrize("k", slow_except([3], [3, 40]))
-def test_what_the_bounds_cannot_decide_is_collected(k: int) -> None:
+def test_undecided_queries_are_collected(k: int) -> None:
     queries = torch.cat([torch.randn(2, 12), torch.zeros(1, 12)])
     for shape in ("equal", "clusters"):
         table = both(queries, rows_like(shape, N, 12), k, "float32", "triton")
@@ -97,7 +97,7 @@ def test_infinities_and_nan_among_rows_and_queries(k: int) -> None:
 @given(problem=problems(kinds=FLOATS))
 def test_every_bit(problem: Problem) -> None:
     p = problem
-    rows, queries = p.rows[:, :128], p.queries[:, :128]  # wider ones are summed in another order than the reference's
+    rows, queries = p.rows[:, :128], p.queries[:, :128]  # wider rows are not summed in the reference's order
     k = 1 + p.k % 5
     filters = {name: value for name, value in p.filters.items() if name != "ids"}
     table = gk.ItemTable.from_rows(rows, ids=p.filters.get("ids"), dtype=getattr(torch, p.kind), coarse=torch.int8)
@@ -120,7 +120,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == [*found, "threshold", "rescore", "select", "collect", "select", "rank"]
 
 
-def test_rows_elsewhere_are_searched_without_the_copy() -> None:
+def test_rows_on_another_device_are_searched_without_the_copy() -> None:
     queries, rows = torch.randn(2, 8), torch.randn(40, 8, device="meta")
     assert "items on meta" in str(backend.mips_topk_certified_unsupported(queries, rows))
 

@@ -1,4 +1,4 @@
-"""Tables searched on disk, part by part: the same bits as in memory."""
+"""Tables searched on disk, part by part: equal bits to a search in memory."""
 
 import queue
 from pathlib import Path
@@ -25,7 +25,7 @@ def on_disk(table: gk.ItemTable, folder: Path) -> gk.ItemTable:
 
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_search, "PART_BYTES", 2000)  # the tables below have many
+    monkeypatch.setattr(mapped_search, "PART_BYTES", 2000)  # so that the tables below have many parts
 
 
 @pytest.mark.usefixtures("short_parts")
@@ -105,18 +105,18 @@ def test_errors_are_those_of_tables_in_memory(tmp_path: Path) -> None:
         gk.mips_topk(torch.ones(1, 5), mapped, 3, allow=torch.ones(299, dtype=torch.bool))
 
 
-def test_parts_are_asked_for_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_prefetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapping, "_AHEAD", 2)
     asked: queue.Queue[int] = queue.Queue()
     seen: list[int] = []
     for part in streamed(range(7), asked.put):
         while len(seen) < min(7, part + 3):
-            seen.append(asked.get(timeout=60))  # raises unless it has been asked for without this loop going on
+            seen.append(asked.get(timeout=60))  # raises unless the part was requested before this loop continues
     assert seen == list(range(7))
     assert asked.empty()
 
 
-def test_a_file_that_cannot_be_read_ahead_says_so() -> None:
+def test_an_error_of_prefetching_is_raised() -> None:
     def fails(part: int) -> None:
         raise OSError(5, "Input/output error")
 
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_ahead_says_so() -> None:
 
 
 @pytest.mark.usefixtures("short_parts")
-def test_every_byte_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_is_prefetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = gk.ItemTable.from_rows(torch.ones(1000, 9), ids=torch.arange(1000), dtype=torch.int8)
     mapped, asked = on_disk(table, tmp_path), 0
     read_ahead = Mapping.read_ahead

@@ -49,7 +49,7 @@ def compiled_agrees(compiler: str, backend: str) -> None:
         return top.values.tanh().sum(), top.indices
 
     compiled = torch.compile(loss, fullgraph=True, backend=compiler)
-    for B, N in ((3, 40), (5, 60), (6, 70)):  # the later ones with dynamic shapes
+    for B, N in ((3, 40), (5, 60), (6, 70)):  # dynamic shapes from the second call on
         inputs = torch.randn(B, 8, requires_grad=True), torch.randn(N, 8, requires_grad=True)
         exclude = torch.randint(-1, N, (B, 3))
         (want, want_ids), (got, got_ids) = loss(*inputs, exclude), compiled(*inputs, exclude)
@@ -65,7 +65,7 @@ def test_compile(backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor
 def test_compile_inductor(backend: str) -> None:
     torch.compiler.reset()
     compiled_agrees("inductor", backend)

@@ -1,4 +1,4 @@
-"""What only the cpu backend has: instruction sets, threads, a sampled threshold, addresses, processes."""
+"""The cpu backend of mips_topk: instruction sets, threads, sampled thresholds, addresses, processes."""
 
 import ctypes
 import os
@@ -39,7 +39,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("isa", searching_isas(), indirect=True)
 @pytest.mark.parametrize("B", [1, 7, 33])
 def test_every_instruction_set(B: int, isa: str, kind: str) -> None:
-    """Plain, filtered and by listed rows, in a batch of each kernel: the order of a sum is part of what is expected."""
+    """Plain, filtered and listed rows, in a batch size for each kernel: expected bits include the order of sums."""
     assert cpu.isa() == isa
     queries, rows, ids = torch.randn(B, 133), torch.randn(2500, 133), torch.randperm(2500)
     for filters in ({}, {"exclude": ids[:60].expand(B, -1), "ids": ids}, {"allow": torch.rand(B, 2500) < 0.02}):
@@ -48,7 +48,7 @@ def test_every_instruction_set(B: int, isa: str, kind: str) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_new_memory_is_poisoned() -> None:
-    """Or no test would see that a kernel reads what it has not written."""
+    """Without it no test would notice that a kernel reads unwritten memory."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.POINTER(ctypes.c_uint8)
     fresh = libc.malloc(ctypes.c_size_t(4096))
@@ -58,7 +58,7 @@ def test_new_memory_is_poisoned() -> None:
 
 def test_instruction_set_is_chosen_by_the_environment() -> None:
     code = "import grank_kernels as gk; print(gk.show_config())"
-    done = run_python(code, GRANK_CPU_ISA="baseline")  # the default only where there is nothing better
+    done = run_python(code, GRANK_CPU_ISA="baseline")  # the default only on the weakest machines
     assert "cpu instruction set: baseline, of baseline" in done.stdout, done.stderr
 
 
@@ -124,13 +124,13 @@ def test_python_runs_on_during_a_search() -> None:
         state["runs"] = False
 
     repeats = 1
-    while True:  # until one search takes a while on this machine
+    while True:  # until one search takes 0.2 s on this machine
         begin = time.perf_counter()
         long_search(repeats)
         if time.perf_counter() - begin > 0.2:
             break
         repeats *= 2
-    # If the search held the GIL, this loop would stand still for its whole length, and come to two or three at most.
+    # If the search held the GIL, this loop would stop until its end and count two or three ticks.
     for _ in range(10):
         searcher = threading.Thread(target=long_search, args=(repeats,))
         searcher.start()
@@ -206,7 +206,7 @@ def test_flushed_denormals_change_nothing(kind: str) -> None:
     finally:
         torch.set_flush_denormal(False)
     assert_same(got, want)
-    assert float(torch.tensor(1e-40) * 1) != 0  # the caller's own mode is as it was
+    assert float(torch.tensor(1e-40) * 1) != 0  # the caller's mode is unchanged
 
 
 # ---- a threshold from a sample: from 16 384 rows on, from 262 144 on for 8 queries or more ----
@@ -231,7 +231,7 @@ def test_sampled_threshold_among_allowed_rows(B: int, N: int, share: float, per_
 
 @pytest.mark.parametrize(("B", "N"), [FEW, MANY])
 def test_sampled_threshold_where_queries_differ(B: int, N: int) -> None:
-    """Some queries have most rows, some a few, some none, one all but its best."""
+    """Masks per query: most rows, a few, none, and all but the best."""
     queries, rows = torch.randn(B, 3), torch.randn(N, 3)
     allow = torch.ones(B, N, dtype=torch.bool)
     allow[0] = torch.rand(N) < 0.001
@@ -262,7 +262,7 @@ def test_sampled_threshold_of_odd_tables(B: int, N: int, table: str) -> None:
 
 
 def sampled_rows(N: int, count: int) -> np.ndarray:
-    """The sample of mips_topk.cpp: one row of every stride, at a place that looks random."""
+    """The sample of mips_topk.cpp: one row per stride, at a pseudo-random offset."""
     i = np.arange(count, dtype=np.uint64)
     begin, end = (N * (i + np.uint64(shift)) // np.uint64(count) for shift in (0, 1))
     with np.errstate(over="ignore"):
@@ -273,14 +273,14 @@ def sampled_rows(N: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize(("B", "N", "sample"), [(*FEW, 1024), (*MANY, 16384)])
 @pytest.mark.parametrize("external", [False, True])
 def test_a_sample_that_misleads(B: int, N: int, sample: int, external: bool, kind: str) -> None:
-    """The sample holds the k - 1 best rows, so its threshold is above the k-th best: the search must begin again."""
+    """The sample has the k - 1 best rows, so its threshold is above the k-th best: the search must run again."""
     k = 100
     rows, best = torch.rand(N, 2), torch.from_numpy(sampled_rows(N, sample)[: k - 1])
     rows[best] += 10
     queries = torch.rand(B, 2)
-    queries[1] *= -1  # not misled
+    queries[1] *= -1  # its threshold is valid
     allow = torch.ones(B, N, dtype=torch.bool)
-    allow[torch.arange(B).repeat(3), best[: 3 * B]] = False  # filters of their own, that some of the best fall to
+    allow[torch.arange(B).repeat(3), best[: 3 * B]] = False  # masks per query that exclude some of the best
     exclude = torch.cat([best[-7 * B :].reshape(B, 7), torch.randint(0, N, (B, 30))], 1)
     ids = None
     if external:
@@ -314,7 +314,7 @@ def test_allow_beyond_2_to_the_31_elements() -> None:
 
 @pytest.mark.slow
 def test_table_of_more_than_2_to_the_31_elements() -> None:
-    """16.8 million rows of width 128 that overlap, so that they take 34 MB: the last ones are the best."""
+    """16.8 million overlapping rows of width 128 in 34 MB; the last ones are the best."""
     N, d = 2**24 + 70, 128
     numbers = torch.zeros(N + d - 1, dtype=torch.bfloat16)
     numbers[-300:] = integers(300).bfloat16()
@@ -362,12 +362,12 @@ def test_memory_of_a_search() -> None:
     assert max(peaks) < 32 + 256 * 100 * (4 + 8 + 16 + 16) / 2**20, peaks
 
 
-# ---- what would take long, or too much ----
+# ---- long searches, large results ----
 
 
 @pytest.mark.parametrize("step", [1, 1134903170, 2**32])
 def test_excluded_ids_in_any_progression(step: int) -> None:
-    """Steps that a multiplicative hash sends to few slots: probing among a million ids would take hours."""
+    """Progressions that a multiplicative hash maps to few slots: with a million ids probing would take hours."""
     count = 1_000_000
     ids = torch.arange(count) * step
     rows, queries = torch.randn(2000, 4), torch.randn(2, 4)
@@ -417,7 +417,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interrupt_ends_a_search() -> None:
-    """Early in it, rather than after it; the next search is a whole one."""
+    """An interrupt stops a search early; the next search is complete."""
     done = run_python(INTERRUPT)
     assert done.stdout.strip() == "interrupted True True", done.stdout + done.stderr
 

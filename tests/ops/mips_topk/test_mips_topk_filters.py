@@ -21,7 +21,7 @@ def padded(lists: list[list[int]], extra: int = 2) -> torch.Tensor:
 
 
 def ragged(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a pair, with ids of nobody before and behind."""
+    """(offsets, ids), with ids of no query before and after."""
     offsets = np.cumsum([3, *map(len, lists)])
     return torch.from_numpy(offsets), torch.tensor([0, 0, 0, *(i for ids in lists for i in ids), 0, 0])
 
@@ -41,14 +41,14 @@ def test_exclude(form: Any, external: bool, kind: str, backend: str) -> None:
 
 
 def as_lists(lists: list[list[int]]) -> list[Any]:
-    """One entry a query: a list, a tuple, a tensor and a NumPy array by turns."""
+    """A list with one entry per query: list, tuple, tensor and NumPy array in turn."""
     forms = (list, tuple, torch.tensor, np.array)
     return [forms[b % 4](ids) if ids else [] for b, ids in enumerate(lists)]
 
 
 @pytest.mark.parametrize("B", [1, 2, 7])
-def test_exclude_as_a_list_is_one_entry_a_query(B: int, backend: str) -> None:
-    """Also for two queries, where a tuple of two tensors would be offsets and ids."""
+def test_exclude_as_a_list_has_one_entry_per_query(B: int, backend: str) -> None:
+    """Two queries included, although a tuple of two tensors means (offsets, ids)."""
     queries, rows = torch.randn(B, 6), torch.randn(70, 6)
     lists = [torch.randint(-1, 70, (b % 4,)).tolist() for b in range(1, B + 1)]
     want = gk.mips_topk(queries, rows, 20, exclude=padded(lists), backend=backend)
@@ -76,7 +76,7 @@ def test_exclude_of_nothing(kind: str, backend: str) -> None:
         assert_same(search(queries, rows, 5, kind=kind, backend=backend, exclude=exclude), plain)
 
 
-def test_exclude_ids_that_a_table_does_not_hold(kind: str, backend: str) -> None:
+def test_exclude_ids_missing_from_the_table(kind: str, backend: str) -> None:
     queries, rows, ids = torch.randn(2, 6), torch.randn(70, 6), torch.arange(70) * 3 + 5
     plain = search(queries, rows, 5, kind=kind, backend=backend, ids=ids)
     foreign = torch.tensor([[0, 4, 6, 213, 2**62], [7, -1, 70, 1, 2]])

@@ -33,7 +33,7 @@ def test_gradients(B: int, N: int, d: int, k: int, backend: str) -> None:
         assert float((mine - true).abs().max()) <= 2 * lost + 2**-22 * float(true.abs().max())
 
 
-def test_gradients_where_only_one_is_wanted(backend: str) -> None:
+def test_gradients_of_one_operand(backend: str) -> None:
     queries, rows = torch.randn(3, 6), torch.randn(40, 6)
     both = [x.clone().requires_grad_() for x in (queries, rows)]
     gk.mips_topk(both[0], both[1], 4, backend=backend).values.sum().backward()
@@ -64,7 +64,7 @@ def test_gradients_of_half_inputs(kind: str, backend: str) -> None:
         torch.testing.assert_close(mine.float(), want, rtol=eps, atol=2e-6)
 
 
-def test_gradients_through_int8_as_if_not_quantised(backend: str) -> None:
+def test_gradients_through_int8_ignore_the_quantisation(backend: str) -> None:
     queries, table = torch.randn(5, 24, requires_grad=True), items_of(torch.randn(60, 24), "int8")
     weights = torch.randn(5, 9)
     top = gk.mips_topk(queries, table, 9, backend=backend)
@@ -92,17 +92,17 @@ def test_fillers_and_nan_do_not_leak_into_gradients(backend: str) -> None:
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-6)
     assert torch.all(q.grad[2] == 0)
     q.grad = x.grad = None
-    top.values.sum().backward(retain_graph=True)  # the fillers' gradient is 1 here: it counts for nothing
+    top.values.sum().backward(retain_graph=True)  # the fillers' gradient of 1 must be ignored
     assert q.grad.isfinite().all()
     assert torch.all(q.grad[2] == 0)
     assert torch.all(x.grad[[0, 4, 5, 6, 7]] == 0)
     q.grad = x.grad = None
-    top.values.square().sum().backward()  # and -infinity here
+    top.values.square().sum().backward()  # here of -infinity
     assert q.grad.isfinite().all()
     assert x.grad.isfinite().all()
 
 
-def test_gradients_of_nothing(backend: str) -> None:
+def test_gradients_of_empty_results(backend: str) -> None:
     for B, N in ((0, 5), (3, 0), (0, 0)):
         queries, rows = torch.randn(B, 4, requires_grad=True), torch.randn(N, 4, requires_grad=True)
         gk.mips_topk(queries, rows, 2, backend=backend).values.sum().backward()

@@ -21,7 +21,7 @@ FLOATS = KINDS[:3]
 
 
 def guarded(rows: torch.Tensor, before: int, after: int) -> torch.Tensor:
-    """Equal rows with NaN on both sides of each."""
+    """Equal rows with NaN on both sides."""
     wide = torch.full((len(rows), before + rows.shape[1] + after), math.nan, dtype=rows.dtype)
     inner = wide[:, before : before + rows.shape[1]]
     inner.copy_(rows)
@@ -62,7 +62,7 @@ def test_layouts(d: int, kind: str, backend: str) -> None:
     assert torch.equal(one.indices, want.indices[:1].expand(5, -1))
 
 
-def test_inputs_are_left_alone(kind: str, backend: str) -> None:
+def test_inputs_are_not_modified(kind: str, backend: str) -> None:
     queries, rows = torch.randn(4, 9), torch.randn(80, 9)
     exclude, allow = torch.randint(-1, 80, (4, 6)), torch.rand(4, 80) < 0.5
     given = (queries, rows, exclude, allow)
@@ -89,7 +89,7 @@ def test_out(kind: str, backend: str) -> None:
     assert_same(gk.TopK(*one), gk.TopK(want.values[2], want.indices[2]))
 
 
-# ---- whatever the process has set ----
+# ---- global modes of torch ----
 
 
 def test_default_dtype(kind: str, backend: str) -> None:
@@ -111,8 +111,8 @@ def test_default_device(kind: str, backend: str) -> None:
     assert_same(got, want)
 
 
-def test_signs_yet_to_be_applied(backend: str) -> None:
-    """The imaginary part of a conjugate is a float32 tensor whose memory holds the opposite."""
+def test_tensors_with_a_lazy_negation(backend: str) -> None:
+    """The imaginary part of a conjugate: a float32 tensor with negated memory."""
     queries, rows = torch.randn(3, 9), torch.randn(80, 9)
     want = gk.mips_topk(queries, rows, 5, backend=backend)
     negated, negated_rows = (torch.complex(x, -x).conj().imag for x in (queries, rows))
@@ -138,7 +138,7 @@ def test_modes_of_torch(kind: str, backend: str) -> None:
 
 
 def test_meta_tensors() -> None:
-    """Shapes and dtypes without a search, as for any torch op."""
+    """Meta tensors give shapes and dtypes without a search."""
     queries, rows = torch.empty(3, 8, device="meta"), torch.empty(50, 8, device="meta", dtype=torch.float16)
     exclude = torch.empty(3, 2, dtype=torch.int64, device="meta")
     got = gk.mips_topk(queries, rows, 70, exclude=exclude)

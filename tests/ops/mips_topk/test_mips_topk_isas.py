@@ -1,4 +1,4 @@
-"""The contract of mips_topk under each instruction set other than the one in use."""
+"""The tests of mips_topk's contract under every instruction set but the active one."""
 
 from collections.abc import Iterator
 

@@ -51,7 +51,7 @@ def test_zero_has_no_sign(kind: str, backend: str) -> None:
     assert torch.equal(got.values[2].view(torch.int32), torch.zeros(5, dtype=torch.int32))
 
 
-# ---- numbers that are none, and their neighbours ----
+# ---- NaN, infinities, denormals ----
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -59,7 +59,7 @@ def test_nan_is_never_returned(kind: str, backend: str) -> None:
     queries, rows = torch.randn(3, 5), torch.randn(200, 5)
     rows[::3] = math.nan
     rows[1, 4] = math.nan
-    rows[2] = torch.tensor([INF, -INF, 0, 0, 0])  # NaN or not, as the signs of the query have it
+    rows[2] = torch.tensor([INF, -INF, 0, 0, 0])  # NaN or infinity, depending on the signs of the query
     queries[0, :2] = 1.0
     got = check(queries, rows, 200, kind=kind, backend=backend)
     assert not got.values.isnan().any()
@@ -84,7 +84,7 @@ def test_int8_scales_whose_product_overflows(backend: str) -> None:
     rows = torch.tensor([[1e38, -1e38], [1e38, 1e38], [-1e38, -1e38], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0]])
     got = check(queries, rows, 6, kind="int8", backend=backend)
     assert not got.values.isnan().any()
-    assert got.indices[0].tolist() == [1, 3, 4, 5, 2, -1]  # 0 times infinity is no score
+    assert got.indices[0].tolist() == [1, 3, 4, 5, 2, -1]  # 0 * inf is NaN
     assert got.values[0, 0] == INF
     assert got.values[0, 4] == -INF
 

@@ -1,4 +1,4 @@
-"""mips_topk on whatever hypothesis comes up with: against the oracle bit for bit, and against itself."""
+"""mips_topk on hypothesis problems: bit for bit against the oracle, and against itself."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_the_order_of_the_rows_does_not_matter(backend: str, problem: Problem, s
 @settings(max_examples=60)
 @given(problem=problems(), data=st.data())
 def test_tables_in_parts_merge_to_the_whole(backend: str, problem: Problem, data: st.DataObject) -> None:
-    """What shards and chunks rest on."""
+    """The property that shards and chunks depend on."""
     p = problem
     ids = p.filters.pop("ids", torch.arange(len(p.rows)))
     allow = p.filters.pop("allow", torch.ones(len(p.rows), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Scores of mips_topk: every bit against the oracle, and independence of everything but query and row."""
+"""Scores of mips_topk: every bit against the oracle; a score depends on its query and row only."""
 
 import math
 import random
@@ -34,7 +34,7 @@ KS = [1, 2, 7, 31, 64, 100, 255, 256, 257, 700, 5000]
 
 
 def shapes() -> list[tuple[int, int, int, int]]:
-    """(B, N, d, k): every count, width and k twice, in company drawn by lot."""
+    """(B, N, d, k): every count, width and k twice, in random combinations."""
     draw = random.Random(1)
     found = []
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_bits(shape: tuple[int, int, int, int], kind: str, backend: str) -> None
 @pytest.mark.parametrize("shape", shapes()[::3], ids=name_of)
 def test_integers_are_exact(shape: tuple[int, int, int, int], kind: str, backend: str) -> None:
     B, N, d, k = shape
-    if kind == "int8":  # 127 in every row: the scale is 1
+    if kind == "int8":  # 127 in every row makes the scale 1
         queries, rows = integers(B, d, most=127), integers(N, d, most=127)
     else:
         queries, rows = integers(B, d), integers(N, d)
@@ -79,7 +79,7 @@ def test_integers_are_exact(shape: tuple[int, int, int, int], kind: str, backend
 
 
 def assert_meaning(got: gk.TopK, products: torch.Tensor, error: float) -> None:
-    """Against float64 products: ids distinct and in range, order, every score its row's, the j-th the j-th best."""
+    """Checks against float64: distinct ids in range, order, each row's own score, the j-th best at place j."""
     N = products.shape[1]
     n = min(got.values.shape[1], N)
     values, ids = got.values[:, :n].double(), got.indices[:, :n]
@@ -94,18 +94,18 @@ def assert_meaning(got: gk.TopK, products: torch.Tensor, error: float) -> None:
 
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("kind", FLOATS)
-def test_loses_no_more_than_torch(d: int, kind: str, backend: str) -> None:
+def test_error_is_at_most_twice_that_of_torch(d: int, kind: str, backend: str) -> None:
     dtype = getattr(torch, kind)
     queries, rows = torch.randn(9, d).to(dtype), torch.randn(1500, d).to(dtype)
     products = queries.double() @ rows.double().T
     lost = float((queries.float() @ rows.float().T - products).abs().max())
-    # Twice what torch loses, and one rounding of the largest sum: a narrow product may happen to lose nothing.
+    # Twice the error of torch, and one rounding of the largest sum, since narrow products may be exact by chance.
     rounding = 2**-24 * float((queries.double().abs() @ rows.double().abs().T).max())
     assert_meaning(search(queries, rows, 120, kind=kind, backend=backend), products, 2 * lost + rounding)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
-def test_int8_loses_half_a_step_a_number(d: int, backend: str) -> None:
+def test_int8_error_is_half_a_step_per_number(d: int, backend: str) -> None:
     queries, rows = torch.randn(9, d), torch.randn(1500, d)
     q_step, x_step = (x.double().abs().amax(1) / 127 for x in (queries, rows))
     error = queries.double().abs().sum(1)[:, None] * x_step / 2 + rows.double().abs().sum(1) * q_step[:, None] / 2
@@ -151,7 +151,7 @@ def test_drop_in(backend: str) -> None:
     torch.testing.assert_close(got.values, want.values)
 
 
-# ---- a score depends on its query and its row alone ----
+# ---- a score depends on its query and its row only ----
 
 
 @pytest.mark.parametrize("d", [3, 96, 300])
@@ -173,7 +173,7 @@ def test_batch_invariant(d: int, kind: str, backend: str) -> None:
 def test_position_invariant(shift: int, kind: str, backend: str) -> None:
     queries, rows = torch.randn(6, 50), torch.randn(1000, 50)
     want = search(queries, rows, 30, kind=kind, backend=backend)
-    low = queries.sum(0, keepdim=True) * 0  # scores 0, less than the best 30 of 1000
+    low = queries.sum(0, keepdim=True) * 0  # scores 0, below the best 30 of 1000
     moved = search(queries, torch.cat([low.expand(shift, -1), rows, low]), 30, kind=kind, backend=backend)
     assert_same(gk.TopK(moved.values, moved.indices - shift), want)
 
@@ -215,8 +215,8 @@ def test_backends_agree_where_arithmetic_is_exact() -> None:
         assert_same(other, whole[0])
 
 
-def test_the_oracle_tells_one_rounding_from_two() -> None:
-    """Or the tests of bits could not tell what they claim to tell."""
+def test_the_oracle_distinguishes_one_rounding_from_two() -> None:
+    """The tests of bits can tell fused from unfused arithmetic."""
     queries, rows = torch.randn(4, 64), torch.randn(400, 64)
     if fused("cpu"):
         once, twice = (scores(queries, rows, "float32", backend) for backend in ("cpu", "reference"))

@@ -33,14 +33,14 @@ FLOATS = KINDS[:3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _strict() -> Iterator[None]:
-    """The strict interpreter, which multiplies bfloat16 as a GPU does."""
+    """The strict interpreter, with correct bfloat16 products."""
     with pytest.MonkeyPatch.context() as patch, strict():
         patch.setattr(backend, "_MULTIPLIES_BFLOAT16", True)
         yield
 
 
 class Record:
-    """The launches of the searches while it is in use, and which queries were pending after `scan` and `select`."""
+    """Records the launches of searches, and the pending queries after `scan` and `select`."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -64,7 +64,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
 
 @pytest.fixture
 def change_plan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Calls make_plan as it is, but for the fields given here."""
+    """Replaces fields of the plans that make_plan returns."""
     make_plan = launches.make_plan
 
     def change(**fields: Any) -> None:
@@ -81,7 +81,7 @@ def check(queries: torch.Tensor, rows: torch.Tensor, k: int, kind: str, **more: 
 
 # ---- every way of searching, with every feature ----
 
-SEARCHES = {  # B, N, d, k; the launches
+SEARCHES = {  # B, N, d, k; expected launches
     "whole table emitted": ((3, 230, 20, 90), ["threshold", "scan", "select", "rank"]),
     "small k": ((5, 900, 24, 7), ["threshold", "collect", "select", "rank"]),
     "small k, two tiles of queries": ((17, 600, 5, 2), ["threshold", "collect", "select", "rank"]),
@@ -131,8 +131,8 @@ def test_query_dtypes(query_dtype: str, kind: str) -> None:
         [("small k", "float32"), ("sampled", "float16")], [(which, kind) for which in SEARCHES for kind in FLOATS]
     ),
 )
-def test_of_more_infinite_scores_than_k_those_of_the_smallest_ids(which: str, kind: str) -> None:
-    """They come last, when infinity is the score to reach."""
+def test_ties_of_more_than_k_infinite_scores(which: str, kind: str) -> None:
+    """The rows with the smallest ids come last, when the threshold is already infinite."""
     (B, N, d, k), _ = SEARCHES[which]
     queries, rows = torch.randn(B, d), torch.randn(N, d)
     queries[:, 0] = math.inf
@@ -146,7 +146,7 @@ def test_of_more_infinite_scores_than_k_those_of_the_smallest_ids(which: str, ki
 @given(problem=problems())
 def test_every_bit(problem: Problem) -> None:
     p = problem
-    if p.queries.shape[1] > 128:  # summed in another order than the reference's
+    if p.queries.shape[1] > 128:  # not summed in the reference's order
         p.queries, p.rows = p.queries[:, :128], p.rows[:, :128]
     got = search(p.queries, p.rows, p.k, kind=p.kind, backend="triton", **p.filters)
     assert_same(got, expected(p.queries, p.rows, p.k, kind=p.kind, backend="reference", **p.filters))
@@ -163,7 +163,7 @@ def test_degenerate(B: int, N: int, d: int, k: int) -> None:
 
 @pytest.mark.parametrize("kind", FLOATS)
 def test_meaning_of_wide_rows(kind: str) -> None:
-    """Against float64, since the order of the sum is this backend's own beyond 128 columns."""
+    """Against float64, since sums of more than 128 columns have another order than the reference's."""
     dtype = getattr(torch, kind)
     queries, rows = torch.randn(3, 700).to(dtype), torch.randn(400, 700).to(dtype)
     products = queries.double() @ rows.double().T
@@ -171,13 +171,13 @@ def test_meaning_of_wide_rows(kind: str) -> None:
     rounding = 2**-24 * float((queries.double().abs() @ rows.double().abs().T).max())
     got = gk.mips_topk(queries, rows, 50, backend="triton")
     want = products.sort(dim=1, descending=True).values[:, :50]
-    # The interpreter adds one product at a time: as torch, but for a rounding each.
+    # The interpreter rounds after every product: the error of torch, and one rounding each.
     bound = 2 * lost + 700 * rounding / 8
     assert (got.values.double() - products.gather(1, got.indices)).abs().max() <= bound
     assert (got.values.double() - want).abs().max() <= bound
 
 
-# ---- a score depends on its query and its row alone ----
+# ---- a score depends on its query and its row only ----
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_batch_and_place_do_not_matter(d: int, kind: str) -> None:
     assert torch.equal(shifted.indices, whole.indices + 77)
 
 
-# ---- hard tables, thresholds that fail ----
+# ---- hard tables, failed thresholds ----
 
 
 TABLES = ["constant", "two values", "ascending", "descending", "nan", "-inf", "best last"]
@@ -211,7 +211,7 @@ def test_hard_tables(which: str, k: int) -> None:
     queries, rows = torch.rand(3, 2) + 0.1, table(which, N)
     check(queries, rows, k, "float32")
     if which in ("constant", "two values", "-inf"):
-        check(queries, rows, k, "float32", ids=torch.randperm(N))  # ties fall where a position says nothing
+        check(queries, rows, k, "float32", ids=torch.randperm(N))  # order of ties differs from the order of positions
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_hard_tables(which: str, k: int) -> None:
     ),
 )
 def test_overflow(which: str, external: bool, change_plan: Any, record: Record) -> None:
-    """Room for two lists of k: what does not fit is collected, whatever it is."""
+    """Lists with room for 2 k candidates overflow, and `collect` runs."""
     N, k, B = 2100, 70, 4
     change_plan(room=2 * k, collected=2)
     queries, rows = torch.rand(B, 2) + 0.1, table(which, N)
@@ -245,7 +245,7 @@ def sampled_rows(N: int, size: int) -> np.ndarray:
     slow_except([(True, "float32")], [(external, kind) for external in (False, True) for kind in KINDS]),
 )
 def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> None:
-    """The sample holds the k - 1 best rows, so its threshold is too high, but for the query that sees them last."""
+    """The sample has the k - 1 best rows, so the threshold is too high, except for the query that ranks them last."""
     B, N, k = 3, 2500, 100
     plan = launches.make_plan(backend.INTERPRETER, B, N, 2, k, getattr(torch, kind), 0)
     best = torch.from_numpy(sampled_rows(N, plan.sampled)[: k - 1])
@@ -258,7 +258,7 @@ def test_a_sample_that_misleads(external: bool, kind: str, record: Record) -> No
 
 
 def test_queries_that_differ() -> None:
-    """Some queries have most rows, some a few, some none, one all but its 300 best."""
+    """Masks per query: most rows, a few, none, and all but the 300 best."""
     B, N, k = 5, 2600, 80
     queries, rows = torch.randn(B, 3), torch.randn(N, 3)
     allow = torch.ones(B, N, dtype=torch.bool)
@@ -283,7 +283,7 @@ def test_more_queries_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("k", [20, 70])
 def test_int8_scales_at_the_limits(k: int) -> None:
-    """The gate of int8 compares without the scale of the query, from which nothing may follow."""
+    """`scan` compares int8 scores without the query's scale; results must not depend on that."""
     queries = torch.tensor([[3e38, 3e38], [3e38, -3e38], [1.0, 1.0], [1e-38, 2e-38], [1e-45, 0.0], [0.0, 0.0]])
     rows = torch.tensor(
         [[1e38, -1e38], [1e38, 1e38], [-1e38, -1e38], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0], [1e-40, 3e-40], [1e-45, 0.0]]
@@ -294,7 +294,7 @@ def test_int8_scales_at_the_limits(k: int) -> None:
 
 
 def in_chunks(size: int) -> Any:
-    """As rows in host memory come, but for the copies."""
+    """Searches chunk by chunk like rows in host memory, without the copies."""
 
     def chunks(items: torch.Tensor, row_scale: torch.Tensor | None, device: torch.device) -> Iterator[launches.Chunk]:
         for base in range(0, len(items), size):
@@ -312,7 +312,7 @@ def in_chunks(size: int) -> Any:
     ),
 )
 def test_chunks(which: str, k: int, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
-    """The k best and their threshold are carried from chunk to chunk; one that has every row above it overflows."""
+    """The k best and the threshold pass from chunk to chunk; a chunk with every row above it overflows the list."""
     monkeypatch.setattr(launches, "chunks", in_chunks(800))
     make_plan = launches.make_plan
 

@@ -31,7 +31,7 @@ def integer_problem(kind: str, B: int, N: int, d: int, device: torch.device) -> 
 @pytest.mark.parametrize("B", [1, 17, 300])
 @pytest.mark.parametrize("d", [20, 128, 300])
 def test_gpu_exact_numbers(B: int, d: int, k: int, kind: str, gpu: torch.device) -> None:
-    """Ties everywhere, every filter; twenty times, for what depends on the order of the programs."""
+    """Many ties and every filter, repeated 20 times, because the order of programs varies."""
     N = 200_000
     queries, items = integer_problem(kind, B, N, d, gpu)
     exclude = gk.mips_topk(queries, items, 40, backend="reference").indices[:, ::2]
@@ -59,7 +59,7 @@ def test_gpu_batch_and_kernel_do_not_matter(d: int, kind: str, gpu: torch.device
 @pytest.mark.parametrize("k", [10, 500])
 def test_gpu_hard_tables(which: str, k: int, gpu: torch.device) -> None:
     N = 300_000
-    queries, rows = 2.0 ** torch.randint(-3, 4, (5, 2), device=gpu), table(which, N).to(gpu)  # no product is rounded
+    queries, rows = 2.0 ** torch.randint(-3, 4, (5, 2), device=gpu), table(which, N).to(gpu)  # exact products
     for ids in (None, torch.randperm(N)):
         items = rows if ids is None else gk.ItemTable.from_rows(rows, ids=ids.to(gpu))
         got = gk.mips_topk(queries, items, k, backend="triton")
@@ -69,7 +69,7 @@ def test_gpu_hard_tables(which: str, k: int, gpu: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [10, 500])
 def test_gpu_graph(k: int, kind: str, gpu: torch.device) -> None:
-    """Captured once, replayed on other data: among them what makes the thresholds fail."""
+    """Captured once and replayed on other data, some with failed thresholds."""
     queries, items = integer_problem(kind, 9, 100_000, 64, gpu)
     rows = items.operands()[0]
     gk.mips_topk(queries, items, k, backend="triton")  # compiles

@@ -49,7 +49,7 @@ def test_opcheck(problem: dict[str, Any], backend: str) -> None:
 
 
 def test_meta_tensors() -> None:
-    """Shapes and dtypes without a kernel, as for any torch op."""
+    """Meta tensors give shapes and dtypes without running a kernel."""
     got = gk.score_candidates(**{name: x.to("meta") for name, x in GOOD.items()})
     assert (got.shape, got.dtype, got.device.type) == ((1, 3), torch.float32, "meta")
 
@@ -73,7 +73,7 @@ def test_compile(backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by inductor
 def test_compile_inductor(backend: str) -> None:
     compiled_agrees("inductor", backend)
 

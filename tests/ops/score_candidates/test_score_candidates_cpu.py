@@ -1,4 +1,4 @@
-"""What only the cpu backend of score_candidates has: instruction sets, threads, its own memory."""
+"""The cpu backend of score_candidates: instruction sets, threads, memory."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from grank_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 ISAS = isas()
-ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # float32 sums, fused, in one order
+ONE_ORDER = [isa for isa in ISAS if isa not in ("baseline", "avx512bf16", "amx")]  # equal order of sums
 TABLES = (*FLOATS, torch.int8)
 
 
@@ -74,7 +74,7 @@ def test_many_callers_at_once() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_logits_of_any_size(scale: float) -> None:
-    """The running maximum, and weights that vanish beside it: keys in ascending, descending and mixed order."""
+    """Keys in ascending, descending and mixed order of logits: the running maximum, and vanishing weights."""
     base = scoring([300] * 3, 40, 16, 16, softmax_scale=1.0)
     rows = base.items
     assert isinstance(rows, torch.Tensor)
@@ -123,7 +123,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 def test_memory_of_a_call() -> None:
-    """What the kernel's header says, and the scores: the gathered rows alone would take 8 MB, 4 MB of bfloat16."""
+    """Memory is the scores and the scratch stated in the kernel's header; gathered rows would take 8 MB."""
     done = run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="16384")
     assert done.returncode == 0, done.stderr
     float32, bfloat16 = (int(line) for line in done.stdout.splitlines())
@@ -148,7 +148,7 @@ def test_keys_and_values_of_any_stride() -> None:
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("table", [torch.float32, torch.int8])
 @pytest.mark.parametrize("size", [2e9, -2e9, 1e20, 1e35])
-def test_finite_logits_of_any_size_are_weighed_as_torch_weighs_them(size: float, table: torch.dtype, isa: str) -> None:
+def test_finite_logits_of_any_size_have_the_weights_of_torch(size: float, table: torch.dtype, isa: str) -> None:
     """Ties among the largest logits and ordinary logits, in one batch."""
     base = scoring([300] * 3, 40, 16, 16, table=table, softmax_scale=1.0)
     keys = torch.zeros(900, 16)

@@ -1,4 +1,4 @@
-"""The contract of score_candidates again, kept by the CUDA kernels in the emulator, and on a GPU."""
+"""The tests of score_candidates's contract, run on the CUDA kernels in the emulator and on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,14 +14,14 @@ from emulated_cuda import BACKENDS_OF_CUDA, HALVES, with_emulator
 from oracle import contract_of
 
 LEFT_OUT = {
-    "test_default_backend",  # on CPU tensors that is cpu
-    "test_other_widths",  # the kernels have 16, 32, 64 and 128
-    "test_tables_of_another_precision_than_the_rest",  # int8 or the keys'
-    "test_candidates_do_not_see_each_other",  # likewise
-    "test_layouts",  # with a table that is not contiguous
-    "test_compile_for_export",  # float32
-    "test_whatever_the_process_has_set",  # the emulator itself makes tensors
-    "test_whatever_hypothesis_comes_up_with",  # brings its own backends
+    "test_default_backend",  # the default for CPU tensors is cpu
+    "test_other_widths",  # the kernels support 16, 32, 64 and 128
+    "test_tables_of_another_dtype_than_the_keys",  # the kernels take tables of int8 or of the keys' dtype
+    "test_candidates_do_not_see_each_other",  # uses a table of another dtype
+    "test_layouts",  # has a table that is not contiguous
+    "test_compile_for_export",  # uses float32
+    "test_global_modes_of_torch",  # the emulator allocates tensors, which the modes affect
+    "test_hypothesis_problems",  # has its own list of backends
 }
 CONTRACT = (scores, inputs, errors, compiling)
 globals().update(contract_of(CONTRACT, LEFT_OUT))

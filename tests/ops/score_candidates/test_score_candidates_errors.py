@@ -92,7 +92,7 @@ def test_a_backend_without_the_op() -> None:
                 gk.score_candidates(**GOOD, backend=name)
 
 
-def test_no_gradient_is_wanted_under_no_grad(backend: str) -> None:
+def test_inputs_with_a_gradient_are_allowed_under_no_grad(backend: str) -> None:
     problem = scoring([30, 5])
     want = problem.scores(backend)
     problem.item_weight.requires_grad_()

@@ -41,7 +41,7 @@ def test_int32_ids_and_offsets(backend: str) -> None:
     equal_bits(narrow.scores(backend), problem.scores(backend))
 
 
-def test_tables_with_ids_of_their_own(dtype: torch.dtype, backend: str) -> None:
+def test_tables_with_external_ids(dtype: torch.dtype, backend: str) -> None:
     problem = scoring([30, 0, 5], 40, dtype=dtype)
     ids = torch.randperm(10**6)[:100] * 10**12
     table = gk.ItemTable.from_rows(problem.items, ids=ids)
@@ -56,7 +56,7 @@ def test_layouts(dtype: torch.dtype, backend: str) -> None:
         if isinstance(x, torch.Tensor):
             for layout, same in strided(x).items():
                 alike(problem.but(**{name: same}).scores(backend), want, backend)
-                assert torch.equal(same, x), (name, layout)  # left alone
+                assert torch.equal(same, x), (name, layout)  # not modified
     for name in ("keys", "values", "user_hidden", "out_weight"):
         one = vars(problem)[name][:1]
         shape = vars(problem)[name].shape
@@ -64,7 +64,7 @@ def test_layouts(dtype: torch.dtype, backend: str) -> None:
         alike(flat, problem.but(**{name: one.expand(shape).contiguous()}).scores(backend), backend)
 
 
-def test_signs_yet_to_be_applied(backend: str) -> None:
+def test_tensors_with_a_lazy_negation(backend: str) -> None:
     problem = scoring([30, 5], 40)
     want = problem.scores(backend)
     for name in ("items", "keys", "values", "user_hidden", "item_weight", "out_weight"):
@@ -72,7 +72,7 @@ def test_signs_yet_to_be_applied(backend: str) -> None:
         equal_bits(problem.but(**{name: torch._neg_view(-x)}).scores(backend), want)
 
 
-def test_whatever_the_process_has_set(backend: str) -> None:
+def test_global_modes_of_torch(backend: str) -> None:
     problem = scoring([30, 5], 40)
     want = problem.scores(backend)
     torch.set_default_dtype(torch.float64)

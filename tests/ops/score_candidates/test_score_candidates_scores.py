@@ -1,4 +1,4 @@
-"""Scores of score_candidates against float64, and exact where every sum is."""
+"""Scores of score_candidates: against float64, and exact if every sum is exact."""
 
 import math
 
@@ -14,8 +14,8 @@ from grank_kernels.backends import BACKENDS as BY_NAME
 
 INF = math.inf
 BACKENDS = backends_of("score_candidates")
-LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200]  # of histories
-COUNTS = [1, 2, 5, 15, 16, 17, 63, 64, 65, 100, 257]  # of candidates
+LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 200]  # lengths of histories
+COUNTS = [1, 2, 5, 15, 16, 17, 63, 64, 65, 100, 257]  # candidates per user
 WIDTHS = [16, 32, 64, 128]
 
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("i", range(24))
-def test_loses_no_more_than_twice_what_torch_does(i: int, dtype: torch.dtype, backend: str) -> None:
-    """Every length, count and width in some company, three users at a time, now and then one without history."""
+def test_error_is_at_most_twice_that_of_torch(i: int, dtype: torch.dtype, backend: str) -> None:
+    """Random combinations of every length, count and width, with three users, some with an empty history."""
     lengths = [LENGTHS[(5 * i + j) % len(LENGTHS)] for j in range(3)]
     d, h = WIDTHS[i % 4], WIDTHS[(i // 4) % 4]
     problem = scoring(lengths, COUNTS[i % len(COUNTS)], d, h, dtype=dtype, activation=list(HEAD)[i % 3])
@@ -40,14 +40,14 @@ def test_other_widths(d: int, h: int, dtype: torch.dtype, backend: str) -> None:
     reason = BY_NAME[backend].score_candidates_unsupported(problem.items, problem.keys, problem.values)
     if reason is None:
         check_scores(problem, backend)
-    else:  # only a GPU's kernels have fixed widths
+    else:  # only GPU kernels have fixed widths
         assert backend == "cuda"
         with pytest.raises(ValueError, match="width"):
             problem.scores(backend)
 
 
 @pytest.mark.parametrize("table", [*FLOATS, torch.int8], ids=lambda dtype: str(dtype)[6:])
-def test_tables_of_another_precision_than_the_rest(table: torch.dtype, dtype: torch.dtype, backend: str) -> None:
+def test_tables_of_another_dtype_than_the_keys(table: torch.dtype, dtype: torch.dtype, backend: str) -> None:
     check_scores(scoring([40, 0, 7], 70, 32, 64, dtype=dtype, table=table), backend)
 
 
@@ -72,7 +72,7 @@ def test_default_backend(backend: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, 2, 32, 64, 256])
 @pytest.mark.parametrize("C", [1, 17, 65])
 def test_equal_logits_average_exactly(length: int, C: int, dtype: torch.dtype, backend: str) -> None:
-    """Whole numbers, and 1 / L a power of two: every sum is exact in any order."""
+    """Whole numbers, and L a power of two: every sum is exact in any order."""
     B, d, h = 2, 32, 16
     problem = Scoring(
         torch.randint(-1, 50, (B, C)),
@@ -88,8 +88,8 @@ def test_equal_logits_average_exactly(length: int, C: int, dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_a_logit_far_above_the_rest_takes_all(scale: float, dtype: torch.dtype, backend: str) -> None:
-    """Row i of the table matches key i alone. A kernel may sum the weights more exactly than it multiplies them."""
+def test_a_dominant_logit_gets_weight_1(scale: float, dtype: torch.dtype, backend: str) -> None:
+    """Row i of the table matches key i only. Weights may be summed with more precision than they are multiplied."""
     L, h = 64, 32
     problem = scoring([L, L], 65, L, h, N=L, dtype=dtype)
     problem = problem.but(
@@ -110,7 +110,7 @@ def test_a_logit_far_above_the_rest_takes_all(scale: float, dtype: torch.dtype, 
 
 
 def test_int8_table_is_its_rows_times_their_scale(dtype: torch.dtype, backend: str) -> None:
-    """127 in every row, so that the scale is 1 and the table holds the whole numbers as they are."""
+    """127 in every row makes the scale 1, so the table stores the whole numbers unchanged."""
     rows = whole(80, 32, most=127)
     rows[:, 0] = 127
     problem = scoring([50, 0, 64], 65, 32, 16, N=80, dtype=dtype)
@@ -120,10 +120,10 @@ def test_int8_table_is_its_rows_times_their_scale(dtype: torch.dtype, backend: s
     table = gk.ItemTable.from_rows(rows, dtype=torch.int8)
     want = problem.but(items=rows).formula(torch.float64)
     got = problem.but(items=table).scores(backend)
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)  # the average of 50 ones need not be 1
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)  # the average of 50 ones may be rounded
 
 
-# ---- a score depends on its row and its user alone ----
+# ---- a score depends on its row and its user only ----
 
 
 @pytest.mark.parametrize("table", [torch.float32, torch.int8])
@@ -176,8 +176,8 @@ def test_nan_of_one_user_stays_there(b: int, dtype: torch.dtype, backend: str) -
         assert (got[b, ~there] == -INF).all()
 
 
-def test_rows_of_nobody_are_not_seen(dtype: torch.dtype, backend: str) -> None:
-    """Before the first user, behind the last, and in the table."""
+def test_rows_of_no_user_are_not_read(dtype: torch.dtype, backend: str) -> None:
+    """NaN rows before the first user, after the last one, and in the table."""
     problem = scoring([17, 0, 65], 70, 32, 16, dtype=dtype)
     want = problem.scores(backend)
     keys, values = (torch.cat([x[:3] * math.nan, x, x[:4] * math.nan]) for x in (problem.keys, problem.values))
@@ -207,7 +207,7 @@ def test_nan_row_scores_nan(backend: str) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whatever_hypothesis_comes_up_with(backend: str, data: st.DataObject) -> None:
+def test_hypothesis_problems(backend: str, data: st.DataObject) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     widths = st.sampled_from(WIDTHS) if backend == "cuda" else st.integers(1, 140)
