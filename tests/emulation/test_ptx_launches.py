@@ -108,13 +108,13 @@ def test_unknown_instructions_are_named(body: str, says: str) -> None:
 def test_invalid_launches_are_refused() -> None:
     kernel, memory = assemble("", 1), GlobalMemory()
     for block in (0, 33, 2048):
-        with pytest.raises(PtxError, match="block must be whole warps"):
+        with pytest.raises(PtxError, match="block must be a multiple of 32 threads"):
             launch(kernel, (1,), (block,), [0], memory)
     with pytest.raises(PtxError, match="takes 1 arguments, got 2"):
         launch(kernel, (1,), (32,), [0, 0], memory)
     with pytest.raises(PtxError, match="a takes 8 bytes, got 4"):
         launch(kernel, (1,), (32,), [np.float32(0)], memory)
-    with pytest.raises(PtxError, match=r"no .entry with 'other' in its name; there are \['k'\]"):
+    with pytest.raises(PtxError, match=r"no .entry with 'other' in its name; the text has \['k'\]"):
         parse(".entry k() { ret; }", "other")
 
 

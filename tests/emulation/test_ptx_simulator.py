@@ -284,10 +284,10 @@ BUGS = {
     ),
     "not all meet at the named barrier": Bug(NAMED, "bar.sync 1, 64;", "bar.sync 1, 96;", "other threads have exited"),
     "read before the named barrier": Bug(NAMED, "bar.sync 1, 64;", "", "race on shared byte"),
-    "no proxy fence": Bug(WGMMA, "fence.proxy.async.shared::cta;", "", "no fence.proxy.async"),
+    "no proxy fence": Bug(WGMMA, "fence.proxy.async.shared::cta;", "", "written after the last fence.proxy.async"),
     "no barrier before wgmma": Bug(WGMMA, "bar.sync 0;", "", "race|uninitialised"),
     "wgmma not waited for": Bug(WGMMA, "wgmma.wait_group.sync.aligned 0;", "", "%r2[0-3] is in use by a wgmma"),
-    "wgmma not committed": Bug(WGMMA, "wgmma.commit_group.sync.aligned;", "", "belongs to a wgmma"),
+    "wgmma not committed": Bug(WGMMA, "wgmma.commit_group.sync.aligned;", "", "in use by a wgmma"),
     "wgmma waited for too early": Bug(WGMMA, "wait_group.sync.aligned 0", "wait_group.sync.aligned 1", "in use"),
     "overwritten under wgmma": Bug(
         WGMMA, "wgmma.wait", "bar.sync 0; st.shared.u32 [%r4], 0; wgmma.wait", "was written while a wgmma read it"
