@@ -9,6 +9,8 @@ import torch
 from grank_kernels._version import __version__
 from grank_kernels.backends import BACKENDS, cpu
 
+OPS = ("mips_topk", "candidate_cross_attention", "score_candidates", "corpus_cross_entropy", "sample_negatives")
+
 
 def _cuda_module() -> str:
     if find_spec("grank_kernels._cuda") is None:
@@ -28,7 +30,8 @@ def show_config() -> str:
         f"processor: {platform.machine()}, {torch.get_num_threads()} threads; {torch.cuda.device_count()} CUDA devices",
     ]
     for name, module in BACKENDS.items():
-        lines.append(f"backend {name}: {module.unavailable() or 'can run'}")
+        ops = ", ".join(op for op in OPS if hasattr(module, op))
+        lines.append(f"backend {name}: {module.unavailable() or f'can run {ops}'}")
     lines.append(f"cuda module: {_cuda_module()}")
     if cpu.unavailable() is None:
         sets = ", ".join(isa + ("" if here else " (not on this processor)") for isa, here in cpu.isas().items())

@@ -5,6 +5,12 @@ A backend imports no op; it receives validated tensors.
 
 from types import ModuleType
 
-from grank_kernels.backends import cpu, cuda, reference, triton
+from grank_kernels.backends import cpu, cuda, pytorch, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "torch": pytorch,
+    "reference": reference,
+}

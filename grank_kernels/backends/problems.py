@@ -107,6 +107,75 @@ class CandidateCrossAttentionProblem(NamedTuple):
         return _scale(self.softmax_scale, self.q)
 
 
+class CorpusCrossEntropyProblem(NamedTuple):
+    """What `corpus_cross_entropy` and its gradient are of.
+
+    Attributes:
+        users: (R, d) float32, float16 or bfloat16.
+        items: (N, d), users' dtype.
+        targets: (R,) int64 in [-1, N); -1: the row has no target, loss 0 and no gradient.
+        exclude_offsets: (W + 1,) int64, not decreasing, or None: list w holds
+            `exclude_ids[exclude_offsets[w] : exclude_offsets[w + 1]]`.
+        exclude_ids: (E,) int64 in [-1, N), -1 for none; or None.
+        exclude_windows: (R,) int64 in [0, W), the list that each row excludes; None: row r excludes list r.
+        bias: (N,) float32, added to the logits; or None.
+        scale: factor of the inner products.
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+    targets: torch.Tensor
+    exclude_offsets: torch.Tensor | None = None
+    exclude_ids: torch.Tensor | None = None
+    exclude_windows: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+class SoftmaxSums(NamedTuple):
+    """Sums over the eligible items other than the target, `x` being the logits.
+
+    The target is kept apart because its probability is near 1 once a model has learnt: `1 - p` then has no digits left.
+
+    Attributes:
+        at_target: (R,) float32, the target's logit.
+        peak: (R,) float32, near the largest of the other logits; -inf where there is none.
+        mass: (R,) float32, the sum of `exp(x - peak)`.
+        pooled: (R, d) float32, the sum of `exp(x - peak) * item`, or None where no gradient was asked for.
+
+    Rows without a target may hold anything.
+    """
+
+    at_target: torch.Tensor
+    peak: torch.Tensor
+    mass: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+class SampleNegativesProblem(NamedTuple):
+    """What `sample_negatives` draws.
+
+    Attributes:
+        users: (R, d) float32, float16 or bfloat16.
+        items: (N, d), users' dtype.
+        m: number of items a row, 1 or more.
+        exclude_offsets: as in `CorpusCrossEntropyProblem`.
+        exclude_ids: likewise.
+        exclude_windows: likewise.
+        scale: factor of the inner products.
+        seed: in [0, 2^63).
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+    m: int
+    exclude_offsets: torch.Tensor | None
+    exclude_ids: torch.Tensor | None
+    exclude_windows: torch.Tensor | None
+    scale: float
+    seed: int
+
+
 def _scale(softmax_scale: float | None, rows: torch.Tensor) -> float:
     """The given scale, or `D ** -0.5`; 1 for D = 0, where every product is 0."""
     return float(max(rows.shape[-1], 1) ** -0.5) if softmax_scale is None else float(softmax_scale)

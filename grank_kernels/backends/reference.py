@@ -12,7 +12,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.nn import functional as F
 
-from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
+from grank_kernels.backends.noise import gumbel, item_keys, row_keys
+from grank_kernels.backends.problems import (
+    CandidateCrossAttentionProblem,
+    CorpusCrossEntropyProblem,
+    MipsTopkProblem,
+    SampleNegativesProblem,
+    ScoreCandidatesProblem,
+    SoftmaxSums,
+)
 from grank_kernels.table.quantise import Coarse, certify_queries, quantise
 
 SEGMENT = 128  # dimensions of a partial sum
@@ -180,7 +188,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _in_full(op: Callable[P, R]) -> Callable[P, R]:
+def in_full(op: Callable[P, R]) -> Callable[P, R]:
     """Disables autocast, so that sums are float32."""
 
     @wraps(op)
@@ -196,7 +204,7 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
     return None
 
 
-@_in_full
+@in_full
 def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of the candidates.
 
@@ -225,7 +233,7 @@ def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: t
     return None
 
 
-@_in_full
+@in_full
 def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """`out` of q's shape and dtype, and `lse` of q's shape without D, float32.
 
@@ -249,7 +257,7 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
     return out, lse
 
 
-@_in_full
+@in_full
 def candidate_cross_attention_backward(
     grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -306,3 +314,104 @@ def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, bias: torch.Tensor |
     """Logits (H, C, L) of one user, from q (C, H, D), k (L, H, D) and bias (L, H)."""
     logits = scale * torch.einsum("chd,lhd->hcl", _wide(q), _wide(k))
     return logits if bias is None else logits + bias.T[:, None]
+
+
+# ---- the softmax over the whole corpus: one row after the other, float32 ----
+
+
+def corpus_cross_entropy_unsupported(users: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `corpus_cross_entropy` or its backward cannot run for these tensors."""
+    return None
+
+
+@in_full
+def corpus_cross_entropy(problem: CorpusCrossEntropyProblem, pool: bool) -> SoftmaxSums:
+    """The sums of every row over the eligible items other than its target; `pool`: whether a gradient is wanted."""
+    (R, d), device = problem.users.shape, problem.users.device
+    at_target, mass = torch.zeros(2, R, device=device)
+    peak = torch.full((R,), -torch.inf, device=device)
+    pooled = torch.zeros(R, d, device=device)
+    items = problem.items.float()
+    for r, target, eligible in _rows_with_target(problem):
+        logits = _corpus_logits(problem, r, items)
+        at_target[r] = logits[target]
+        others = logits[eligible]
+        if len(others):
+            peak[r] = others.amax()
+            weights = (others - (0 if peak[r] == -torch.inf else peak[r])).exp()
+            mass[r], pooled[r] = weights.sum(), weights @ items[eligible]
+    return SoftmaxSums(at_target, peak, mass, pooled if pool else None)
+
+
+@in_full
+def corpus_cross_entropy_backward(
+    problem: CorpusCrossEntropyProblem, slope: torch.Tensor, target_slope: torch.Tensor, normaliser: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of items, of their dtype, and of the bias, float32: sums over rows in ascending order.
+
+    Args:
+        problem: as in the forward pass.
+        slope: (R,) float32, the gradient of the loss.
+        target_slope: (R,) float32, the derivative with respect to the target's logit.
+        normaliser: (2, R) float32; the probability of an item with logit x is `exp(x - normaliser[0] - normaliser[1])`.
+    """
+    items = problem.items.float()
+    grad_items, grad_bias = torch.zeros_like(items), torch.zeros(len(items), device=items.device)
+    for r, target, eligible in _rows_with_target(problem):
+        steep = torch.zeros_like(grad_bias)
+        logits = _corpus_logits(problem, r, items)[eligible]
+        steep[eligible] = slope[r] * (logits - normaliser[0, r] - normaliser[1, r]).exp()
+        steep[target] = target_slope[r]
+        grad_items += problem.scale * steep[:, None] * problem.users[r].float()
+        grad_bias += steep
+    return grad_items.to(problem.items.dtype), grad_bias
+
+
+def sample_negatives_unsupported(users: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `sample_negatives` cannot run for these tensors."""
+    return None
+
+
+@in_full
+def sample_negatives(problem: SampleNegativesProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ids` (R, m) int64 and `log_q` (R, m) float32, ordered by noisy logit; -1 and -inf where fewer are eligible."""
+    (R, _), N, device = problem.users.shape, len(problem.items), problem.users.device
+    ids = torch.full((R, problem.m), -1, device=device)
+    log_q = torch.full((R, problem.m), -torch.inf, device=device)
+    rows, columns = row_keys(problem.seed, R, device), item_keys(N, device)
+    items = problem.items.float()
+    for r in range(R):
+        logits = problem.scale * (items @ problem.users[r].float())
+        logits[_excluded_by(problem, r)] = -torch.inf
+        noisy = (logits + gumbel(rows[r], columns)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        best = noisy.topk(min(problem.m, N))
+        drawn = best.indices[best.values > -torch.inf]
+        ids[r, : len(drawn)] = drawn
+        log_q[r, : len(drawn)] = logits[drawn] - logits.logsumexp(0)
+    return ids, log_q
+
+
+def _corpus_logits(problem: CorpusCrossEntropyProblem, r: int, items: torch.Tensor) -> torch.Tensor:
+    """(N,) logits of row r."""
+    logits = problem.scale * (items @ problem.users[r].float())
+    return logits if problem.bias is None else logits + problem.bias
+
+
+def _excluded_by(problem: CorpusCrossEntropyProblem | SampleNegativesProblem, r: int) -> torch.Tensor:
+    """The ids that row r excludes."""
+    offsets, ids, windows = problem.exclude_offsets, problem.exclude_ids, problem.exclude_windows
+    if offsets is None or ids is None:
+        return torch.empty(0, dtype=torch.int64, device=problem.users.device)
+    w = r if windows is None else int(windows[r])
+    mine = ids[int(offsets[w]) : int(offsets[w + 1])]
+    return mine[mine >= 0]
+
+
+def _rows_with_target(problem: CorpusCrossEntropyProblem) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Row, target, and (N,) bool: the eligible items other than the target."""
+    for r, target in enumerate(problem.targets.tolist()):
+        if target >= 0:
+            eligible = torch.ones(len(problem.items), dtype=torch.bool, device=problem.users.device)
+            eligible[_excluded_by(problem, r)] = False
+            eligible[target] = False
+            yield r, target, eligible

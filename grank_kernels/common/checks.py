@@ -106,39 +106,41 @@ def check_choice(name: str, x: Any, choices: Sequence[object]) -> None:
 Exclusions = tuple[torch.Tensor, torch.Tensor]
 
 
-def exclusions(exclude: Any, B: int, one: bool, device: torch.device) -> Exclusions:
+def exclusions(exclude: Any, B: int, one: bool, device: torch.device, rows: str = "queries") -> Exclusions:
     """Offsets (B + 1,) and ids of any form of `exclude`; `one`: the caller passed one query (d,).
+
+    `rows` is the argument's name in messages.
 
     Forms: a tuple (offsets, ids); a list of one entry a query; a tensor (B, E), or (E,) for one query.
     """
     if isinstance(exclude, tuple):
-        return _exclusions_of_pair(exclude, B, device)
+        return _exclusions_of_pair(exclude, B, device, rows)
     if isinstance(exclude, list):
-        return _exclusions_of_list(exclude, B, device)
+        return _exclusions_of_list(exclude, B, device, rows)
     ids = check_tensor("exclude", exclude, (torch.int64,), (1, 2) if one else (2,))
-    check_device("exclude", ids, "queries", device)
+    check_device("exclude", ids, rows, device)
     if ids.dim() == 1:
         ids = ids[None]
     if ids.shape[0] != B:
-        raise ValueError(f"exclude must be ({B}, E) for {B} queries, got {shape_of(ids)}")
+        raise ValueError(f"exclude must be ({B}, E) for {B} {rows}, got {shape_of(ids)}")
     return torch.arange(B + 1, device=device) * ids.shape[1], ids.reshape(-1)
 
 
-def _exclusions_of_pair(pair: tuple[Any, ...], B: int, device: torch.device) -> Exclusions:
+def _exclusions_of_pair(pair: tuple[Any, ...], B: int, device: torch.device, rows: str) -> Exclusions:
     if len(pair) != 2:
         raise ValueError(f"exclude must be a pair (offsets, ids) if it is a tuple, got {len(pair)} entries")
     offsets = check_tensor("exclude's offsets", pair[0], (torch.int64,), (1,))
     ids = check_tensor("exclude's ids", pair[1], (torch.int64,), (1,))
-    check_device("exclude's offsets", offsets, "queries", device)
-    check_device("exclude's ids", ids, "queries", device)
+    check_device("exclude's offsets", offsets, rows, device)
+    check_device("exclude's ids", ids, rows, device)
     if offsets.shape[0] != B + 1:
-        raise ValueError(f"exclude's offsets must be ({B + 1},) for {B} queries, got {shape_of(offsets)}")
+        raise ValueError(f"exclude's offsets must be ({B + 1},) for {B} {rows}, got {shape_of(offsets)}")
     return offsets, ids
 
 
-def _exclusions_of_list(entries: list[Any], B: int, device: torch.device) -> Exclusions:
+def _exclusions_of_list(entries: list[Any], B: int, device: torch.device, rows: str) -> Exclusions:
     if len(entries) != B:
-        raise ValueError(f"exclude must have {B} entries for {B} queries if it is a list, got {len(entries)}")
+        raise ValueError(f"exclude must have {B} entries for {B} {rows} if it is a list, got {len(entries)}")
     ids = []
     for b, entry in enumerate(entries):
         if isinstance(entry, (list, tuple)):
@@ -147,7 +149,7 @@ def _exclusions_of_list(entries: list[Any], B: int, device: torch.device) -> Exc
             ids.append(torch.tensor(entry, dtype=torch.int64, device=device))
         else:
             ids.append(check_tensor(f"exclude[{b}]", entry, (torch.int64,), (1,)))
-            check_device(f"exclude[{b}]", ids[-1], "queries", device)
+            check_device(f"exclude[{b}]", ids[-1], rows, device)
     ends = torch.tensor([0, *(len(x) for x in ids)], device=device).cumsum(0)
     return ends, torch.cat([torch.empty(0, dtype=torch.int64, device=device), *ids])
 

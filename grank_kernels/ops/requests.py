@@ -1,4 +1,4 @@
-"""Validation of a search's arguments, and of `items` for every op."""
+"""Validation of the arguments of a search and of the ops over the whole corpus, and of `items` for every op."""
 
 import os
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from grank_kernels.common.checks import (
     check_device,
     check_exclude,
     check_int,
+    check_operand,
     check_tensor,
     exclusions,
     shape_of,
@@ -25,6 +26,7 @@ _MOST_K = (1 << 63) - 1
 _PLACE_BYTES = 12  # a float32 score and an int64 id
 _LARGE = 1 << 31  # bytes of a result up to which the size of the memory is not looked up
 Exclude = Array | tuple[Array, Array] | list[Any]
+ExcludeByWindow = Exclude | tuple[Array, Array, Array]
 Progress = Callable[[int, int], object]
 
 
@@ -97,6 +99,67 @@ def search_request(
     eligible = _eligible(allow, version, B, queries.device)
     name = choose("mips_topk", backend, queries, rows)
     return SearchRequest(queries, version, k, offsets, excluded, eligible, name, progress, one, allow is not None)
+
+
+class CorpusOperands(NamedTuple):
+    """What the two ops over the whole corpus have in common, validated.
+
+    Attributes:
+        users: (R, d) float32, float16 or bfloat16.
+        items: (N, d), users' dtype and device.
+        exclude: offsets (W + 1,), ids (E,) and the list of every row (R,) or None, int64; or three times None.
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+    exclude: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def corpus_operands(users: Any, items: Any, exclude: Any) -> CorpusOperands:
+    """Validates users, items and `exclude`, which may name lists by window.
+
+    Under autocast users and items are cast to its dtype, as for `users @ items.T`.
+    """
+    users, items = check_tensor("users", users, FLOATS, (2,)), check_tensor("items", items, FLOATS, (2,))
+    kind = users.device.type
+    if torch.is_autocast_enabled(kind):
+        users, items = (x.to(torch.get_autocast_dtype(kind)) for x in (users, items))
+    if items.dtype != users.dtype:
+        raise ValueError(
+            f"items must be {users.dtype}, the dtype of users, got {items.dtype}: items.to({users.dtype}) converts"
+        )
+    check_device("items", items, "users", users.device)
+    if users.shape[1] != items.shape[1]:
+        raise ValueError(f"users must be (R, {items.shape[1]}), the width of items, got {shape_of(users)}")
+    R, device, windows = users.shape[0], users.device, None
+    if exclude is None:
+        return CorpusOperands(users, items, (None, None, None))
+    if isinstance(exclude, tuple) and len(exclude) == 3:
+        offsets, ids, windows = (
+            check_tensor(f"exclude's {name}", x, (torch.int64,), (1,))
+            for name, x in zip(("offsets", "ids", "windows"), exclude, strict=True)
+        )
+        for name, x in (("offsets", offsets), ("ids", ids), ("windows", windows)):
+            check_device(f"exclude's {name}", x, "users", device)
+        check_operand("exclude's windows", windows, (torch.int64,), "(R,)", (R,))
+        if offsets.shape[0] < 1:
+            raise ValueError("exclude's offsets must be (W + 1,) for W windows, got (0,)")
+    else:
+        offsets, ids = exclusions(exclude, R, False, device, "users")
+    return CorpusOperands(users, items, (offsets, ids, windows))
+
+
+def check_exclude_windows(
+    offsets: torch.Tensor | None, ids: torch.Tensor | None, windows: torch.Tensor | None, N: int
+) -> None:
+    """That offsets, ids and windows lie in range. Not checked on a GPU, where reading them would synchronise."""
+    if offsets is None or ids is None:
+        return
+    check_exclude(offsets, ids, N)
+    if windows is not None and windows.is_cpu and len(windows):
+        low, high = (int(x) for x in windows.aminmax())
+        if low < 0 or high >= len(offsets) - 1:
+            raise ValueError(f"exclude's windows must lie in [0, {len(offsets) - 1}), got {low if low < 0 else high}")
 
 
 def version_of(items: Any) -> Version:
