@@ -30,20 +30,20 @@ struct Block {
 
 struct Scratch {
   Scratch(const CandidateCrossAttentionProblem& p, void* memory) {
-    Pieces pieces(memory);
-    for (void*& matrix : matrices) matrix = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
-    for (void*& matrix : across) matrix = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.d);
-    for (void*& matrix : floats) matrix = FloatTiles::take_matrix(pieces, p.dtype, kColumns, p.d);
-    for (FloatTiles::Panel& panel : float_panels) panel = FloatTiles::take_panel(pieces, p.dtype, p.d);
-    lanes = pieces.take<Lanes>(1);
-    panels[0] = Tiles::take_panel(pieces, p.dtype, p.d);
-    panels[1] = Tiles::take_panel(pieces, p.dtype, p.d);
-    for (float*& sums : out) sums = pieces.take<float>(round_up(p.d, 32) * kColumns);
-    logits = pieces.take<float>(Tiles::kKeys * kColumns);
-    grad_weights = pieces.take<float>(Tiles::kKeys * kColumns);
-    for (Tiles::Panel& panel : between) panel = Tiles::take_panel_of_floats(pieces, p.dtype, Tiles::kKeys);
-    block = pieces.take<Block>(1);
-    bytes = pieces.taken();
+    Arena arena(memory);
+    for (void*& matrix : matrices) matrix = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.d);
+    for (void*& matrix : across) matrix = Tiles::take_across(arena, p.dtype, Tiles::kKeys, p.d);
+    for (void*& matrix : floats) matrix = FloatTiles::take_matrix(arena, p.dtype, kColumns, p.d);
+    for (FloatTiles::Panel& panel : float_panels) panel = FloatTiles::take_panel(arena, p.dtype, p.d);
+    lanes = arena.take<Lanes>(1);
+    panels[0] = Tiles::take_panel(arena, p.dtype, p.d);
+    panels[1] = Tiles::take_panel(arena, p.dtype, p.d);
+    for (float*& sums : out) sums = arena.take<float>(round_up(p.d, 32) * kColumns);
+    logits = arena.take<float>(Tiles::kKeys * kColumns);
+    grad_weights = arena.take<float>(Tiles::kKeys * kColumns);
+    for (Tiles::Panel& panel : between) panel = Tiles::take_panel_of_floats(arena, p.dtype, Tiles::kKeys);
+    block = arena.take<Block>(1);
+    bytes = arena.taken();
   }
 
   void *matrices[2], *across[2], *floats[2];

@@ -13,19 +13,19 @@ constexpr float kLn2 = 0x1.62e43p-1f;
 
 struct Scratch {
   Scratch(const CandidateCrossAttentionProblem& p, void* memory) {
-    Pieces pieces(memory);
-    queries = Tiles::take_matrix(pieces, p.dtype, kColumns, p.d);
-    keys = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
-    values = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
-    across = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.d);
-    logits = pieces.take<float>(Tiles::kKeys * kColumns);
-    weights = Tiles::take_panel(pieces, p.dtype, Tiles::kKeys);
-    tiles = pieces.take<QueryTile<Tiles>>(kGroup);
+    Arena arena(memory);
+    queries = Tiles::take_matrix(arena, p.dtype, kColumns, p.d);
+    keys = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.d);
+    values = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.d);
+    across = Tiles::take_across(arena, p.dtype, Tiles::kKeys, p.d);
+    logits = arena.take<float>(Tiles::kKeys * kColumns);
+    weights = Tiles::take_panel(arena, p.dtype, Tiles::kKeys);
+    tiles = arena.take<QueryTile<Tiles>>(kGroup);
     for (int t = 0; t < kGroup; ++t) {
-      panels[t] = Tiles::take_panel(pieces, p.dtype, p.d);
-      out[t] = pieces.take<float>(round_up(p.d, 32) * kColumns);
+      panels[t] = Tiles::take_panel(arena, p.dtype, p.d);
+      out[t] = arena.take<float>(round_up(p.d, 32) * kColumns);
     }
-    bytes = pieces.taken();
+    bytes = arena.taken();
   }
 
   void *queries, *keys, *values, *across;

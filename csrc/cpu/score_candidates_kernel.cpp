@@ -12,20 +12,20 @@ constexpr int kGroup = 4;
 
 struct Scratch {
   explicit Scratch(const ScoreCandidatesProblem& p, void* memory) {
-    Pieces pieces(memory);
-    candidates = Tiles::take_matrix(pieces, p.rows_dtype, kColumns, p.d);
-    keys = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
-    values = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.h);
-    across = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.h);
+    Arena arena(memory);
+    candidates = Tiles::take_matrix(arena, p.rows_dtype, kColumns, p.d);
+    keys = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.d);
+    values = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.h);
+    across = Tiles::take_across(arena, p.dtype, Tiles::kKeys, p.h);
     const int64_t h = round_up(p.h, 32);
-    logits = pieces.take<float>((h > Tiles::kKeys ? h : Tiles::kKeys) * kColumns);
-    weights = Tiles::take_panel(pieces, p.dtype, Tiles::kKeys);
-    tiles = pieces.take<QueryTile<Tiles>>(kGroup);
+    logits = arena.take<float>((h > Tiles::kKeys ? h : Tiles::kKeys) * kColumns);
+    weights = Tiles::take_panel(arena, p.dtype, Tiles::kKeys);
+    tiles = arena.take<QueryTile<Tiles>>(kGroup);
     for (int t = 0; t < kGroup; ++t) {
-      panels[t] = Tiles::take_panel(pieces, p.rows_dtype, p.d);
-      out[t] = pieces.take<float>(h * kColumns);
+      panels[t] = Tiles::take_panel(arena, p.rows_dtype, p.d);
+      out[t] = arena.take<float>(h * kColumns);
     }
-    bytes = pieces.taken();
+    bytes = arena.taken();
   }
 
   void *candidates, *keys, *values, *across;
@@ -42,11 +42,11 @@ int64_t scratch_bytes(const ScoreCandidatesProblem& p) { return Scratch(p, nullp
 // item_weight as the left operand of products, behind the memory it was made in.
 struct Weight {
   explicit Weight(const ScoreCandidatesProblem& p, void* memory) {
-    Pieces pieces(memory);
-    operand = pieces.take<Tiles::Across>(1);
-    matrix = Tiles::take_matrix(pieces, p.dtype, p.d, p.h);
-    across = Tiles::take_across(pieces, p.dtype, p.d, p.h);
-    bytes = pieces.taken();
+    Arena arena(memory);
+    operand = arena.take<Tiles::Across>(1);
+    matrix = Tiles::take_matrix(arena, p.dtype, p.d, p.h);
+    across = Tiles::take_across(arena, p.dtype, p.d, p.h);
+    bytes = arena.taken();
   }
 
   Tiles::Across* operand;

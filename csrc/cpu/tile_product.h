@@ -1,18 +1,38 @@
-// The product that everything about attention is made of, for the kernels that are compiled once per instruction set:
+// The matrix product of the attention kernels:
 //
-//   C (m, 64)  =  [C +]  A (m, depth)  B (depth, 64)
+//   C (m, 64)  =  [C +]  A (m, depth)  B (depth, 64)          C float32, row stride 64
 //
-// The 64 columns are candidates (or keys, in the backward pass for keys) and lie in the lanes, so that softmax needs no
-// sum across a register and what a column holds depends on no other column. B is a panel: 64 numbers of one dimension
-// after the other. A is a matrix in memory, row by row, as its rows or as its columns ("across").
+// The 64 columns are candidates (in the pass for the gradient of keys: keys) and lie in the vector lanes, so that
+// softmax needs no horizontal sum and a column's bits depend on no other column.
 //
-// Float products: float32 fused multiply-adds over the depth ascending, in segments of kSegment, each summed from zero
-// and then added to C; the same order, hence the same bits, for every instruction set with FMA. 6 x 4 vectors of 16 are
-// summed in registers where there are 32 of them, else 6 x 2. Operands in bfloat16 parts (tile_product_parts.h) are
-// multiplied by AMX (tile_product_amx.h), and bfloat16 itself by AVX-512's dot products (tile_product_pairs.h).
+// Compile-time interface, implemented by FloatTiles (tile_product_floats.h), PairTiles (tile_product_pairs.h: AVX-512
+// BF16) and AmxTiles (tile_product_amx.h); all members are static, is_tile_product() below checks their types:
+//
+//   kKeys                             keys per block: kKeys x 64 logits fit the L1 cache
+//   kMostParts, parts(panel)          bfloat16 parts per number (tile_product_parts.h), at most kMostParts
+//   Session                           thread state while products run, RAII: the tile configuration of AMX
+//   Matrix, Across                    A, given by its rows or as the transpose of a Matrix
+//   Panel                             B: 64 numbers of one dimension after the other
+//
+//   take_matrix(arena, dtype, count, width)     memory for matrix() of (count, width); 64 rows for fill_panel()
+//   take_across(arena, dtype, count, width)     memory for across() of that matrix
+//   take_panel(arena, dtype, depth)             a panel for fill_panel() or put_pair()
+//   take_panel_of_floats(arena, dtype, depth)   a panel for panel_of()
+//
+//   matrix(rows, memory)              converts rows of any dtype
+//   matrix_or_alias(rows, memory)     the same; rows that have the layout already are not copied
+//   across(matrix, count, width, memory)        (count, width) -> (width, count)
+//   fill_panel(matrix, count, width, panel)     the transpose of the first min(count, 64) rows; columns >= count repeat
+//                                               the last row
+//   put_pair<kParts>(panel, pair, column, even, odd)   writes dimensions 2 pair and 2 pair + 1 of kLanes columns
+//   end_panel(panel, depth)           after the last put_pair(): zero padding behind the depth
+//   panel_of(numbers, depth, columns, panel)    float32 numbers (depth, 64) as a panel; FloatTiles returns an alias
+//   multiply<kAdd>(a, m, panel, depth, columns, c)     the product of a Matrix or Across: the first `columns` columns, a
+//                                               multiple of 32; may write rows of C up to the next multiple of 32
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
 #include "simd.h"
@@ -22,7 +42,7 @@ namespace GRANK_ISA {
 
 constexpr int kColumns = 64;
 
-// Rows of numbers in memory, of any dtype: the row of number i stands at rows + (list ? list[i] : i) * stride.
+// Rows in memory, of any dtype: row i is at rows + (list ? list[i] : i) * stride.
 struct Rows {
   const char* rows;
   int64_t stride;  // bytes
@@ -34,16 +54,16 @@ struct Rows {
   const char* row(int64_t i) const { return rows + (list != nullptr ? list[i] : i) * stride; }
 };
 
-// Hands out pieces of a block of memory. Started at 0 it only counts the bytes.
-class Pieces {
+// Bump allocator over a block of memory, 64-byte aligned. On nullptr it only counts the bytes.
+class Arena {
  public:
-  explicit Pieces(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)), at_(begin_) {}
+  explicit Arena(void* memory = nullptr) : begin_(reinterpret_cast<uintptr_t>(memory)), at_(begin_) {}
 
   template <typename T>
   T* take(int64_t count) {
-    const uintptr_t piece = at_;
+    const uintptr_t block = at_;
     at_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(piece);
+    return reinterpret_cast<T*>(block);
   }
 
   int64_t taken() const { return static_cast<int64_t>(at_ - begin_); }
@@ -67,7 +87,7 @@ inline Floats as_floats(const void* numbers) {
   }
 }
 
-// The first `count` numbers at p, up to kLanes, and zeros.
+// The first min(count, kLanes) numbers at p, zero padded.
 template <DType kType>
 inline Floats load_floats(const char* p, int64_t count) {
   if (count >= kLanes) return as_floats<kType>(p);
@@ -76,7 +96,7 @@ inline Floats load_floats(const char* p, int64_t count) {
   return as_floats<kType>(numbers);
 }
 
-// Exchanges rows and columns of 32-bit units: 64 rows (fewer: the last one repeated) into units of 256 bytes.
+// Transposes rows of 32-bit units: panel[j * 64 + i] = rows[i][j]; with fewer than 64 rows the last one is repeated.
 inline void transpose_units(const char* rows, int64_t stride, int64_t count, int64_t units, uint32_t* panel) {
   for (int first = 0; first < kColumns; first += kLanes) {
     uint32_t list[kLanes];
@@ -84,14 +104,14 @@ inline void transpose_units(const char* rows, int64_t stride, int64_t count, int
     for (int64_t j = 0; j < units; j += 4) {
       Units columns[4];
       load_columns<4, true, true>(rows + 4 * j, stride, list, 16, columns);
-#pragma GCC unroll 4  // or the columns would leave the registers
+#pragma GCC unroll 4  // else the columns spill to memory
       for (int i = 0; i < 4; ++i) store(panel + (j + i) * kColumns + first, columns[i]);
     }
   }
 }
 
-// Columns as rows again: numbers[j][c] * scale[c], rounded to dtype, to element j of row c, for j < width, c < count.
-// Reads numbers of `width` rounded up to kLanes.
+// Transposes back: rows[c][j] = numbers[j][c] * scale[c] rounded to dtype, for j < width, c < count. Reads numbers[j]
+// for j < round_up(width, kLanes).
 inline void write_rows(const float* numbers, int64_t width, int64_t count, const float* scale, DType dtype, char* rows,
                        int64_t stride) {
   const int64_t bytes = element_bytes(dtype);
@@ -115,170 +135,36 @@ inline void write_rows(const float* numbers, int64_t width, int64_t count, const
   }
 }
 
-struct FloatTiles {
-  static constexpr int kKeys = 96;  // keys that a tile of candidates meets at once: kKeys x 64 logits stay in 24 KiB
+template <typename...>
+constexpr bool all_declared = true;
 
-  struct Matrix {
-    const float* data;
-    int64_t stride;
-  };
-  struct Across {
-    Matrix matrix;
-  };
-  struct Panel {
-    float* data;
-  };
-
-  static constexpr int kMostParts = 1;
-  static int parts(Panel) { return 1; }
-
-  // For the whole life of a kernel's step.
-  struct Session {};
-
-  static int64_t padded(int64_t width) { return round_up(width, 4); }
-
-  // Memory for `count` rows, for what across() makes of them, and for a panel.
-  static void* take_matrix(Pieces& pieces, DType, int64_t count, int64_t width) {
-    return pieces.take<float>(count * padded(width));
-  }
-  static void* take_across(Pieces&, DType, int64_t, int64_t) { return nullptr; }
-  static Panel take_panel(Pieces& pieces, DType, int64_t depth) {
-    return {pieces.take<float>(padded(depth) * kColumns)};
-  }
-  // For numbers (depth, 64) that there are anyway.
-  static Panel take_panel_of_floats(Pieces&, DType, int64_t) { return {nullptr}; }
-
-  static Matrix matrix(const Rows& rows, void* memory) {
-    const Matrix out{static_cast<float*>(memory), padded(rows.width)};
-    switch (rows.dtype) {
-      case DType::kFloat32:
-        convert<DType::kFloat32>(rows, static_cast<float*>(memory));
-        break;
-      case DType::kFloat16:
-        convert<DType::kFloat16>(rows, static_cast<float*>(memory));
-        break;
-      case DType::kBFloat16:
-        convert<DType::kBFloat16>(rows, static_cast<float*>(memory));
-        break;
-      case DType::kInt8:
-        convert<DType::kInt8>(rows, static_cast<float*>(memory));
-        break;
-    }
-    return out;
-  }
-
-  // float32 rows one after the other are used where they are.
-  static Matrix matrix_or_alias(const Rows& rows, void* memory) {
-    if (rows.dtype != DType::kFloat32 || rows.list != nullptr) return matrix(rows, memory);
-    return {reinterpret_cast<const float*>(rows.rows), rows.stride / 4};
-  }
-
-  static Across across(const Matrix& matrix, int64_t, int64_t, void*) { return {matrix}; }
-
-  // The first 64 rows as columns.
-  static void fill_panel(const Matrix& matrix, int64_t count, int64_t width, Panel panel) {
-    transpose_units(reinterpret_cast<const char*>(matrix.data), matrix.stride * 4, count, padded(width),
-                    reinterpret_cast<uint32_t*>(panel.data));
-  }
-
-  // Dimensions 2 * pair and 2 * pair + 1 of the columns from `column` on.
-  template <int>
-  static void put_pair(Panel panel, int64_t pair, int column, Floats even, Floats odd) {
-    store(panel.data + 2 * pair * kColumns + column, even);
-    store(panel.data + (2 * pair + 1) * kColumns + column, odd);
-  }
-  static void end_panel(Panel, int64_t) {}
-  // numbers (depth, 64) as a panel; `panel` is where it may be made.
-  static Panel panel_of(float* numbers, int64_t, int, Panel) { return {numbers}; }
-
-  template <bool kAdd>
-  static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
-    multiply_blocks<false, kAdd>(a, m, b, depth, columns, c);
-  }
-  template <bool kAdd>
-  static void multiply(const Across& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
-    multiply_blocks<true, kAdd>(a.matrix, m, b, depth, columns, c);
-  }
-
- private:
-  static constexpr int kBlock = 6;  // rows of A at once
-  static constexpr int kVectors = kLanes == 16 ? 4 : 2;
-  static constexpr int kSegment = 128;
-
-  template <DType kType>
-  static void convert(const Rows& rows, float* out) {
-    const int64_t stride = padded(rows.width);
-    for (int64_t i = 0; i < rows.count; ++i, out += stride) {
-      const char* row = rows.row(i);
-      for (int64_t j = 0; j < stride; j += kLanes) {
-        const Floats x = load_floats<kType>(row + j * element_bytes(kType), rows.width - j);
-        __builtin_memcpy(out + j, &x, stride - j < kLanes ? (stride - j) * 4 : sizeof x);
-      }
-    }
-  }
-
-  template <bool kAcross, bool kAdd, int kRows, int kVectors>
-  static void multiply_block(const float* a, int64_t stride, const float* b, int64_t depth, float* c) {
-    Floats sums[kRows][kVectors] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      Floats columns[kVectors];
-      for (int v = 0; v < kVectors; ++v) columns[v] = load<Floats>(b + k * kColumns + v * kLanes);
-      for (int i = 0; i < kRows; ++i) {
-        const Floats left = broadcast<Floats>(kAcross ? a[k * stride + i] : a[i * stride + k]);
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(left, columns[v], sums[i][v]);
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        float* to = c + i * kColumns + v * kLanes;
-        store(to, kAdd ? load<Floats>(to) + sums[i][v] : sums[i][v]);
-      }
-    }
-  }
-
-  template <bool kAcross, bool kAdd, int kVectors>
-  static void multiply_columns(const Matrix& a, int64_t m, const float* b, int64_t depth, float* c) {
-    const int64_t step = kAcross ? 1 : a.stride;
-    int64_t i = 0;
-    for (; i + kBlock <= m; i += kBlock) {
-      multiply_block<kAcross, kAdd, kBlock, kVectors>(a.data + i * step, a.stride, b, depth, c + i * kColumns);
-    }
-    const float* last = a.data + i * step;
-    c += i * kColumns;
-    static_assert(kBlock == 6, "one case for every smaller block");
-    switch (m - i) {
-      case 1:
-        return multiply_block<kAcross, kAdd, 1, kVectors>(last, a.stride, b, depth, c);
-      case 2:
-        return multiply_block<kAcross, kAdd, 2, kVectors>(last, a.stride, b, depth, c);
-      case 3:
-        return multiply_block<kAcross, kAdd, 3, kVectors>(last, a.stride, b, depth, c);
-      case 4:
-        return multiply_block<kAcross, kAdd, 4, kVectors>(last, a.stride, b, depth, c);
-      case 5:
-        return multiply_block<kAcross, kAdd, 5, kVectors>(last, a.stride, b, depth, c);
-    }
-  }
-
-  template <bool kAcross, bool kAdd>
-  static void multiply_segment(const Matrix& a, int64_t m, const float* b, int64_t depth, int columns, float* c) {
-    int v = 0;
-    for (; v + kVectors <= columns / kLanes; v += kVectors) {
-      multiply_columns<kAcross, kAdd, kVectors>(a, m, b + v * kLanes, depth, c + v * kLanes);
-    }
-    for (; v < columns / kLanes; ++v) multiply_columns<kAcross, kAdd, 1>(a, m, b + v * kLanes, depth, c + v * kLanes);
-  }
-
-  template <bool kAcross, bool kAdd>
-  static void multiply_blocks(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
-    multiply_segment<kAcross, kAdd>(a, m, b.data, depth < kSegment ? depth : kSegment, columns, c);
-    for (int64_t k = kSegment; k < depth; k += kSegment) {
-      const Matrix rest{a.data + k * (kAcross ? a.stride : 1), a.stride};
-      const int64_t left = depth - k < kSegment ? depth - k : kSegment;
-      multiply_segment<kAcross, true>(rest, m, b.data + k * kColumns, left, columns, c);
-    }
-  }
-};
+// Whether T declares the interface above with these types; a missing or different member does not compile.
+template <typename T>
+constexpr bool is_tile_product() {
+  using Matrix = typename T::Matrix;
+  using Across = typename T::Across;
+  using Panel = typename T::Panel;
+  static_assert(T::kKeys % 32 == 0 && T::kMostParts >= 1);
+  static_assert(std::is_default_constructible_v<typename T::Session>);
+  static_assert(std::is_trivially_copyable_v<Matrix> && std::is_trivially_copyable_v<Across> &&
+                std::is_trivially_copyable_v<Panel>);  // copied into scratch memory
+  return all_declared<
+      decltype(static_cast<int (*)(Panel)>(&T::parts)),
+      decltype(static_cast<void* (*)(Arena&, DType, int64_t, int64_t)>(&T::take_matrix)),
+      decltype(static_cast<void* (*)(Arena&, DType, int64_t, int64_t)>(&T::take_across)),
+      decltype(static_cast<Panel (*)(Arena&, DType, int64_t)>(&T::take_panel)),
+      decltype(static_cast<Panel (*)(Arena&, DType, int64_t)>(&T::take_panel_of_floats)),
+      decltype(static_cast<Matrix (*)(const Rows&, void*)>(&T::matrix)),
+      decltype(static_cast<Matrix (*)(const Rows&, void*)>(&T::matrix_or_alias)),
+      decltype(static_cast<Across (*)(const Matrix&, int64_t, int64_t, void*)>(&T::across)),
+      decltype(static_cast<void (*)(const Matrix&, int64_t, int64_t, Panel)>(&T::fill_panel)),
+      decltype(static_cast<void (*)(Panel, int64_t, int, Floats, Floats)>(&T::template put_pair<T::kMostParts>)),
+      decltype(static_cast<void (*)(Panel, int64_t)>(&T::end_panel)),
+      decltype(static_cast<Panel (*)(float*, int64_t, int, Panel)>(&T::panel_of)),
+      decltype(static_cast<void (*)(const Matrix&, int64_t, Panel, int64_t, int, float*)>(&T::template multiply<true>)),
+      decltype(static_cast<void (*)(const Across&, int64_t, Panel, int64_t, int, float*)>(
+          &T::template multiply<true>))>;
+}
 
 }  // namespace GRANK_ISA
 }  // namespace grank

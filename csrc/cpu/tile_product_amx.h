@@ -1,7 +1,7 @@
-// The product of tile_product.h in the tile registers of AMX, of operands in parts (tile_product_parts.h).
+// The product of tile_product.h with AMX tile registers, on bfloat16 parts (tile_product_parts.h).
 //
-// A product of 16 x 16 x 32 takes 16 cycles; 2 x 2 of them share 4 loads of 8 cycles. Sums: 32 dimensions within the
-// instruction, then one after the other.
+// One TDPBF16PS (16 x 16 x 32) takes 16 cycles; a block of 2 x 2 of them shares 4 tile loads of 8 cycles each.
+// Accumulation order: 32 dimensions inside the instruction, instructions by ascending dimension.
 #pragma once
 
 #include "amx.h"
@@ -19,7 +19,7 @@ struct AmxTiles : PartTiles {
 
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
-    asm volatile("" : : : "memory");  // GCC's intrinsics for loads do not say what memory they read
+    asm volatile("" : : : "memory");  // GCC's _tile_loadd declares no memory operand
     for (int64_t row = 0; row < m; row += 2 * kAmxRows) {
       for (int column = 0; column < columns; column += 32) {
         float* to = c + row * kColumns + column;
@@ -37,7 +37,7 @@ struct AmxTiles : PartTiles {
   }
 
  private:
-  static constexpr int64_t kRowBytes = kColumns * 4;  // of panels and of C
+  static constexpr int64_t kRowBytes = kColumns * 4;  // row stride of panels and C
 
   template <bool kAdd, bool kTwo>
   static void multiply_block(const Matrix& a, int64_t row, Panel b, int64_t depth, int column, float* c) {
@@ -82,6 +82,7 @@ struct AmxTiles : PartTiles {
     }
   }
 };
+static_assert(is_tile_product<AmxTiles>());
 
 }  // namespace GRANK_ISA
 }  // namespace grank

@@ -1,8 +1,8 @@
-// The product of tile_product.h by AVX-512's dot products of pairs of bfloat16 numbers, of operands that have one part
-// (tile_product_parts.h): bfloat16 and int8.
+// The product of tile_product.h with VDPBF16PS (AVX-512 BF16), on operands of one part (tile_product_parts.h): bfloat16
+// and int8.
 //
-// 4 x 4 vectors of 16 are summed in registers; a pair of dimensions takes 4 loads of the panel, 4 broadcasts and 16 dot
-// products of twice a multiply-add's work. Sums: the pairs ascending, in each the second dimension after the first.
+// Register block: 4 rows x 4 vectors of 16 floats. Each pair of dimensions takes 4 loads of the panel, 4 broadcasts and
+// 16 instructions of two multiply-adds per lane. Accumulation order: dimensions ascending.
 #pragma once
 
 #include "tile_product_parts.h"
@@ -16,7 +16,7 @@ struct PairTiles : PartTiles {
 
   static constexpr int kMostParts = 1;
 
-  // Computes rows up to a multiple of kBlock: A and C are padded to one.
+  // Computes rows up to a multiple of kBlock, to which A and C are padded.
   template <bool kAdd>
   static void multiply(const Matrix& a, int64_t m, Panel b, int64_t depth, int columns, float* c) {
     for (int64_t row = 0; row < m; row += kBlock) {
@@ -34,7 +34,7 @@ struct PairTiles : PartTiles {
   }
 
  private:
-  static constexpr int kBlock = 4;  // rows of A at once
+  static constexpr int kBlock = 4;  // rows of A per register block
 
   template <bool kAdd, int kVectors>
   static void multiply_block(const uint16_t* a, int64_t stride, const uint32_t* b, int64_t depth, float* c) {
@@ -59,6 +59,7 @@ struct PairTiles : PartTiles {
     }
   }
 };
+static_assert(is_tile_product<PairTiles>());
 
 }  // namespace GRANK_ISA
 }  // namespace grank

@@ -1,12 +1,12 @@
-// Operands of the product of tile_product.h as bfloat16 numbers, for instructions that multiply those in pairs and sum
-// in float32: C (m, 64) = [C +] A (m, depth) B (depth, 64).
+// Operands of the product of tile_product.h split into bfloat16 parts, for instructions that multiply pairs of bfloat16
+// and accumulate in float32. Shared base of PairTiles and AmxTiles.
 //
-// A bfloat16 number has 8 bits. A number of another type is the exact sum of parts of 8 bits each, every part the rest
-// rounded to nearest: three of a float32, two of a float16, one of a bfloat16 or int8. A product of sums takes all
-// pairs of parts (i, j) with i + j < the larger number of parts: one product for bfloat16, three for float16, six for
-// float32. What is left out is at most 2^-23 of |a||b| for float32, and of either sign, and 2^-16 for float16, less
-// than plain torch loses by rounding. A number that is not finite has one part, itself, and makes NaN of what it meets
-// wherever two parts are multiplied. The instructions count subnormal numbers and sums as zero.
+// The significand of a bfloat16 has 8 bits. A number is split exactly into the sum of bfloat16 parts, each the
+// remainder rounded to nearest: 3 parts for float32, 2 for float16, 1 for bfloat16 and int8. Multiplied are the pairs
+// of parts (i, j) with i + j < the larger number of parts: 6 products for float32, 3 for float16, 1 for bfloat16. The
+// omitted pairs are at most 2^-23 |a||b| for float32 and 2^-16 |a||b| for float16, of either sign: below the rounding
+// error of plain torch. An infinity or NaN is one part, the others are 0: with several parts its products are NaN. The
+// instructions flush subnormal operands and sums to zero.
 #pragma once
 
 #include "tile_product.h"
@@ -17,9 +17,9 @@ namespace GRANK_ISA {
 
 struct PartTiles {
   static constexpr int kKeys = 128;
-  static constexpr int kDepth = 32;  // dimensions of one product
+  static constexpr int kDepth = 32;  // dimensions of one instruction
 
-  // (rows padded, width padded) bfloat16, zeros behind what there is; part p stands p * part elements further.
+  // (rows, width) padded to multiples of kDepth, bfloat16, zero padded; part p begins at data + p * part.
   struct Matrix {
     const uint16_t* data;
     int64_t stride, part;  // elements
@@ -28,7 +28,7 @@ struct PartTiles {
   struct Across {
     Matrix matrix;
   };
-  // A unit of 32 bits holds two dimensions of a column.
+  // A 32-bit unit holds two dimensions of a column.
   struct Panel {
     uint32_t* data;
     int64_t part;  // units
@@ -40,18 +40,18 @@ struct PartTiles {
 
   static constexpr int parts_of(DType dtype) { return dtype == DType::kFloat32 ? 3 : dtype == DType::kFloat16 ? 2 : 1; }
 
-  static void* take_matrix(Pieces& pieces, DType dtype, int64_t count, int64_t width) {
-    return pieces.take<uint16_t>(parts_of(dtype) * round_up(count, kDepth) * round_up(width, kDepth));
+  static void* take_matrix(Arena& arena, DType dtype, int64_t count, int64_t width) {
+    return arena.take<uint16_t>(parts_of(dtype) * round_up(count, kDepth) * round_up(width, kDepth));
   }
-  static void* take_across(Pieces& pieces, DType dtype, int64_t count, int64_t width) {
-    return take_matrix(pieces, dtype, count, width);
+  static void* take_across(Arena& arena, DType dtype, int64_t count, int64_t width) {
+    return take_matrix(arena, dtype, count, width);
   }
-  static Panel take_panel(Pieces& pieces, DType dtype, int64_t depth) {
+  static Panel take_panel(Arena& arena, DType dtype, int64_t depth) {
     const int64_t part = round_up(depth, kDepth) / 2 * kColumns;
-    return {pieces.take<uint32_t>(parts_of(dtype) * part), part, parts_of(dtype)};
+    return {arena.take<uint32_t>(parts_of(dtype) * part), part, parts_of(dtype)};
   }
-  static Panel take_panel_of_floats(Pieces& pieces, DType dtype, int64_t depth) {
-    return take_panel(pieces, dtype, depth);
+  static Panel take_panel_of_floats(Arena& arena, DType dtype, int64_t depth) {
+    return take_panel(arena, dtype, depth);
   }
 
   static Matrix matrix(const Rows& rows, void* memory) {
@@ -80,7 +80,7 @@ struct PartTiles {
     }
     return out;
   }
-  // Whole tiles of bfloat16 rows are used where they are.
+  // bfloat16 rows in order that need no padding are used in place.
   static Matrix matrix_or_alias(const Rows& rows, void* memory) {
     const bool whole = rows.count % kDepth == 0 && rows.width % kDepth == 0;
     if (rows.dtype != DType::kBFloat16 || rows.list != nullptr || !whole) return matrix(rows, memory);
@@ -97,7 +97,7 @@ struct PartTiles {
           Units columns[8];
           const uint16_t* square = from.data + part * from.part + i * from.stride + j;
           load_columns<2, false, true>(reinterpret_cast<const char*>(square), from.stride * 2, nullptr, 16, columns);
-#pragma GCC unroll 8  // or the columns would leave the registers
+#pragma GCC unroll 8  // else the columns spill to memory
           for (int c = 0; c < 8; ++c) store(to + part * out.part + (j + c) * stride + i, columns[c]);
         }
       }
@@ -117,7 +117,7 @@ struct PartTiles {
     uint32_t* to = panel.data + pair * kColumns + column;
     for (int part = 0; part < kParts; ++part) store(to + part * panel.part, take_pair(even, odd));
   }
-  // What is multiplied by zeros behind the last pair must be a number.
+  // The padding meets zeros of A: uninitialised memory could hold NaN.
   static void end_panel(Panel panel, int64_t depth) {
     const int64_t end = round_up(depth, kDepth) / 2, begin = (depth + 1) / 2;
     for (int part = 0; part < panel.parts; ++part) {
@@ -125,7 +125,7 @@ struct PartTiles {
     }
   }
 
-  static Panel panel_of(const float* numbers, int64_t depth, int columns, Panel panel) {
+  static Panel panel_of(float* numbers, int64_t depth, int columns, Panel panel) {
     switch (panel.parts) {
       case 1:
         return fill_with_floats<1>(numbers, depth, columns, panel);
@@ -137,8 +137,8 @@ struct PartTiles {
   }
 
  private:
-  // Takes the nearest bfloat16, of two the one away from zero, off even and odd, none of them special; their bits are
-  // the lower and upper halves of the result. (A NaN may become infinity or zero.)
+  // Splits the nearest bfloat16 (ties away from zero) off even and odd, which must not be special (a NaN may become
+  // infinity or zero). Result: its bits, even in the lower half of each unit, odd in the upper.
   static Units take_pair(Floats& even, Floats& odd) {
     const Units low = ((Units)even + 0x8000u) & 0xffff0000u, high = ((Units)odd + 0x8000u) & 0xffff0000u;
     even -= (Floats)low;
@@ -146,17 +146,18 @@ struct PartTiles {
     return low >> 16 | high;
   }
 
-  // The lower halves of all units, then the upper ones.
+  // Deinterleaves: the lower halves of all units, then the upper halves.
   static Units in_order(Units pairs) {
     alignas(64) static constexpr uint16_t kOrder[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                       1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
     return (Units)_mm512_permutexvar_epi16(load<__m512i>(kOrder), (__m512i)pairs);
   }
 
-  // What would round to infinity, infinity and NaN.
+  // NaN, infinity, and finite numbers that round to a bfloat16 infinity.
   static Ints is_special(Floats x) { return ((Units)x & 0x7fffffffu) >= 0x7f7f8000u; }
 
-  // Takes a bfloat16 off any numbers: all of infinity and NaN, and not more than there is of the largest.
+  // Splits a bfloat16 off any numbers. Of infinity and NaN nothing remains; the largest finite numbers are truncated
+  // instead of rounded to infinity.
   static Halves take_special(Floats& x) {
     const Units bits = (Units)x, magnitude = bits & 0x7fffffffu, special = (Units)is_special(x);
     const Units quiet = (Units)(magnitude > 0x7f800000u) & 0x00400000u;

@@ -1,8 +1,8 @@
-// The kind of product that the flavour this is compiled for uses.
+// Tiles: the product of tile_product.h for the instruction set of this compilation.
 #pragma once
 
-#include "tile_product.h"
 #include "tile_product_amx.h"
+#include "tile_product_floats.h"
 #include "tile_product_pairs.h"
 
 namespace grank {
