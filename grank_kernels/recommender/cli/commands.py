@@ -4,18 +4,15 @@ Every command checks its arguments and files first and imports the trainer last:
 """
 
 import json
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer  # commands from typed functions: help, usage errors and exit codes in one place
 
 from grank_kernels._version import __version__
+from grank_kernels.recommender.cli.text import note, printable
 
 if TYPE_CHECKING:
-    from grank_kernels.recommender.data.histories import Histories
-    from grank_kernels.recommender.data.interactions import Interactions
     from grank_kernels.recommender.serving.retriever import Retriever
     from grank_kernels.recommender.training.experiment import Experiment
 
@@ -81,7 +78,7 @@ def inspect(
     if as_json:
         _print_json(understood.to_dict())
     else:
-        print("\n".join(map(_printable, understood.lines())))
+        print("\n".join(map(printable, understood.lines())))
 
 
 @app.command()
@@ -105,8 +102,9 @@ def train(
     data_changed: DataChanged = False,
     threads: Threads = None,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a model on your own file or by a YAML file, and print its report on the test split as JSON."""
+    """Train a model on your own file or by a YAML file, and print its report on the test split."""
     from grank_kernels.recommender.cli import own_data
 
     columns, given = (user_column, item_column, time_column, rating_column), list(overrides or [])
@@ -128,27 +126,27 @@ def train(
         understood = settings.understand()
         experiment = own_data.sized(understood, settings, given)
         for line in [] if quiet else [*understood.lines(), own_data.settings_line(experiment)]:
-            _note(_printable(line))
+            note(printable(line))
     _set_threads(threads)
     from grank_kernels.distributed.ranks import leave
     from grank_kernels.recommender.training.run import run
 
-    report = run(experiment, folder, data_changed=data_changed, progress=not quiet)
+    report = run(experiment, folder, data_changed=data_changed, progress=not quiet, compare=True)
     leave()
     if report:
-        _print_json({name: value for name, value in report.items() if name != "machine"})
+        _print_report({name: value for name, value in report.items() if name != "machine"}, as_json)
 
 
 @app.command()
-def evaluate(folder: Run, data_changed: DataChanged = False, threads: Threads = None) -> None:
-    """Evaluate the best epoch of a run on its test split and print the report as JSON."""
+def evaluate(folder: Run, as_json: AsJson = False, data_changed: DataChanged = False, threads: Threads = None) -> None:
+    """Evaluate the best epoch of a run on its test split, beside popularity and item-kNN."""
     from grank_kernels.recommender.training.run_folder import check_run
 
     check_run(folder)
     _set_threads(threads)
     from grank_kernels.recommender.training.run import evaluate_run
 
-    _print_json(evaluate_run(folder, data_changed=data_changed))
+    _print_report(evaluate_run(folder, data_changed=data_changed, compare=True), as_json)
 
 
 @app.command()
@@ -163,8 +161,9 @@ def export(
     Retriever.from_run(folder, dtype=_dtype(dtype)).save(to)
 
 
+@app.command("retrieve", help="The same as recommend.", short_help="The same as recommend.")
 @app.command()
-def retrieve(
+def recommend(
     folder: Folder,
     history: Annotated[
         str | None,
@@ -173,13 +172,23 @@ def retrieve(
     user: Annotated[str | None, typer.Option(help="User id of the data set; its whole history is used.")] = None,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the data set.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="With --all-users: folder for Parquet files; an interrupted run is resumed.")
+        Path | None,
+        typer.Option(
+            help="With --all-users: a .csv or .parquet file, or a folder for Parquet files, which can be resumed."
+        ),
     ] = None,
+    only_file: Annotated[
+        Path | None, typer.Option(help="File of item ids: recommend these only, e.g. the stock.")
+    ] = None,
+    exclude_file: Annotated[Path | None, typer.Option(help="File of item ids never to recommend.")] = None,
     k1: K1 = 2000,
     k2: Annotated[int, typer.Option(min=1, help="Number of items to print or write per user, at most k1.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="With --all-users: number of users per batch.")] = 256,
-    users_per_part: Annotated[int, typer.Option(min=1, help="With --all-users: number of users per file.")] = 1024,
+    users_per_part: Annotated[
+        int, typer.Option(min=1, help="With a folder for --out: number of users per file.")
+    ] = 1024,
     dtype: Dtype = None,
+    quiet: Quiet = False,
 ) -> None:
     """Recommend items to one user, as rank, score, id and title, or to all users, also under torchrun."""
     if [history is not None, user is not None, all_users].count(True) != 1:
@@ -187,15 +196,26 @@ def retrieve(
     if all_users != (out is not None):
         raise typer.BadParameter("--all-users and --out go together")
     _check_k2(k1, k2)
-    if out is not None:
-        _retrieve_all(folder, out, dtype, k1=k1, k2=k2, batch=batch, users_per_part=users_per_part)
+    in_one_file = out is not None and out.suffix in (".csv", ".parquet")
+    if out is not None and not in_one_file and (only_file is not None or exclude_file is not None):
+        raise typer.BadParameter("--only-file and --exclude-file take --out with one file, .csv or .parquet")
+    from grank_kernels.recommender.cli import recommending
+
+    if out is not None and not in_one_file:
+        sizes = {"k1": k1, "k2": k2, "batch": batch, "users_per_part": users_per_part}
+        recommending.to_folder(lambda mmap: _served(folder, dtype, mmap=mmap), out, sizes, quiet=quiet)
         return
     retriever, experiment = _served(folder, dtype)
+    allow = recommending.allowed(retriever.catalogue, only_file, exclude_file)
+    if out is not None:
+        sizes = {"k1": k1, "k2": k2, "batch": batch}
+        recommending.to_file(retriever, experiment, out, sizes, allow, quiet=quiet)
+        return
     if user is not None:
-        histories = _history_of(user, retriever, experiment)
+        histories = recommending.history_of(user, retriever, experiment)
     else:
         histories = retriever.histories([_item_ids(history or "", retriever)])
-    _print_retrieved(retriever, histories, k1, k2)
+    recommending.show(retriever, histories, k1, k2, allow)
 
 
 @app.command()
@@ -271,23 +291,17 @@ def _dtype(name: str | None) -> Any:
 
 
 def _item_ids(text: str, retriever: "Retriever") -> list[Any]:
-    """Item ids of --history."""
+    """Item ids of --history, all of the catalogue."""
+    from grank_kernels.recommender.cli.recommending import known_items
+
     if not text.startswith("["):
-        return [_id(name.strip(), retriever.catalogue.ids, "--history") for name in text.split(",") if name.strip()]
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--history must be ids separated by commas or a JSON list, got {error}") from None
-    return [_id(str(name), retriever.catalogue.ids, "--history") for name in given]
-
-
-def _id(name: str, ids: Any, option: str) -> str | int:
-    """An id of the type that `ids` (n,) have."""
-    if ids.dtype.kind not in "iu":
-        return name
-    if not re.fullmatch("-?[0-9]+", name):
-        raise ValueError(f"{option} must be an integer, as the ids of the data set, got {name!r}")
-    return int(name)
+        given = [name.strip() for name in text.split(",") if name.strip()]
+    else:
+        try:
+            given = [str(name) for name in json.loads(text)]
+        except ValueError as error:
+            raise typer.BadParameter(f"--history must be ids separated by commas or a JSON list, got {error}") from None
+    return known_items(given, retriever.catalogue)
 
 
 # ---- what the commands share ----
@@ -311,76 +325,16 @@ def _print_json(report: dict[str, Any]) -> None:
     print(json.dumps(report, indent=2))
 
 
-def _note(text: str) -> None:
-    print(f"grank: {text}", file=sys.stderr)
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report with a comparison."""
+    if as_json:
+        _print_json(report)
+        return
+    from grank_kernels.recommender.training.comparison import aligned, table
+
+    print(aligned(table(report)))
+    print(f"means over {report['users']:,} test users ± standard errors; coverage: share of the items in any first 10")
 
 
 def _note_batch(size: int) -> None:
-    _note(f"batch size {size}")
-
-
-def _note_skipped(items: int, interactions: "Interactions") -> None:
-    if items:
-        _note(
-            f"{items:,} of {interactions.num_items:,} items of the data set are not in the catalogue of the model and "
-            "are left out of the histories"
-        )
-
-
-def _history_of(user: str, retriever: "Retriever", experiment: "Experiment") -> "Histories":
-    """The history of a user of the data set."""
-    from grank_kernels.recommender.serving.users import Users
-
-    interactions = experiment.data.read()
-    name = _id(user, interactions.user_ids, "--user")
-    users = Users.of(interactions, retriever.catalogue, experiment.data.positive)
-    _note_skipped(users.skipped, interactions)
-    place = (users.ids == name).nonzero()[0]
-    if len(place) == 0:
-        raise ValueError(f"--user must be a user of {experiment.data.name}, got {user}")
-    import torch
-
-    return users.histories.select(torch.from_numpy(place))
-
-
-def _print_retrieved(retriever: "Retriever", histories: "Histories", k1: int, k2: int) -> None:
-    catalogue = retriever.catalogue
-    seen = catalogue.of(histories.items[-3:].numpy())
-    titles = "; ".join(_printable(catalogue.title(name)) for name in seen)
-    print(f"{len(histories.items)} items seen, last: {titles or 'none'}")
-    best = retriever.retrieve(histories, k1, k2)
-    if bool(best.popular[0]):
-        print("no history: the most popular items, with their number of interactions as score")
-    for place, (score, name) in enumerate(zip(best.scores[0].tolist(), best.ids[0].tolist(), strict=True), 1):
-        if name != catalogue.missing:
-            print(f"{place:>4}  {score:>9.4f}  {_printable(str(name)):>10}  {_printable(catalogue.title(name))}")
-
-
-def _printable(text: str) -> str:
-    """A text of a data set without control characters, which a terminal would obey."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-
-
-def _retrieve_all(folder: Path, out: Path, dtype: str | None, **sizes: int) -> None:
-    from tqdm import tqdm
-
-    from grank_kernels.recommender.serving import offline
-    from grank_kernels.recommender.serving.users import Users
-
-    request = offline.Request(**sizes)
-    with offline.launched() as ranks:
-        first = ranks is None or ranks.rank == 0
-        retriever, experiment = _served(folder, dtype, mmap=ranks is not None)
-        interactions = experiment.data.read()
-        users = Users.of(interactions, retriever.catalogue, experiment.data.positive)
-        if first:
-            _note_skipped(users.skipped, interactions)
-        with tqdm(unit=" users", disable=None if first else True) as bar:  # None: where standard error is no terminal
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            paths = offline.retrieve_all(retriever, users, out, request, ranks=ranks, progress=progress)
-        if first:
-            print(f"{len(users.ids)} users in {len(paths)} files: {out}")
+    note(f"batch size {size}")

@@ -10,6 +10,7 @@
 
 import datetime
 import io
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import torch
 from grank_kernels.recommender.data import own_values as values
 from grank_kernels.recommender.data.columns import Columns
 from grank_kernels.recommender.data.interactions import Interactions
-from grank_kernels.recommender.data.own_format import Format, files_of, formatted, open_text
+from grank_kernels.recommender.data.own_format import NAMES, Format, files_of, formatted, open_text
 from grank_kernels.recommender.data.own_values import MISSING, BadValueError
 
 _BLOCK = 1 << 24  # bytes of text parsed at a time
@@ -183,6 +184,27 @@ def read_titles(path: str | Path, item_ids: npt.NDArray[Any]) -> dict[Any, str]:
             f"{path}: expected titles of items such as {item_ids[0].item()!r}, got such as {example!r} only"
         )
     return found
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """Item ids, as text, from a file with a column of items or with one id a line; each id once."""
+    found: dict[str, None] = {}
+    for file in files_of(path):
+        try:
+            form = formatted(file, {}, ("item",), ("item",))
+        except ValueError as error:
+            if "fields separated by" not in str(error):
+                raise
+            with open_text(file) as stream:  # a list of ids is no table
+                texts = io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig").read().splitlines()
+            texts = [text.strip().strip('"') for text in texts]
+            header = texts and re.sub(r"[\W_]", "", texts[0]).lower() in NAMES["item"]
+            found |= dict.fromkeys(texts[1:] if header else texts)
+        else:
+            for block in _blocks(form):
+                found |= dict.fromkeys(text.strip() for text in block["item"].to_pylist())
+    found.pop("", None)
+    return list(found)
 
 
 class _Reading:

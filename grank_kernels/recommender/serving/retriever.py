@@ -69,17 +69,27 @@ class Serving:
     model: Recommender
     table: ItemTable
 
-    def best(self, histories: Histories, k1: int, k2: int, shards: ShardedItemTable | None = None) -> Best:
-        """The k2 best items (B, k2) of B users, on the CPU. With shards a collective call, also for B = 0."""
+    def best(
+        self,
+        histories: Histories,
+        k1: int,
+        k2: int,
+        shards: ShardedItemTable | None = None,
+        allow: Tensor | None = None,
+    ) -> Best:
+        """The k2 best items (B, k2) of B users, on the CPU. With shards a collective call, also for B = 0.
+
+        `allow`, (N,) bool by item number on the table's device, leaves out the other items.
+        """
         if len(histories) == 0:
             users = torch.empty(0, self.table.dim, device=self.table.device)
-            found = self.search(histories, users, k1, shards)
+            found = self.search(histories, users, k1, shards, allow)
             best, popular = TopK(found.values[:, :k2], found.indices[:, :k2]), torch.zeros(0, dtype=torch.bool)
         else:
             batch, users = self.encode(histories)
-            found = self.search(histories, users, k1, shards)
+            found = self.search(histories, users, k1, shards, allow)
             best = self.rank(batch, users, found, k2)
-            found, popular = self.model.with_fallback(found, histories.lengths)
+            found, popular = self.model.with_fallback(found, histories.lengths, allow=allow)
             if bool(popular.any()):  # their order is final: the second stage knows no more without a history
                 rows = popular.unsqueeze(1)
                 values = found.values[:, :k2].where(rows, best.values)
@@ -92,10 +102,18 @@ class Serving:
         batch = Batch(items.to(self.table.device), feedback.to(self.table.device))
         return batch, self.model.user_vectors(batch)
 
-    def search(self, histories: Histories, users: Tensor, k1: int, shards: ShardedItemTable | None = None) -> TopK:
+    def search(
+        self,
+        histories: Histories,
+        users: Tensor,
+        k1: int,
+        shards: ShardedItemTable | None = None,
+        allow: Tensor | None = None,
+    ) -> TopK:
         """The k1 rows of largest inner product outside of the histories; searches `shards` of the table if given."""
         seen = (histories.offsets.to(users.device), histories.items.to(users.device))
-        return mips_topk(users, self.table if shards is None else shards, k1, exclude=seen)
+        rows = None if allow is None else self.table.mask(allow.nonzero().squeeze(1))
+        return mips_topk(users, self.table if shards is None else shards, k1, exclude=seen, allow=rows)
 
     def rank(self, batch: Batch, users: Tensor, found: TopK, k2: int) -> TopK:
         """The k2 best of the found items by the second stage; by the search for a model without one."""
@@ -174,7 +192,14 @@ class Retriever:
     # ---- serving ----
 
     @torch.inference_mode()
-    def retrieve(self, histories: Histories | Sequence[Sequence[Any]], k1: int = 2000, k2: int = 500) -> Retrieved:
+    def retrieve(
+        self,
+        histories: Histories | Sequence[Sequence[Any]],
+        k1: int = 2000,
+        k2: int = 500,
+        *,
+        allow: Array | None = None,
+    ) -> Retrieved:
         """Recommend items that are not in the users' histories.
 
         In a process forked by one with several torch threads the first call limits torch to one thread, with a warning:
@@ -185,13 +210,15 @@ class Retriever:
                 `Retriever.histories` returns.
             k1: number of items to retrieve.
             k2: number of items to return, at most k1.
+            allow: (N,) bool by item number: items that may be recommended; None for all. `Catalogue.find` gives the
+                numbers of ids.
 
         Returns:
             `Retrieved`, its scores and ids (B, k2).
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ValueError: k1 or k2 below 1, k2 above k1, an unknown item id, offsets that do not fit.
+            ValueError: k1 or k2 below 1, k2 above k1, an unknown item id, offsets or `allow` that do not fit.
         """
         k1, k2 = check_int("k1", k1, 1), check_int("k2", k2, 1)
         if k2 > k1:
@@ -201,7 +228,9 @@ class Retriever:
             check_histories(histories, len(self.catalogue))
         else:
             histories = self.histories(histories)
-        best = self._serving.best(histories, k1, k2)  # one version, whatever `refresh` publishes meanwhile
+        if allow is not None:
+            allow = check_operand("allow", allow, (torch.bool,), "(N,)", (len(self.catalogue),)).to(self._device)
+        best = self._serving.best(histories, k1, k2, allow=allow)  # one version, whatever `refresh` publishes meanwhile
         return Retrieved(best.values, self.catalogue.of(best.indices.numpy()), best.popular)
 
     def histories(self, items: Sequence[Sequence[Any]], feedback: Sequence[Sequence[bool]] | None = None) -> Histories:

@@ -125,7 +125,15 @@ class Recommendations:
 
 
 @torch.no_grad()
-def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, batch_size: int = 256) -> Recommendations:
+def recommend(
+    model: Recommender,
+    cases: Cases,
+    k: int,
+    *,
+    rank: bool = True,
+    batch_size: int = 256,
+    allow: Tensor | None = None,
+) -> Recommendations:
     """Retrieve the k best items of the full corpus outside each user's history, and rank them if the model can.
 
     Users without a history get the most popular items if the model `needs_history`; the second stage leaves these.
@@ -136,9 +144,10 @@ def recommend(model: Recommender, cases: Cases, k: int, *, rank: bool = True, ba
         k: length of the lists.
         rank: run the second stage.
         batch_size: number of users at a time.
+        allow: (N,) bool: items that may be recommended; None for all.
     """
     retrieved, ranked = [], []
-    for part in _retrieved(model, model.searchable(), cases, k, batch_size):
+    for part in _retrieved(model, model.searchable(), cases, k, batch_size, allow):
         retrieved.append(part.found.indices)
         if rank and model.ranks:
             ranked.append(_ranked(model, part, k))

@@ -14,17 +14,24 @@ from grank_kernels.common.atomic_files import write_text
 from grank_kernels.doctor import show_config
 from grank_kernels.recommender.data import Interactions, Split
 from grank_kernels.recommender.models.recommender import Recommender
+from grank_kernels.recommender.training.comparison import Comparison
 from grank_kernels.recommender.training.data_record import checked_data, save_data
 from grank_kernels.recommender.training.evaluation import MeanMetrics, evaluate_model, feedback_auc
 from grank_kernels.recommender.training.experiment import KS, Experiment
 from grank_kernels.recommender.training.fit import check_fit, fit
+from grank_kernels.recommender.training.pictures import write_pictures
 from grank_kernels.recommender.training.run_folder import BEST, EXPERIMENT, REPORT, check_run, has_started, load_model
 
 _SECONDS = 10.0  # between two versions of the report while the model is evaluated
 
 
 def run(
-    experiment: Experiment, folder: str | Path, *, data_changed: bool = False, progress: bool = True
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    data_changed: bool = False,
+    progress: bool = True,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Train a model, or resume an interrupted run, and evaluate it on the test part of the split.
 
@@ -36,6 +43,7 @@ def run(
         folder: folder of the run.
         data_changed: accept data that has changed since the run started; only items of the run are used.
         progress: show the progress on standard error.
+        compare: evaluate the baselines too, and write `curves.png` and `report.html`.
 
     Returns:
         The content of `report.json`: metrics, seconds of training, threads and machine. With several processes the
@@ -75,18 +83,24 @@ def run(
             _write(folder, report | facts | {"incomplete": True})
             written = time.monotonic()
 
-    report = evaluate(experiment, model, split, allow=_present(interactions), each=write_some) | facts
+    allow = _present(interactions)
+    report = evaluate(experiment, model, split, allow=allow, each=write_some) | facts
+    if compare:
+        compared = Comparison.of(experiment, model, split, allow=allow)
+        report = compared.to_dict() | report
+        write_pictures(folder, compared, report)
     _write(folder, report)
     return report
 
 
-def evaluate_run(folder: str | Path, *, data_changed: bool = False) -> dict[str, Any]:
+def evaluate_run(folder: str | Path, *, data_changed: bool = False, compare: bool = False) -> dict[str, Any]:
     """The report of a run's model on the test part of its data as it is now.
 
     Args:
         folder: folder of the run.
         data_changed: accept data that has changed since the run started; only items that both have are recommended and
             asked for.
+        compare: evaluate the baselines too.
 
     Raises:
         FileNotFoundError: the run or its data does not exist.
@@ -97,7 +111,9 @@ def evaluate_run(folder: str | Path, *, data_changed: bool = False) -> dict[str,
     experiment = Experiment.load(folder / EXPERIMENT)
     interactions = checked_data(folder, experiment.data.read(), data_changed=data_changed)
     split = experiment.data.split(interactions)
-    return evaluate(experiment, load_model(folder, split.num_items), split, allow=_present(interactions))
+    model, allow = load_model(folder, split.num_items), _present(interactions)
+    report = evaluate(experiment, model, split, allow=allow)
+    return Comparison.of(experiment, model, split, allow=allow).to_dict() | report if compare else report
 
 
 def evaluate(

@@ -8,6 +8,7 @@
 | `last.ckpt`, `previous.ckpt` | state of the training after its last two epochs |
 | `best.ckpt` | weights of the epoch with the best validation |
 | `report.json` | test metrics |
+| `curves.png`, `report.html` | pictures and tables of the training and the test (`grank train`) |
 """
 
 import contextlib

@@ -65,10 +65,10 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
 
 
 def test_train_evaluate_export_retrieve(config: Path, trained: Path, tmp_path: Path) -> None:
-    out = call("train", config, tmp_path / "run", "training.seed=1")
+    out = call("train", config, tmp_path / "run", "training.seed=1", "--json", "-q")
     report = json.loads(out)
     assert report["users"] == 30
-    assert json.loads(call("evaluate", tmp_path / "run"))["retrieved"] == report["retrieved"]
+    assert json.loads(call("evaluate", tmp_path / "run", "--json"))["retrieved"] == report["retrieved"]
 
     by_user = call("retrieve", trained, "--user", 103, "--k1", 20, "--k2", 5).splitlines()
     history = ",".join(str((7 * 3 + t) % 40 + 1) for t in range(16))
@@ -113,7 +113,7 @@ def test_changed_data_is_evaluated_and_trained_on_only_if_asked_for(
         assert status == 1
         assert "1 items are gone (1), 1 items are new (99)" in error
         assert "--data-changed" in error
-    assert json.loads(call("evaluate", run, "--data-changed"))["users"] <= 30
+    assert json.loads(call("evaluate", run, "--json", "--data-changed"))["users"] <= 30
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_bench_retriever(source: str, trained: Path, tmp_path: Path) -> None:
 def test_doctor_help_and_version() -> None:
     assert "backend cpu: can run" in call("doctor")
     out = call("--help")
-    for command in ("train", "evaluate", "export", "retrieve", "bench-retriever", "doctor"):
+    for command in ("inspect", "train", "evaluate", "export", "recommend", "retrieve", "bench-retriever", "doctor"):
         assert command in out
     assert call("-h") == out
     assert "Number of torch threads" in call("train", "-h")
@@ -198,7 +198,10 @@ def test_doctor_help_and_version() -> None:
         (("retrieve", "EMPTY", "--history", "1"), "folder must be the folder of a run, got"),
         (("retrieve", "BEGUN", "--history", "1"), "has no weights yet: best"),
         (("retrieve", "RUN", "--all-users", "--out", "CONFIG"), "grank.yaml must be a folder, got a file"),
-        (("retrieve", "RUN", "--history", "1,999"), "histories: item 999 is not in the catalogue"),
+        (
+            ("retrieve", "RUN", "--history", "1,999"),
+            "histories: item 999 is not in the catalogue; the nearest are ",
+        ),
         (
             ("retrieve", "RUN", "--history", "one"),
             "--history must be an integer, as the ids of the data set, got 'one'",
@@ -207,7 +210,7 @@ def test_doctor_help_and_version() -> None:
             ("retrieve", "RUN", "--history", "1_0"),
             "--history must be an integer, as the ids of the data set, got '1_0'",
         ),
-        (("retrieve", "RUN", "--user", "-7"), "--user must be a user of arrays, got -7"),
+        (("retrieve", "RUN", "--user", "-7"), "--user must be a user of arrays, got -7; the nearest are"),
         (("train", "CONFIG", "RUN", "training.epochs=9"), "with another one: training.epochs is 2 there, 9 here"),
         (("train", "CONFIG", "RUN", "training.epoch=9"), "training.epoch is unknown, did you mean training.epochs?"),
     ],
@@ -243,6 +246,9 @@ def test_errors_are_one_line_and_status_1(
         ("retrieve", "RUN", "--user", "1", "--all-users", "--out", "nowhere"),
         ("retrieve", "RUN", "--all-users"),
         ("retrieve", "RUN", "--user", "1", "--out", "nowhere"),
+        ("retrieve", "RUN", "--all-users", "--out", "nowhere", "--only-file", "x"),
+        ("train", "CONFIG", "nowhere", "--items", "x"),
+        ("train", "walks.csv", "nowhere", "--data", "x"),
         ("retrieve", "RUN", "--user", "1", "--k1", "0"),
         ("retrieve", "RUN", "--user", "1", "--k1", "5", "--k2", "6"),
         ("retrieve", "RUN", "--user", "103", "--dtype", "int4"),
@@ -255,7 +261,8 @@ def test_errors_are_one_line_and_status_1(
 def test_wrong_usage_is_status_2(
     arguments: tuple[str, ...], trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [trained if argument == "RUN" else argument for argument in arguments]
+    places = {"RUN": trained, "CONFIG": trained.parent / "grank.yaml"}
+    given = [places.get(argument, argument) for argument in arguments]
     status, error = fails(capsys, monkeypatch, *given)
     assert status == 2
     assert "Usage: grank" in error

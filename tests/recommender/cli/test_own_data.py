@@ -1,12 +1,14 @@
 """A CSV of one's own, from the command line alone."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from own_tables import write_titles, write_walks
+from pyarrow import csv, parquet
 from typer.testing import CliRunner
 
 from grank_kernels.recommender.cli import main as cli
@@ -93,6 +95,90 @@ def test_a_run_of_an_own_file_records_how_it_was_read(
         "-q",
     )
     assert "with another one: training.epochs is 2 there, 40 here" in error
+
+
+def test_recommends_with_titles(walks: Path) -> None:
+    by_user = call("recommend", walks / "run", "--user", "u01", "--k1", 40, "--k2", 5).splitlines()
+    assert by_user[0] == "14 items seen, last: Title 18, é; Title 19, é; Title 20, é"
+    assert [line.split()[0] for line in by_user[1:]] == list("12345")
+    assert all(line.split("  ")[-1] == f"Title {int(line.split()[2][1:])}, é" for line in by_user[1:])
+    assert call("retrieve", walks / "run", "--user", "u01", "--k1", 40, "--k2", 5).splitlines() == by_user
+    assert call("recommend", walks / "run", "--history", "B18,B19").startswith("2 items seen, last: Title 18, é; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--user", "u1"),
+            "must be a user of walks.csv, got u1; the nearest are u21, u11, u10; --history ITEM,ITEM,...",
+        ),
+        (("--history", "B18,B7"), "histories: item B7 is not in the catalogue; the nearest are B37, B27, B17"),
+        (("--user", "u01", "--only-file", "NONE"), "must leave an item of the catalogue, got none"),
+    ],
+)
+def test_unknown_ids(
+    options: tuple[str, ...],
+    message: str,
+    walks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "none.csv").write_text("item\nB99\n")
+    given = [tmp_path / "none.csv" if each == "NONE" else each for each in options]
+    assert message in fails(capsys, monkeypatch, "recommend", walks / "run", *given)
+
+
+@pytest.mark.parametrize("text", ["item\nB30\nB31\nB99\n", "B30\nB31\n", "title,sku\nx,B30\ny,B31\n"])
+def test_stock_lists(text: str, walks: Path, tmp_path: Path) -> None:
+    stock = tmp_path / "stock.csv"
+    stock.write_text(text)
+    only = call("recommend", walks / "run", "--user", "u01", "--only-file", stock).splitlines()
+    assert {line.split()[2] for line in only[1:]} == {"B30", "B31"}
+    without = call("recommend", walks / "run", "--user", "u01", "--exclude-file", stock, "--k2", 40).splitlines()
+    assert {line.split()[2] for line in without[1:]} == {f"B{i:02}" for i in range(40)} - {
+        *(f"B{i:02}" for i in range(7, 21)),
+        *("B30", "B31"),
+    }
+    assert call("recommend", walks / "run", "--history", "", "--only-file", stock).count("B3") == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_all_users_in_one_file(kind: str, walks: Path, tmp_path: Path) -> None:
+    call("recommend", walks / "run", "--all-users", "--out", tmp_path / f"all.{kind}", "--batch", 8, "--k2", 3, "-q")
+    file = tmp_path / f"all.{kind}"
+    table = csv.read_csv(file) if kind == "csv" else parquet.read_table(file)
+    assert table.column_names == ["user", "rank", "item", "score", "title"]
+    assert table.column("user").to_pylist() == [f"u{user:02}" for user in range(30) for _ in range(3)]
+    assert table.column("rank").to_pylist() == [1, 2, 3] * 30
+    one = call("recommend", walks / "run", "--user", "u01", "--k2", 3).splitlines()[1:]
+    assert table.column("item").to_pylist()[3:6] == [line.split()[2] for line in one]
+    assert table.column("title").to_pylist()[3:6] == [line.split("  ")[-1] for line in one]
+
+
+def test_evaluate_prints_a_table_or_json(walks: Path) -> None:
+    report = json.loads(call("evaluate", walks / "run", "--json"))
+    assert set(report["compared"]) == {"model", "popularity", "item_knn"}
+    for metric, mean in report["compared"]["model"].items():
+        if metric in report["retrieved"] and metric != "mrr":
+            assert mean == pytest.approx(report["retrieved"][metric])
+            paired = report["differences"]["popularity"][metric]["mean"]
+            assert paired == pytest.approx(mean - report["compared"]["popularity"][metric])
+    head, *rows, note = call("evaluate", walks / "run").splitlines()
+    assert head.split() == ["HR@10", "NDCG@10", "RECALL@50", "MRR", "coverage@10"]
+    assert [row.split("  ")[0] for row in rows[:3]] == ["model", "popularity", "item-kNN"]
+    assert rows[3].startswith("model - ")
+    assert note.startswith("means over 30 test users ± standard errors")
+
+
+def test_a_training_leaves_pictures(walks: Path) -> None:
+    assert (walks / "run" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (walks / "run" / "report.html").read_text()
+    assert page.count("<table>") == 3
+    assert "http" not in page
+    assert re.search(r"<tr><td>11-20</td><td>30</td>", page)  # all histories have 13 items
+    assert 'src="data:image/png;base64,' in page
 
 
 def test_settings_by_size(walks: Path, tmp_path: Path) -> None:
