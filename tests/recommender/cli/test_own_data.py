@@ -111,7 +111,7 @@ def test_recommends_with_titles(walks: Path) -> None:
     [
         (
             ("--user", "u1"),
-            "must be a user of walks.csv, got u1; the nearest are u21, u11, u10; --history ITEM,ITEM,...",
+            "must be a user of walks.csv, got u1; the nearest are u21, u19, u18; --history ITEM,ITEM,...",
         ),
         (("--history", "B18,B7"), "histories: item B7 is not in the catalogue; the nearest are B37, B27, B17"),
         (("--user", "u01", "--only-file", "NONE"), "must leave an item of the catalogue, got none"),
