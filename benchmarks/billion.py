@@ -23,8 +23,10 @@ PLANTED = 5  # neighbours of each query
 
 
 class Rows:
-    """Gaussian rows, a function of their position: one pool, its columns in another order and with other signs in each
-    part; and for every query, rows along it, 10 times as long as others and each a little shorter than the one before.
+    """Gaussian rows as a function of their position, and planted neighbours of every query.
+
+    A part is a pool of rows with permuted columns and random signs. The neighbours of a query are multiples of it, 10
+    times as long as other rows, in slightly descending order.
     """
 
     def __init__(self, num_rows: int, dim: int, num_queries: int) -> None:
@@ -36,7 +38,7 @@ class Rows:
         self.planted = spread[:, None] + torch.arange(PLANTED) * (num_rows // PLANTED)  # (B, PLANTED) positions
 
     def part(self, start: int) -> torch.Tensor:
-        """The rows from a multiple of `PART` on."""
+        """The part that begins at row `start`, a multiple of `PART`."""
         random = torch.Generator().manual_seed(start + 2)
         columns = torch.randperm(self.dim, generator=random)
         signs = torch.randint(0, 2, (self.dim,), generator=random) * 2.0 - 1
@@ -48,12 +50,12 @@ class Rows:
         return rows
 
     def parts(self) -> Iterator[torch.Tensor]:
-        """All of them."""
+        """All parts."""
         return (self.part(start) for start in range(0, self.num_rows, PART))
 
 
 def forget(path: Path) -> None:
-    """Empties the system's cache of a file."""
+    """Drops a file from the page cache."""
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -61,7 +63,7 @@ def forget(path: Path) -> None:
 
 
 def read(path: Path) -> None:
-    """Every byte of a file, in order."""
+    """Reads every byte of a file sequentially."""
     buffer = bytearray(1 << 24)
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -70,20 +72,20 @@ def read(path: Path) -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one run."""
+    """Duration of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def anonymous_megabytes() -> float:
-    """Memory of this process that is not the cache of a file."""
+    """Anonymous memory of this process, in MB."""
     with open("/proc/self/status") as file:
         return int(next(line for line in file if line.startswith("RssAnon")).split()[1]) / 1000
 
 
 def check(rows: Rows, top: gk.TopK, sample: float) -> int:
-    """Raises unless the result is what NumPy finds in a sample of the parts; returns the number of rows looked at."""
+    """Compares a result with NumPy over a sample of the parts; returns the number of rows checked."""
     if not torch.equal(top.indices[:, :PLANTED], rows.planted):
         raise AssertionError("the planted neighbours are not the first of the result")
     queries = rows.queries.numpy()
@@ -113,15 +115,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000_000)
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 16], help="searched together, one run for each")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 16], help="batch sizes")
     parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--sample", type=float, default=0.02, help="of the rows that NumPy looks at")
-    parser.add_argument("--dir", type=Path, required=True, help="where there is room for the file")
-    parser.add_argument("--keep", action="store_true", help="leave the file there, and use it if it is there already")
+    parser.add_argument("--sample", type=float, default=0.02, help="share of the rows that NumPy checks")
+    parser.add_argument("--dir", type=Path, required=True, help="folder for the file")
+    parser.add_argument("--keep", action="store_true", help="keep the file, and reuse it if it exists")
     options = parser.parse_args()
 
     rows = Rows(options.rows, options.dim, max(options.queries))
-    path = options.dir / f"table_{options.rows}x{options.dim}_{max(options.queries)}"  # what is planted, too
+    path = options.dir / f"table_{options.rows}x{options.dim}_{max(options.queries)}"  # B changes the planted rows
     try:
         if not path.exists():
             took = seconds(lambda: gk.ItemTable.write(path, rows.parts(), num_rows=options.rows, dtype=torch.int8))
@@ -136,7 +138,7 @@ def main() -> None:
             for B in options.queries:
                 if cache == "cold":
                     forget(path)
-                table = gk.ItemTable.load(path, mmap=True, verify=False)  # anew: pages in use cannot be forgotten
+                table = gk.ItemTable.load(path, mmap=True, verify=False)  # mapped again: pages in use cannot be dropped
                 queries, before, start = rows.queries[:B], anonymous_megabytes(), time.perf_counter()
                 top = gk.mips_topk(queries, table, options.k)
                 took, more = time.perf_counter() - start, anonymous_megabytes() - before

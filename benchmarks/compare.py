@@ -1,11 +1,11 @@
-"""The CPU kernels as they are beside those of another commit: ratios of times, each with a confidence interval.
+"""The CPU kernels of the working tree beside those of a commit: ratios of times with confidence intervals.
 
 python -m benchmarks.compare COMMIT [--rounds 10] [--only "mips_topk int8"] [--json FILE]
 
-The commit is checked out into a temporary folder and built there. In every round both builds run the same calls
-(benchmarks/kernel_cases.py) in a process of their own, call by call in turns. A round gives one ratio of medians a
-call, new over old; the interval is that of the median over rounds, by bootstrap. The exit status is 1 if the interval
-of any call lies above 1 + margin: those have become slower.
+The commit is checked out into a temporary folder and built there. In every round each build runs the same calls
+(benchmarks/kernel_cases.py) in its own process, alternating call by call. A round gives one ratio of medians per call,
+new over old; the interval is a bootstrap interval of the median over rounds. The exit status is 1 if the interval of a
+call lies above 1 + margin, i.e. the call has become slower.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from typing import NamedTuple, Protocol
 ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 0.05
 SECONDS_A_TURN = 0.1
-TURNS = 3  # of each build at a call, in a round
+TURNS = 3  # of each build, per call and round
 RESAMPLES = 5000
-MIN_ROUNDS = 6  # the least whose extremes enclose the true median with 95 % probability: 1 - 2 / 2^6
-Times = dict[str, list[float]]  # by call, one a round
+MIN_ROUNDS = 6  # so that the extremes enclose the true median with 95 % probability: 1 - 2 / 2^6
+Times = dict[str, list[float]]  # by call, one per round
 
 
 class Build(Protocol):
-    """One build's process."""
+    """The process of one build."""
 
     names: list[str]
 
     def times(self, name: str) -> list[float]:
-        """Seconds of some runs of a call."""
+        """Durations of a call in seconds, one per run."""
         ...
 
 
 class Process:
-    """A process that imports the package from a folder and times calls when asked."""
+    """A process that imports the package from a folder and times calls on request."""
 
     def __init__(self, folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
@@ -64,18 +64,18 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             self._process.communicate()
-            raise RuntimeError(f"a process that was to time calls ended with status {self._process.returncode}")
+            raise RuntimeError(f"the timing process ended with status {self._process.returncode}")
         return line
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # it ends where its input does
+        self._process.communicate()  # the process ends at the end of its input
 
 
 def answer() -> None:
-    """The other side of `Process`: a name a line comes in, the times of that call go out."""
+    """Main loop of the process: reads the name of a call per line, writes its times."""
     import grank_kernels as gk
     from benchmarks.kernel_cases import timed_cases
 
@@ -92,7 +92,7 @@ def answer() -> None:
 
 
 def one_round(old: Build, new: Build, only: str, first_is_old: bool) -> dict[str, tuple[float, float]]:
-    """Medians of old and new by call; calls that the other commit does not have are left out."""
+    """Medians (old, new) by call, for calls of both commits."""
     found = {}
     for name in (name for name in new.names if only in name and name in old.names):
         times: dict[bool, list[float]] = {True: [], False: []}
@@ -131,7 +131,7 @@ def interval(ratios: list[float], resamples: int = RESAMPLES) -> tuple[float, fl
 
 @contextmanager
 def built(commit: str) -> Iterator[Path]:
-    """A folder with another commit's package in it, compiled; it goes with the context."""
+    """A temporary folder with the compiled package of a commit."""
     with tempfile.TemporaryDirectory() as temporary:
         tree, folder = Path(temporary) / "tree", Path(temporary) / "package"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], cwd=ROOT, check=True)
@@ -163,7 +163,7 @@ def compare(commit: str, rounds: int, only: str) -> dict[str, Comparison]:
 
 
 def report(found: dict[str, Comparison], margin: float) -> str:
-    lines = [f"{'ms a call, median, measured':<44}{'old':>9}{'new':>9}{'ratio':>8}   95 % interval"]
+    lines = [f"{'ms per call, median, measured':<44}{'old':>9}{'new':>9}{'ratio':>8}   95 % interval"]
     for name, one in found.items():
         verdict = "slower" if one.slower(margin) else "faster" if one.high < 1 - margin else ""
         lines.append(
@@ -177,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", default="", help="calls with this in their name")
+    parser.add_argument("--only", default="", help="part of the names of the calls to run")
     parser.add_argument("--margin", type=float, default=MARGIN, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
@@ -186,12 +186,12 @@ def main() -> int:
         answer()
         return 0
     if options.commit is None:
-        parser.error("name the commit to compare with")
+        parser.error("the commit to compare with is missing")
     if options.rounds < MIN_ROUNDS:
         parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {options.rounds}")
     found = compare(options.commit, options.rounds, options.only)
     if not found:
-        parser.error(f"no call with {options.only!r} in its name that both commits have")
+        parser.error(f"both commits have no call with {options.only!r} in its name")
     print(report(found, options.margin))
     if options.json:
         options.json.write_text(json.dumps({name: one._asdict() for name, one in found.items()}, indent=2) + "\n")

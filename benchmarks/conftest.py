@@ -36,11 +36,11 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Adds the limits of the machine, measured in the same process as the methods."""
+    """Adds the machine's limits, measured in the same process as the methods."""
     output_json["limits"] = limits.measured()
 
 
 @pytest.fixture(scope="session")
 def read_limit() -> Callable[[int, str], float]:
-    """GB/s of reading a number of bytes on a device, each measured once per run."""
+    """Read bandwidth in GB/s for a number of bytes on a device, measured once per run."""
     return lru_cache(maxsize=None)(limits.read_bandwidth)

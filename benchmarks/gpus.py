@@ -65,12 +65,12 @@ ARCHITECTURES = {
 
 
 class Card(NamedTuple):
-    """A product: how many multiprocessors, how fast."""
+    """A product: number of multiprocessors, and rates."""
 
     architecture: str
     sms: int
     half_flops: float  # dense peak on 16-bit factors, a multiplication and an addition counted as two
-    read: float  # bytes a second from its memory
+    read: float  # memory bandwidth, bytes per second
 
     def seconds(self, nbytes: float, fma: float, dtype: str) -> float:
         """The roofline: the longer of reading and multiplying."""
@@ -79,7 +79,7 @@ class Card(NamedTuple):
 
     @property
     def clock(self) -> float:
-        """At which the peak is reached, in Hz."""
+        """Clock rate at the peak, in Hz."""
         return self.half_flops / (2 * self.sms * ARCHITECTURES[self.architecture].fma["float16"])
 
 

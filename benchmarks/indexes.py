@@ -1,7 +1,7 @@
-"""Index structures over item vectors, behind one interface, to compare index-free search with: HNSW, IVF-PQ, a tree.
+"""Approximate indexes with one interface, as peers of the exact search: HNSW, IVF-PQ, a tree.
 
-All are approximate: they look at some of the items, and return the best of those. Their settings trade recall for time.
-What is set for a search may be changed between searches.
+Each scores only some of the items; its settings trade recall for time. Attributes that control the search may be
+changed between searches.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from grank_kernels.common.checks import check_int, check_tensor
 from grank_kernels.mips_topk import TopK
 
-_NUMBERS = 1 << 24  # gathered at a time: 64 MB
+_NUMBERS = 1 << 24  # float32 gathered at a time: 64 MB
 
 
 class Index(ABC):
-    """An index over item vectors; subclasses say how it is built and searched.
+    """An index over item vectors; subclasses build and search it.
 
     Attributes:
         vectors: (N, d) float32, a reference, not a copy.
@@ -42,15 +42,15 @@ class Index(ABC):
         self.vectors = vectors.detach().contiguous()
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """The k best of the items that the index looks at.
+        """The k best of the items that the index scores.
 
         Args:
             queries: (B, d) float32 on the CPU, finite.
             k: 1 or more.
 
         Returns:
-            `TopK(values, indices)`, each (B, k): true inner products, descending, and the rows of `vectors`; -inf and
-            -1 where the index has found no more.
+            `TopK(values, indices)`, each (B, k): true inner products, descending, and the rows of `vectors`; filled
+            with -inf and -1 if the index finds fewer.
 
         Raises:
             TypeError: an argument is of the wrong type.
@@ -74,7 +74,7 @@ class Index(ABC):
         """As `search`, with 1 <= k <= N and at least one query; lists may be shorter than k."""
 
     def _best(self, queries: Tensor, candidates: Tensor, k: int) -> TopK:
-        """The best k of the candidates (B, C), -1 where there is none, by true inner product."""
+        """The k best of the candidates (B, C), padded with -1, by true inner product."""
         values, indices = [], []
         step = max(1, _NUMBERS // max(1, candidates.shape[1] * queries.shape[1]))
         for some, ids in zip(torch.split(queries, step), torch.split(candidates, step), strict=True):
@@ -91,7 +91,7 @@ class FaissHNSW(Index):
     Source: Malkov and Yashunin, arXiv 1603.09320; over inner products, Morozov and Babenko, NeurIPS 2018.
 
     Attributes:
-        ef_search: length of the list of candidates in a search; `k` at least.
+        ef_search: length of the candidate list of a search, at least k.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class FaissHNSW(Index):
         Args:
             vectors: (N, d) float32 on the CPU, finite.
             neighbours: links of a node on every level but the lowest, which has twice as many (M).
-            ef_construction: length of the list of candidates while a node is linked.
+            ef_construction: length of the candidate list when a node is inserted.
             ef_search: as above.
         """
         super().__init__(vectors)
@@ -122,15 +122,15 @@ class FaissHNSW(Index):
 
 
 class FaissIVFPQ(Index):
-    """Clusters of items in product-quantised form, of which the nearest are scanned (faiss `IndexIVFPQ`).
+    """Clusters of product-quantised items; a search scans the nearest clusters (faiss `IndexIVFPQ`).
 
-    The best candidates by quantised inner product are ordered by the true one, as is usual in production.
+    The best candidates by quantised inner product are rescored by the true one, as is usual in production.
 
     Source: Jegou, Douze and Schmid, TPAMI 2011.
 
     Attributes:
-        nprobe: clusters that are scanned.
-        refine: candidates taken from the scan for each of the k wanted.
+        nprobe: clusters scanned per query.
+        refine: candidates rescored, as a multiple of k.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class FaissIVFPQ(Index):
         Args:
             vectors: (N, d) float32 on the CPU, finite, N at least 256 and `nlist`.
             nlist: clusters.
-            parts: sub-vectors that are quantised by themselves, to 256 values each (m); d is a multiple of it.
+            parts: sub-vectors, each quantised to 256 values (m); divides d.
             nprobe: as above.
             refine: as above.
         """
@@ -154,7 +154,7 @@ class FaissIVFPQ(Index):
         if max(nlist, 256) > N:
             raise ValueError(f"vectors must be at least nlist and at least 256, got {N} with nlist = {nlist}")
         faiss = _faiss()
-        self._coarse = faiss.IndexFlatIP(d)  # kept here: the index only refers to it
+        self._coarse = faiss.IndexFlatIP(d)  # the index holds no reference of its own
         self._index = faiss.IndexIVFPQ(self._coarse, d, nlist, parts, 8, faiss.METRIC_INNER_PRODUCT)
         self._index.cp.min_points_per_centroid = self._index.pq.cp.min_points_per_centroid = 1  # no warnings
         self._index.train(self.vectors.numpy())
@@ -174,15 +174,15 @@ class Tree(Index):
     """A balanced tree over the items, searched level by level with a beam, as TDM does it.
 
     Every node is split by balanced 2-means: its items are sorted along the line between two centres, and the halves of
-    that order give the next centres. The levels of a tree with wider branches are those of the binary tree, less the
-    ones in between. TDM trains a network to score nodes; here, where vectors are all there is, the score of a node
-    estimates the largest inner product below it: of n items around the mean m with root mean square distance r,
-    `q m + |q| r sqrt(2 ln(n) / d)`, the expected maximum if they were normally distributed in all directions alike.
+    that order give the next centres. A tree with 2^b branches per node has every b-th level of the binary tree. TDM
+    trains a network to score nodes; here the score of a node estimates the largest inner product below it. For n items
+    with mean m and root mean square distance r from it, that is `q m + |q| r sqrt(2 ln(n) / d)`, the expected maximum
+    of an isotropic normal distribution.
 
     Source: Zhu et al., arXiv 1801.02294, sections 3.1 and 3.3.
 
     Attributes:
-        beam: nodes kept on every level; more where fewer would not hold k items.
+        beam: nodes kept per level; more if they hold fewer than k items.
     """
 
     def __init__(
@@ -193,10 +193,10 @@ class Tree(Index):
         Args:
             vectors: (N, d) float32 on the CPU, finite.
             branch: children of a node, a power of two.
-            leaf: the fewest items of a leaf, which has at most `branch * leaf`.
+            leaf: least number of items of a leaf; the largest is `branch * leaf`.
             beam: as above.
-            rounds: of 2-means for each split.
-            seed: of the first centres.
+            rounds: rounds of 2-means per split.
+            seed: seed of the first centres.
         """
         super().__init__(vectors)
         for name, value, least in (("branch", branch, 2), ("leaf", leaf, 1), ("rounds", rounds, 1)):
@@ -218,7 +218,7 @@ class Tree(Index):
         self._leaves = self._bounds(depth)
 
     def _bounds(self, level: int) -> Tensor:
-        """The first item of each of the `2^level` nodes of a level, in tree order, and the end: of even sizes."""
+        """Bounds of the `2^level` nodes of a level in tree order, (2^level + 1,); sizes differ by at most 1."""
         return torch.arange((1 << level) + 1) * len(self.vectors) >> level
 
     def _search(self, queries: Tensor, k: int) -> TopK:
@@ -236,7 +236,7 @@ class Tree(Index):
         return TopK(*map(torch.cat, zip(*found, strict=True)))
 
     def _descend(self, queries: Tensor, beam: int) -> Tensor:
-        """The leaves that the beam reaches, (B, at most `beam`), for queries (B, d + 1) with their length behind."""
+        """Leaves reached by the beam, (B, at most `beam`), for queries (B, d + 1) with |q| as last column."""
         children = torch.arange(self._branch)
         nodes = queries.new_zeros(len(queries), 1, dtype=torch.int64)
         for vectors in self._levels[1:]:
@@ -249,15 +249,15 @@ class Tree(Index):
 def _split(
     vectors: Tensor, order: Tensor, bounds: Tensor, halves: Tensor, rounds: int, generator: torch.Generator
 ) -> Tensor:
-    """Sort the items of every node so that those of its two children stand together.
+    """Sorts the items of every node by its two children.
 
     Args:
         vectors: (N, d).
         order: (N,), the items in tree order.
-        bounds: (n + 1,), where the nodes begin and end in that order.
-        halves: (2 n + 1,), the same of their children.
-        rounds: of 2-means.
-        generator: for the first centres.
+        bounds: (n + 1,), bounds of the nodes in that order.
+        halves: (2 n + 1,), bounds of their children.
+        rounds: rounds of 2-means.
+        generator: draws the first centres.
 
     Returns:
         (N,), the new order.
@@ -279,12 +279,12 @@ def _split(
 
 
 def _means(vectors: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
-    """Of the items of every node, (n, d)."""
+    """Mean of the items of every node, (n, d)."""
     return F.embedding_bag(order, vectors, bounds[:-1], mode="mean")
 
 
 def _node_vectors(vectors: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
-    """(n, d + 1): the mean, and what the length of a query is to be multiplied by, as in `Tree`."""
+    """(n, d + 1): the mean of every node, and the factor of |q| in its score (see `Tree`)."""
     means = _means(vectors, order, bounds)
     squares = _means(vectors.square().sum(1, keepdim=True), order, bounds) - means.square().sum(1, keepdim=True)
     spread = (2 * bounds.diff().clamp(min=1).float().log().unsqueeze(1) / vectors.shape[1]).sqrt()
@@ -292,7 +292,7 @@ def _node_vectors(vectors: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _products(queries: Tensor, table: Tensor, ids: Tensor) -> Tensor:
-    """Inner products of query b (B, d) with the rows `ids[b]` (B, C) of a table, (B, C)."""
+    """Inner products (B, C) of the queries (B, d) with rows `ids` (B, C) of a table."""
     return torch.bmm(F.embedding(ids, table), queries.unsqueeze(2)).squeeze(2)
 
 
@@ -304,7 +304,7 @@ def _check_finite(name: str, x: Tensor) -> None:
 
 
 def _faiss() -> Any:
-    """faiss, with as many threads as torch has."""
+    """The faiss module, set to torch's number of threads."""
     try:
         import faiss
     except ImportError:

@@ -1,10 +1,10 @@
-"""Instructions that the CPU kernels execute for small fixed calls: a measure of speed that is the same in every run.
+"""Instruction counts of the CPU kernels for small fixed calls: a reproducible measure of speed.
 
-python -m benchmarks.instruction_counts            # counted now, beside the budget
-python -m benchmarks.instruction_counts --write    # makes the budget of this processor's instruction sets anew
+python -m benchmarks.instruction_counts            # counts now, beside the budget
+python -m benchmarks.instruction_counts --write    # new budget for this processor's instruction sets
 
-Counted is what runs in the native module, one thread, by stepping through it (tests/csrc/instruction_counter.cpp).
-Compilers differ, so the budget names the one it was made with, and holds for modules that it compiled.
+Counts the instructions in the native module on one thread, by single-stepping (tests/csrc/instruction_counter.cpp).
+Compilers differ, so a budget names its compiler and holds for modules of that compiler only.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "csrc" / "instruction_counter.cpp"
 BUDGET = Path(__file__).with_name("instruction_budget.json")
-MARGIN = 0.03  # more than that over its budget, and a kernel has become slower
-Counts = dict[str, dict[str, int]]  # by call, by instruction set
+MARGIN = 0.03  # a kernel further over its budget has become slower
+Counts = dict[str, dict[str, int]]  # by call, then instruction set
 
 
 class Budget(NamedTuple):
@@ -44,7 +44,7 @@ class Budget(NamedTuple):
         path.write_text(f'{{{facts},\n "counts": {{\n  {lines}\n}}}}\n')
 
     def exceeded(self, isa: str, counted: dict[str, int]) -> list[str]:
-        """A line for every call over its budget, or without one."""
+        """One line per call that is over its budget or has none."""
         faults = []
         for name, count in counted.items():
             budget = self.counts.get(name, {}).get(isa)
@@ -56,7 +56,7 @@ class Budget(NamedTuple):
 
 
 class UncountableError(Exception):
-    """Instructions cannot be counted here, and why."""
+    """Instructions cannot be counted on this machine; the message says why."""
 
 
 class Counter:
@@ -76,17 +76,17 @@ class Counter:
         self._count.restype = ctypes.c_int64
 
     def __call__(self, library: str, function: Callable[..., object], *arguments: object) -> int:
-        """Instructions of `function(*arguments)` that stand in a library of that path."""
+        """Instructions of `function(*arguments)` executed in the library at a path."""
         count = self._count(os.fsencode(library), function, arguments)
         if count == -2:
-            raise UncountableError("the processor's trap flag stops nothing here")
+            raise UncountableError("the trap flag has no effect on this machine")
         if count < 0:
             raise RuntimeError(f"{library} is not loaded" if count == -1 else f"{function} raised")
         return int(count)
 
 
 class CountingModule:
-    """Stands where the launchers have the native module, and adds up what calls into it execute."""
+    """Replaces the native module in the launchers, and adds up the instructions of calls to it."""
 
     def __init__(self, module: ModuleType, counter: Counter) -> None:
         self.module, self.counter, self.count = module, counter, 0
@@ -99,7 +99,7 @@ class CountingModule:
 
 
 def count_here() -> dict[str, int]:
-    """Every call under this process's instruction set, twice; the second time, all memory is there, is counted."""
+    """Counts every call under this process's instruction set, on its second run, when all memory is allocated."""
     import torch
 
     from benchmarks.kernel_cases import counted_cases
@@ -117,7 +117,7 @@ def count_here() -> dict[str, int]:
 
 
 def count(isa: str) -> dict[str, int]:
-    """The same in a new process under an instruction set, which is chosen once a process.
+    """Counts in a new process under an instruction set, which is fixed per process.
 
     Raises:
         UncountableError: nothing can be counted on this machine.
@@ -135,7 +135,7 @@ def count(isa: str) -> dict[str, int]:
 
 
 def compiler() -> str:
-    """That made the native module, as it says itself."""
+    """Compiler of the native module, as recorded in it."""
     from grank_kernels import _cpu
 
     found = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(_cpu.__file__).read_bytes())
@@ -143,7 +143,7 @@ def compiler() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those of this processor, weakest first."""
+    """Instruction sets of this processor, weakest first."""
     from grank_kernels.backends import cpu
 
     return [isa for isa, here in cpu.isas().items() if here]
@@ -151,8 +151,8 @@ def instruction_sets() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make what is counted here the budget")
-    parser.add_argument("--here", action="store_true", help="JSON of this process's instruction set alone")
+    parser.add_argument("--write", action="store_true", help="save the counts as the budget")
+    parser.add_argument("--here", action="store_true", help="print JSON of this process's instruction set only")
     options = parser.parse_args()
     if options.here:
         try:

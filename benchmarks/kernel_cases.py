@@ -1,7 +1,7 @@
-"""Calls that stand for the CPU kernels, every op and dtype, small to count and large to time.
+"""Representative calls of the CPU kernels, every op and dtype: small ones to count, large ones to time.
 
-Through public names only, so that another commit's package runs them too; on fixed numbers, so that every run of them
-executes the same.
+They use public names only, so the package of another commit can run them, and fixed numbers, so every run executes the
+same instructions.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ MASK = (1 << 32) - 1
 
 
 class Sizes(NamedTuple):
-    """A table of N x d, B queries a call, k results; C candidates with histories of L for each of U users."""
+    """A table of N x d, B queries per call, k results; U users with C candidates and histories of length L."""
 
     N: int
     batches: tuple[int, ...]
@@ -32,7 +32,7 @@ COUNTED = Sizes(N=64, batches=(1, 16), k=10, U=1, C=8, L=16)
 
 
 def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
-    """float32 between -1 and 1 without any library's generator: a mixing of the position's bits."""
+    """float32 in [-1, 1): a hash of the position, independent of library generators."""
     count = torch.Size(shape).numel()
     x = torch.arange(seed * count, (seed + 1) * count) * 2654435761 & MASK
     x = (x ^ x >> 16) * 2246822519 & MASK
@@ -45,7 +45,7 @@ def timed_cases() -> dict[str, Call]:
 
 
 def counted_cases() -> dict[str, Call]:
-    """Searches by their parts: products alone, since a score that is not a number goes nowhere; selection alone."""
+    """Small calls: products only (NaN scores are never selected), selection only (d = 1), and the Ranker's ops."""
     products = searches(COUNTED, scale=torch.nan)
     selection = search(numbers(1, 1, seed=2), numbers(4 * COUNTED.N, 1), COUNTED.k)
     narrow = COUNTED._replace(d=32)
@@ -56,7 +56,7 @@ def counted_cases() -> dict[str, Call]:
 
 
 def searches(sizes: Sizes, scale: float = 1.0) -> dict[str, Call]:
-    """With queries multiplied by a number."""
+    """Searches of every dtype and batch size; queries are multiplied by `scale`."""
     rows = numbers(sizes.N, sizes.d)
     tables: dict[str, object] = {"float32": rows, "float16": rows.half(), "bfloat16": rows.bfloat16()}
     tables["int8"] = gk.ItemTable.from_rows(rows, dtype=torch.int8)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-SIZES = {"cpu": 1536, "cuda": 8192}  # of the square matrices
+SIZES = {"cpu": 1536, "cuda": 8192}  # rows of the square matrices
 PROBE_BYTES = 256 * 10**6  # larger buffers are read at the same rate
 MULTIPLIED = {"cpu": (torch.float32, torch.bfloat16, torch.int8)}
 MULTIPLIED["cuda"] = (*MULTIPLIED["cpu"], torch.float16)
@@ -43,7 +43,7 @@ def best_seconds(run: Callable[[], object], device: str = "cpu", *, budget: floa
 
 
 def read_bandwidth(nbytes: int, device: str = "cpu") -> float:
-    """GB/s of reading a buffer of about that size once; a buffer that fits in a cache measures that cache."""
+    """GB/s of reading a buffer of about `nbytes` once; a buffer that fits in a cache measures the cache."""
     width = 64
     matrix = torch.ones(max(1, nbytes // (4 * width)), width, device=device)
     flat, vector = matrix.view(-1), torch.ones(width, device=device)
@@ -69,7 +69,7 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def measured() -> dict[str, dict[str, dict[str, float]]]:
-    """By device: GB/s of reading buffers of some sizes, Gop/s of multiplying matrices of some dtypes."""
+    """By device: read bandwidth in GB/s by buffer size, matmul rate in Gop/s by dtype."""
     return {
         device: {
             "read GB/s": {f"{mb} MB": read_bandwidth(mb * 10**6, device) for mb in READ_MB[device]},

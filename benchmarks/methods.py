@@ -16,10 +16,10 @@ THREADS = torch.get_num_threads()
 
 
 class Method(NamedTuple):
-    dtype: torch.dtype  # rows for whose scores the answer is exact
+    dtype: torch.dtype  # the result is exact for rows of this dtype
     build: Callable[[torch.Tensor], Search]
-    max_batch: int = 1 << 30  # methods that loop over queries would take minutes
-    reads: torch.dtype | None = None  # dtype of the rows that the scan reads, if another
+    max_batch: int = 1 << 30  # limit for methods that loop over queries
+    reads: torch.dtype | None = None  # dtype of the rows read by the scan, if different
     axes: bool = False  # whether it is also measured over N and d
 
     @property
@@ -67,7 +67,7 @@ def scann_builder(items: torch.Tensor, k: int) -> Any:
 
 
 def scann_search(searcher: Any, queries: torch.Tensor, k: int, **options: int) -> Any:
-    """One thread for one query, all threads for several; -1 where fewer than k items are found."""
+    """Search with one thread for one query, all threads for several; padded with -1 to k items."""
     if len(queries) == 1:
         return searcher.search(queries[0].numpy(), final_num_neighbors=k, **options)[0][None]
     found, scores = searcher.search_batched_parallel(queries.numpy(), final_num_neighbors=k, **options)
@@ -94,7 +94,7 @@ def usearch_exact(items: torch.Tensor) -> Search:
 def faiss_knn_gpu(dtype: torch.dtype, items: torch.Tensor) -> Search:
     faiss = peer("faiss", "faiss-gpu")
     if not hasattr(faiss, "StandardGpuResources"):
-        pytest.skip("the installed faiss is without its GPU part: pip install faiss-gpu")
+        pytest.skip("the installed faiss has no GPU support: pip install faiss-gpu")
     import faiss.contrib.torch_utils
 
     resources, rows, metric = faiss.StandardGpuResources(), items.to(dtype), faiss.METRIC_INNER_PRODUCT

@@ -45,7 +45,7 @@ def bars(path: Path, run: Run, cases: list[Case], names: list[str], batches: lis
             panel.text(time, y, f" {label}", va="center", fontsize=8, color="#404040")
         panel.set_title(f"B = {B}", fontsize=10)
         panel.set_xlim(0, max(times) * 1.22)
-        panel.set_xlabel("ms a call")
+        panel.set_xlabel("ms per call")
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
     some = cases[0]
@@ -60,7 +60,7 @@ def where(run: Run, case: Case) -> str:
 
 
 def roofline(path: Path, run: Run) -> None:
-    """Operations a second over operations a byte of every method and op, with the limits of the machine."""
+    """Roofline: operations per second over operations per byte of every method and op, with the machine's limits."""
     cases = [case for case in run.of("mips_topk") if (case["N"], case["d"]) == middle(run.of("mips_topk"))]
     cases = [case for case in cases if case["k"] == 100] + run.of("score_candidates", "candidate_cross_attention")
     cases = [case for case in cases if "compiled" not in case["method"] and case["device"] == "cpu"]
@@ -95,7 +95,7 @@ def _roofs(panel: Any, read: dict[str, float], multiply: dict[str, float]) -> No
 
 
 def recall_curves(path: Path, run: Run) -> None:
-    """Queries a second over recall: one row of panels per set of vectors, one column per batch size."""
+    """Queries per second over recall: one row of panels per set of vectors, one column per batch size."""
     cases = run.of("recall")
     sets, batches = (list(dict.fromkeys(case[name] for case in cases)) for name in ("vectors", "B"))
     names = styles(cases)
@@ -109,9 +109,9 @@ def recall_curves(path: Path, run: Run) -> None:
                 x, y = [case["recall"] for case in points], [case["queries"] / case["median"] for case in points]
                 panel.plot(x, y, linestyle="-", linewidth=1, label=name, **names[name])
             panel.set(yscale="log", xlim=(min(0.5, *(c["recall"] for c in some)) - 0.02, 1.02))
-            panel.set_title(f"{vectors}, {B} {'query' if B == 1 else 'queries'} a call", fontsize=10)
+            panel.set_title(f"{vectors}, {B} {'query' if B == 1 else 'queries'} per call", fontsize=10)
             panel.set_xlabel("recall of the true 100")
-            panel.set_ylabel("queries a second")
+            panel.set_ylabel("queries per second")
     _finish(figure, panels.flat, f"Exact searches and indexes, {where(run, cases[0])}: measured")
     save(figure, path)
 
@@ -135,7 +135,7 @@ def axes(path: Path, run: Run) -> None:
         panel.set_xticks(ticks := sorted({case[axis] for case in some}), [f"{tick:_}" for tick in ticks], fontsize=7)
         panel.minorticks_off()
         panel.set_title(", ".join(f"{name} = {value:_}" for name, value in others.items()), fontsize=8)
-    panels[0].set_ylabel("ms a call")
+    panels[0].set_ylabel("ms per call")
     _finish(figure, panels, f"Time of a search, {where(run, cases[0])}: measured")
     save(figure, path)
 

@@ -29,14 +29,14 @@ def as_graph(run: Run) -> Run:
 
 
 def extra_bytes(run: Run) -> int:
-    """Peak memory of a call, its result included, beyond the memory in use before (on a CPU: of the process)."""
+    """Peak memory of a call with its result, beyond the memory in use before (on a CPU: of the process)."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed before is reused and not counted
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call reuses freed memory, which is not counted
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kilobytes(PROCESS, "VmRSS")
     run()

@@ -85,14 +85,15 @@ def _search_tables(run: Run, cases: list[Case]) -> str:
         by_k.append([shown(name), *(milliseconds(found.get(case)) for case in lists)])
     return "\n\n".join(
         [
-            f"Milliseconds a call, median, measured: {some['N']:_} x {some['d']}, k = 100; {measured_on(run, some)}.",
+            f"Milliseconds per call (median, measured): {some['N']:_} x {some['d']}, k = 100; "
+            f"{measured_on(run, some)}.",
             markdown_table(
                 ["", *(f"B = {B}" for B, _ in batches), "GB/s at B = 1", f"Gop/s at B = {batches[-1][0]}", "recall"],
                 by_batch,
             ),
-            "GB/s: bytes of the rows over the time, of the highest rate at which any method or memory probe read as "
-            "many bytes in the same run. Gop/s: `2 B N d` over the time. Recall: lowest of all cases, against float32 "
-            "scores.",
+            "GB/s: bytes of the rows per second, of the highest rate of any method or memory probe over as many "
+            "bytes in the same run. Gop/s: `2 B N d` operations per second. Recall: lowest of all cases, against "
+            "float32 scores.",
             "The same over k, B = 16:",
             markdown_table(["", *(f"k = {k}" for _, k in lists)], by_k),
         ]
@@ -100,7 +101,7 @@ def _search_tables(run: Run, cases: list[Case]) -> str:
 
 
 def axis_tables(run: Run) -> str:
-    """Two tables, over N and over d, of the methods that were run there."""
+    """Two tables, over N and over d, of the methods measured there."""
     cases = [case for case in run.of("mips_topk") if case["device"] == "cpu"]
     N, d = middle(cases)
     tables = []
@@ -116,7 +117,7 @@ def axis_tables(run: Run) -> str:
 
 
 def recall_tables(run: Run) -> str:
-    """One table per set of vectors: recall, and queries a second for each batch size."""
+    """One table per set of vectors: recall, and queries per second for each batch size."""
     tables = []
     for vectors in dict.fromkeys(case["vectors"] for case in run.of("recall")):
         cases = [case for case in run.of("recall") if case["vectors"] == vectors]
@@ -128,16 +129,16 @@ def recall_tables(run: Run) -> str:
             speeds = ["" if case is None else f"{case['queries'] / case['median']:,.0f}" for case in some]
             recall = next(case["recall"] for case in some if case)
             rows.append([f"{shown(name)} {setting or ''}".strip(), f"{recall:.3f}", *speeds])
-        header = [vectors, "recall", *(f"queries/s, {B} a call" for B in batches)]
+        header = [vectors, "recall", *(f"queries/s, B = {B}" for B in batches)]
         tables.append(markdown_table(header, rows))
     return "\n\n".join(tables)
 
 
 def ranker_tables(run: Run) -> str:
-    """One table per op: milliseconds a call and peak memory of every method."""
+    """One table per op: milliseconds per call and peak memory of every method."""
     cases = run.of("score_candidates", "candidate_cross_attention")
     tables = [
-        f"Milliseconds a call, median, and MB of memory beyond the inputs, both measured: {measured_on(run, cases[0])}."
+        f"Milliseconds per call (median) and MB of memory beyond the inputs, measured: {measured_on(run, cases[0])}."
     ]
     for op in dict.fromkeys(case["op"] for case in cases):
         found = {(case["method"], case["case"]): case for case in cases if case["op"] == op}
@@ -219,12 +220,12 @@ def machine_table(run: Run) -> str:
 
 
 def summary_table(run: Run) -> str:
-    """The README's table: exact searches over float32 rows, the int8 copy beside the peers."""
+    """The README's table: exact searches over float32 rows, with an int8 copy and by peers."""
     cases = in_the_middle(run, "cpu")
     found = by_method([case for case in cases if case["k"] == 100])
     batches = sorted({case["B"] for case in cases if case["k"] == 100})
     rows = [[shown(name), *(milliseconds(found[name].get((B, 100))) for B in batches)] for name in SUMMARY]
-    return markdown_table(["ms a call", *(f"B = {B}" for B in batches)], rows)
+    return markdown_table(["ms per call", *(f"B = {B}" for B in batches)], rows)
 
 
 def write_section(path: Path, stem: str, text: str) -> None:
@@ -251,7 +252,7 @@ SECTIONS = {
 
 
 def write_page(folder: Path, run: Run) -> None:
-    """Writes results, page and pictures to a folder; sections whose benchmarks were not run stay as they are."""
+    """Writes results, page and pictures to a folder; keeps sections whose benchmarks were not run."""
     from benchmarks import pictures
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ class Row(NamedTuple):
     config: str
     overrides: tuple[str, ...] = ()
     headline: bool = False  # three seeds
-    counts: type[Popularity] | type[ItemKNN] | None = None  # in place of the experiment's model
+    counts: type[Popularity] | type[ItemKNN] | None = None  # instead of the experiment's model
 
     @property
     def slug(self) -> str:
@@ -180,7 +180,7 @@ def leave_one_out_table(reports: Reports, rows: list[Row]) -> str:
 
 
 def half_and_half_table(reports: Reports, rows: list[Row], first: str) -> str:
-    """Of the retrieval, or after the second stage over k1 candidates."""
+    """Table of the first stage ("retrieved"), or of the second stage over k1 candidates ("ranked_<k1>")."""
     ks = (10, 50, 200, 500) if first == "retrieved" else (10, 50, *((200,) if first != "ranked_100" else ()))
     header = ["", "n", *(f"{metric}@{k}" for k in ks for metric in ("Recall", "NDCG")), "minutes"]
     return _table(reports, rows, header, [f"{first} {metric}@{k}" for k in ks for metric in ("recall", "ndcg")])
@@ -193,7 +193,7 @@ def _table(reports: Reports, rows: list[Row], header: list[str], names: list[str
         seconds = found.get("seconds", [])
         count = max((len(found[name]) for name in names if name in found), default=0)
         if count:
-            minutes = f"{min(seconds) / 60:.0f}" if seconds else ""  # of the seed that waited least for other work
+            minutes = f"{min(seconds) / 60:.0f}" if seconds else ""  # of the fastest seed
             lines.append([row.name, str(count), *(cell(found.get(name)) for name in names), minutes])
     return markdown_table(header, lines)
 
@@ -211,7 +211,7 @@ def systems_table(report: dict[str, Any]) -> str:
 
 
 def draw(path: Path, reports: Reports) -> None:
-    """Two panels: HR@10 of leave-one-out, Recall@50 of half-and-half after the second stage where there is one."""
+    """Two panels: HR@10 of leave-one-out; Recall@50 of half-and-half, after the second stage if there is one."""
     from benchmarks.pictures import COLOURS, plt, save
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))

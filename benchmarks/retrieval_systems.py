@@ -1,19 +1,19 @@
-"""GRank's two stages beside what they replace, at equal recall.
+"""GRank's two stages beside other retrieval systems, at equal recall.
 
     python -m benchmarks.retrieval_systems RUN           # the folder of a run of GRank
-    python -m benchmarks.retrieval_systems --items 1000000    # random weights over so many items
+    python -m benchmarks.retrieval_systems --items 1000000    # random weights, this number of items
 
-Every system turns the same users into the same number of ranked items:
+Every system returns k2 ranked items for the same users:
 
-- GRank: `mips_topk` over the whole table (float32, bfloat16, int8), then the Ranker over the k1 that it finds;
-- HNSW, IVF-PQ and a tree find the k1 instead, and the same Ranker orders them. They are asked for as many more items as
-  the longest history has, which are then taken out; efSearch and beam act as that number if they are less;
-- cross-attention over the corpus: the Ranker scores every item, nothing is retrieved.
+- GRank: `mips_topk` over the whole table (float32, bfloat16, int8) finds k1 items, and the Ranker orders them.
+- HNSW, IVF-PQ, tree: an index finds the k1 items, and the same Ranker orders them. The index searches for k1 plus the
+  length of the longest history, and seen items are removed; efSearch and beam are at least that number.
+- Cross-attention: the Ranker scores every item of the corpus.
 
-Recall is the share of the exact first stage's k1 items that a system retrieves. The indexes are tuned to reach
-`--recall` on half of the users: efSearch, nprobe or the beam is doubled until they do, then bisected; those that cannot
-say so. The other half is timed, and it is their recall that is printed. The time is that of search and second stage:
-the Generator, the same for all, is left out.
+Recall is the share of the exact first stage's k1 items that a system retrieves. On half of the users every index is
+tuned to reach `--recall`: efSearch, nprobe or the beam is doubled until it does, then bisected; an index that cannot
+is marked. Recall and times are measured on the other half. The time includes search and second stage, not the
+Generator, which is equal for all.
 """
 
 import argparse
@@ -43,11 +43,11 @@ class System:
     """One way from a user to k1 items.
 
     Attributes:
-        name: for the table.
+        name: name in the table.
         search: (histories, users (B, d), k1) -> the best k1 items that are not in the histories.
         setting: the number that trades recall for time, as (object, attribute), or None.
-        most: of that number.
-        seconds: that building took.
+        most: largest value of that number.
+        seconds: build time.
     """
 
     name: str
@@ -70,7 +70,7 @@ def indexed(name: str, build: Callable[[], Index], attribute: str, most: int, sp
     seconds = time.perf_counter() - start
 
     def search(histories: Histories, users: Tensor, k1: int) -> TopK:
-        """Asks for as many more as may have been seen, and takes those out."""
+        """Searches for k1 plus the longest history, and removes seen items."""
         wanted = min(k1 + spare, len(index.vectors))
         values, found = index.search(users, wanted)
         width = len(index.vectors)
@@ -85,7 +85,7 @@ def indexed(name: str, build: Callable[[], Index], attribute: str, most: int, sp
 
 
 def indexes(vectors: Tensor, k1: int, spare: int) -> list[Callable[[], System]]:
-    """The index systems, each built when its turn comes, so that one is in memory at a time."""
+    """The index systems, built one at a time, so that one is in memory."""
     N, d = vectors.shape
     nlist = max(1, min(int(4 * N**0.5), N // 40))
     parts = max(m for m in (16, 8, 4, 2, 1) if d % m == 0)
@@ -100,7 +100,7 @@ def indexes(vectors: Tensor, k1: int, spare: int) -> list[Callable[[], System]]:
 
 
 def recall(found: Tensor, truth: Tensor) -> float:
-    """The share of the true items that was found, over users."""
+    """Share of the true items that was found, over users."""
     shares = [
         len(np.intersect1d(one[one >= 0], other[other >= 0])) / max(1, int((other >= 0).sum()))
         for one, other in zip(found.numpy(), truth.numpy(), strict=True)
@@ -109,7 +109,7 @@ def recall(found: Tensor, truth: Tensor) -> float:
 
 
 def tune(system: System, reached: Callable[[], float], target: float) -> float:
-    """The least setting that reaches the target, within an eighth of itself; else the largest. Returns its recall."""
+    """Sets the least setting that reaches the target recall, to within 1/8, or the largest; returns its recall."""
     if system.setting is None:
         return reached()
     subject, attribute = system.setting
@@ -132,7 +132,7 @@ def tune(system: System, reached: Callable[[], float], target: float) -> float:
 def cross_attention(
     serving: Serving, vectors: Tensor, batch: Batch, users: Tensor, histories: Histories, k2: int
 ) -> TopK:
-    """The Ranker over the whole corpus: logits of all, outputs for all, the best k2 that have not been seen."""
+    """The k2 best unseen items by the Ranker's scores over the whole corpus."""
     everything = torch.arange(len(vectors)).expand(len(users), -1)
     logits = users @ vectors.T
     scores = serving.model.rank_rows(serving.table, batch, users, everything, logits)
@@ -144,7 +144,7 @@ def cross_attention(
 def compare(
     retriever: Retriever, histories: Histories, *, k1: int, k2: int, batches: list[int], requests: int, target: float
 ) -> list[dict[str, Any]]:
-    """One row a system and batch size."""
+    """One row per system and batch size."""
     serving = retriever.current
     vectors = serving.table.rows(torch.arange(len(serving.table)))
     k1 = min(k1, len(vectors))
@@ -190,7 +190,7 @@ def compare(
     timed(
         "cross-attention over all",
         lambda some, batch, users: cross_attention(serving, vectors, batch, users, some, k2),
-        max(3, requests // 20),  # it takes as long as all the others together
+        max(3, requests // 20),  # slower than all other systems together
         setting="",
         build_s=0.0,
         reached=True,
@@ -200,7 +200,7 @@ def compare(
 
 
 def of_run(run: Path, users: int) -> tuple[Retriever, Histories]:
-    """A trained GRank, and the test histories of at most so many users."""
+    """A trained GRank, and the test histories of at most `users` users."""
     experiment = Experiment.load(run / "experiment.yaml")
     interactions = experiment.data.read()
     histories = experiment.data.split(interactions).test.histories
@@ -208,7 +208,7 @@ def of_run(run: Path, users: int) -> tuple[Retriever, Histories]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """Of the printed table."""
+    """One line of the printed table."""
     missed = "" if row["reached"] else "  the recall asked for was not reached"
     return (
         f"{row['system']:<26}{row['batch']:>6}{row['setting']:>18}{row['recall']:>8.3f}{row['p50']:>10.2f}"
@@ -219,17 +219,17 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="folder of a run of GRank")
-    parser.add_argument("--items", type=int, help="instead: random weights over so many items")
+    parser.add_argument("--items", type=int, help="instead of a run: random weights, this number of items")
     parser.add_argument("--k1", type=int, default=500)
     parser.add_argument("--k2", type=int, default=100)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--recall", type=float, default=0.95, help="that the indexes are tuned to reach")
+    parser.add_argument("--recall", type=float, default=0.95, help="target of the indexes' tuning")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if (options.run is None) == (options.items is None):
-        parser.error("give the folder of a run or --items")
+        parser.error("the folder of a run, or --items, is missing")
     if not 1 <= options.k2 <= options.k1:
         parser.error(f"--k2 must be from 1 to --k1, got {options.k2} of {options.k1}")
     if options.threads:

@@ -20,7 +20,7 @@ from grank_kernels.recommender.training.evaluation import metrics_of_users, reco
 from grank_kernels.recommender.training.experiment import Experiment
 from grank_kernels.recommender.training.run_folder import load_model
 
-BOUNDS = (0, 32, 64, 128)  # items in the history; GRank's Generator reads the last 64
+BOUNDS = (0, 32, 64, 128)  # history lengths; GRank's Generator reads the last 64 items
 
 
 def recalls(folder: Path, split: Split, k1: int, k: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def recalls(folder: Path, split: Split, k1: int, k: int) -> tuple[Tensor, Tensor
 
 
 def table(lengths: Tensor, before: Tensor, after: Tensor, k: int) -> str:
-    """Means over the users of each range of history lengths, (U,) each, and over all."""
+    """Mean gain of the users of each range of history lengths, and of all users. Arguments are (U,)."""
     groups = [(f"{low + 1} to {high}", lengths.gt(low) & lengths.le(high)) for low, high in pairwise(BOUNDS)]
     groups += [(f"more than {BOUNDS[-1]}", lengths > BOUNDS[-1]), ("all", torch.ones_like(lengths, dtype=torch.bool))]
     rows = []

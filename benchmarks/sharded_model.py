@@ -1,13 +1,13 @@
 """Derived costs of a search over G shards: `python -m benchmarks.sharded_model`, see docs/scaling_figures.md.
 
-Bytes are counted, and `benchmarks/sharded.py` and the tests compare them with those that were exchanged. Times are
-derived from rates, and `benchmarks/sharded.py` compares them with measured ones:
+`benchmarks/sharded.py` and the tests compare the bytes with the exchanged bytes. Times are derived from rates;
+`benchmarks/sharded.py` compares them with measured times:
 
     scan      max(bytes of a shard / memory, 2 B n d / arithmetic); in parallel, 56 bytes of arguments per rank
     exchange  a ring: G - 1 steps of (latency + message / bandwidth)
     merge     entries of all lists, B G s, each `merge` seconds; one query per core in parallel
 
-A tree of fan-in f takes ceil(log_f G) levels up, of f - 1 messages and a merge of f lists, and as many down.
+A tree of fan-in f has ceil(log_f G) levels up, each with f - 1 messages and a merge of f lists, and as many down.
 """
 
 import math
@@ -21,7 +21,7 @@ ARGUMENTS = 7 * WORD
 
 
 class Host(NamedTuple):
-    """One shard's machine: rates per second; seconds for `latency` and `merge`."""
+    """The machine of one shard: rates per second, `latency` and `merge` in seconds."""
 
     name: str
     memory: float
@@ -33,17 +33,17 @@ class Host(NamedTuple):
 
 
 HOSTS = (
-    # Memory: 8 channels of DDR5-4800, of which 65% are read. Arithmetic: 915 Gop/s of int8 a core, measured for two
-    # (docs/benchmarks.md). Network: 25 Gbit/s, assumed 30 us a message over TCP. Merge: measured by sharded.py.
+    # Memory: 65% of 8 channels of DDR5-4800. Arithmetic: 915 Gop/s of int8 per core, measured for two
+    # (docs/benchmarks.md). Network: 25 Gbit/s, 30 us per message over TCP (assumed). Merge: measured by sharded.py.
     Host("64-core server, 25 Gbit/s", 0.65 * 307e9, 64 * 915e9, 30e-6, 25e9 / 8, 26e-9, 64),
-    # Memory: the datasheet's, of which 80% are read; int8 operations of the datasheet, half of them. Network: 400
-    # Gbit/s, assumed 10 us a message. Merge: assumed, 2 ns an entry, for radix sorts.
+    # Memory: 80% of the datasheet's rate. Arithmetic: half of its int8 rate. Network: 400
+    # Gbit/s, 10 us per message (assumed). Merge: 2 ns per entry (assumed), for radix sorts.
     Host("H100, 400 Gbit/s", 0.8 * CARDS["H100"].read, 0.5 * 1979e12, 10e-6, 400e9 / 8, 2e-9),
 )
 
 
 class Cost(NamedTuple):
-    """Costs after the scan: bytes that a rank receives, and seconds."""
+    """Costs after the scan: bytes received per rank, and seconds."""
 
     received: int
     exchange: float
@@ -55,12 +55,12 @@ class Cost(NamedTuple):
 
 
 def message(B: int, s: int) -> int:
-    """Bytes of B lists of s ids and scores, and a failure flag."""
+    """Bytes of a message: B lists of s ids and scores, and a failure flag."""
     return WORD * (1 + B * s + math.ceil(B * s / 2))
 
 
 def received(B: int, k: int, G: int, completed: int = 0) -> int:
-    """Bytes that a rank receives in a search, if the lists of `completed` queries have to be completed."""
+    """Bytes received per rank in a search with a second exchange for `completed` queries."""
     s = short_list(k, G)
     rest = message(completed, k - s) if completed else 0
     return (G - 1) * (ARGUMENTS + message(B, s) + rest)
@@ -72,24 +72,24 @@ def scan(host: Host, B: int, rows: float, dim: int, row_bytes: int) -> float:
 
 
 def ring(host: Host, G: int, nbytes: int) -> float:
-    """Seconds of an all-gather of messages of so many bytes."""
+    """Seconds of an all-gather of messages of `nbytes` by a ring."""
     return (G - 1) * (host.latency + nbytes / host.bandwidth)
 
 
 def merging(host: Host, B: int, entries: int) -> float:
-    """Seconds of a merge of as many entries a query."""
+    """Seconds of a merge of `entries` entries per query."""
     return math.ceil(B / host.cores) * entries * host.merge
 
 
 def flat(host: Host, B: int, k: int, G: int, scan: float) -> Cost:
-    """One all-gather and one merge, and of the arguments' all-gather what the scan does not cover."""
+    """One all-gather and one merge, plus the arguments' all-gather as far as it exceeds the scan."""
     s = short_list(k, G)
     exchange = max(0.0, ring(host, G, ARGUMENTS) - scan) + ring(host, G, message(B, s))
     return Cost(received(B, k, G), exchange, merging(host, B, G * s))
 
 
 def tree(host: Host, B: int, k: int, G: int, fan_in: int) -> Cost:
-    """Lists are merged on the way up, and the result goes down."""
+    """A tree of merges: lists are merged on the way up, and the result is sent down."""
     nbytes, exchange, merge, below = 0, 0.0, 0.0, 1
     while below < G:
         lists = min(fan_in, math.ceil(G / below))
@@ -108,7 +108,7 @@ def best_tree(host: Host, B: int, k: int, G: int) -> tuple[int, Cost]:
 
 
 def tree_pays_from(host: Host, B: int, k: int, scan: float, share: float) -> int | None:
-    """The least power of two G for which a tree saves more than a share of the search; None: not below 2^16."""
+    """Least power of two G for which a tree saves more than a share of the search; None if not below 2^16."""
     for G in (2**power for power in range(1, 16)):
         if best_tree(host, B, k, G)[1].search(scan) < (1 - share) * flat(host, B, k, G, scan).search(scan):
             return G

@@ -1,7 +1,7 @@
-"""What updates of a table cost, and searches of a table that is updated: `python -m benchmarks.table_updates`.
+"""Cost of updates, and of searches of an updated table: `python -m benchmarks.table_updates`.
 
-Upserts replace random rows. Most append; now and then one moves all rows to a new log, which is the longest of them.
-The searches come one after each upsert, so that each makes its own mask of the rows that are there.
+Upserts replace random rows. Most append to the log; some compact the table, i.e. move all rows to a new log, and take
+longest. One search follows each upsert, so each search makes a new row mask.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import grank_kernels as gk
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Of one run."""
+    """Duration of one call."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 1000, 20_000], help="rows an upsert")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 1000, 20_000], help="rows per upsert")
     parser.add_argument("--updates", type=int, default=60)
     options = parser.parse_args()
 

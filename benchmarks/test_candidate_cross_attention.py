@@ -1,8 +1,8 @@
-"""`candidate_cross_attention` beside torch's attention, forward alone and with the gradient: same inputs, one run.
+"""`candidate_cross_attention` beside torch's attention, forward, and forward with gradient, on equal inputs.
 
-The peers are SDPA, and on a GPU `varlen_attn` and flash-attn (where it is installed), eager and compiled. They get a
-copy of the queries for every user, made beforehand, and need no mask: all histories are of equal length. Results, the
-gradients too, are checked against float64 before they are timed.
+The peers are SDPA, and on a GPU `varlen_attn` and flash-attn (if installed), eager and compiled. They get a copy of the
+queries per user, which is not timed, and need no mask, since all histories have equal length. Results and gradients are
+checked against float64 before they are timed.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import grank_kernels as gk
 from benchmarks.measure import TURNS, measure
 from benchmarks.ranker import DEVICE, Run, check, extra_bytes
 
-pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the compiler
 
 
 class Shape(NamedTuple):
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
         return f"B={self.B} C={self.C} L={self.L} H={self.H} D={self.D}"
 
     def id(self) -> str:
-        """For `pytest -k`."""
+        """The case's id."""
         return f"B{self.B}-C{self.C}-L{self.L}-H{self.H}-D{self.D}"
 
 
@@ -48,13 +48,13 @@ class Problem:
         self.inputs = [torch.randn(B, n, H, D).to(dtype).to(DEVICE).requires_grad_() for n in (C, L, L)]
         self.grad_out = torch.randn(B, C, H, D).to(dtype).to(DEVICE)
         self.plain = self.results(sdpa, self.inputs)
-        # Every user as a batch of its own: float64 SDPA keeps the matrix of its weights.
+        # One user per call, since float64 SDPA stores the weights.
         users = [[x[b : b + 1].detach().double().requires_grad_() for x in self.inputs] for b in range(B)]
         exact = [self.results(sdpa, user, slice(b, b + 1)) for b, user in enumerate(users)]
         self.exact = [torch.cat(parts).cpu() for parts in zip(*exact, strict=True)]
 
     def results(self, attend: Attend, inputs: list[torch.Tensor], users: slice = slice(None)) -> list[torch.Tensor]:
-        """Out and the gradients of q, k and v."""
+        """`out`, and the gradients of q, k and v."""
         out = attend(*inputs)
         grads = torch.autograd.grad(out, inputs, self.grad_out[users].to(out.dtype))
         return [out.detach(), *grads]
@@ -78,7 +78,7 @@ def ragged(module: str, function: str, q: torch.Tensor, k: torch.Tensor, v: torc
 
 
 def compiled(attend: Attend) -> Attend:
-    """Compiled at its first call: the compiler's import takes seconds."""
+    """Compiles on the first call, since importing the compiler takes seconds."""
     once = lru_cache(maxsize=None)(lambda: torch.compile(attend))
     return lambda *inputs: once()(*inputs)
 
@@ -87,7 +87,7 @@ def methods() -> dict[str, tuple[torch.dtype, Attend]]:
     found: dict[str, tuple[torch.dtype, Attend]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         attends: dict[str, Attend] = {"candidate_cross_attention": ours}
-        if DEVICE == "cuda" or dtype != torch.float16:  # torch's float16 is a slow path on CPUs
+        if DEVICE == "cuda" or dtype != torch.float16:  # torch's float16 is slow on CPUs
             attends |= {"SDPA eager": sdpa, "SDPA compiled": compiled(sdpa)}
         if DEVICE == "cuda" and dtype != torch.float32:
             varlen = partial(ragged, "torch.nn.attention.varlen", "varlen_attn")
@@ -103,7 +103,7 @@ METHODS = methods()
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[Shape, torch.dtype], Problem]:
-    """Those of one shape: a dtype each."""
+    """The problems of one shape, one per dtype."""
     return lru_cache(maxsize=3)(Problem)
 
 
@@ -138,7 +138,7 @@ def test_candidate_cross_attention(
 
     run: Run = both if gradient else forward
     got = problem.results(attend, problem.inputs) if gradient else [forward()]
-    # A gradient made from a logarithm of a sum around 8, which is rounded, has 8 roundings more.
+    # A gradient is computed from a rounded lse of about 8: 8 more roundings.
     errors = [
         check(*x, dtype, roundings=1 if i == 0 else 9)
         for i, x in enumerate(zip(got, problem.exact, problem.plain, strict=False))

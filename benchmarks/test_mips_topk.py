@@ -1,9 +1,8 @@
-"""`mips_topk` beside what else finds the k largest inner products: same table, same queries, same threads, one run.
+"""`mips_topk` beside other libraries' searches: equal tables, queries and threads, one run.
 
-Around a case in the middle, N x d rows, 16 queries and k = 100, one of N, d, B and k is varied at a time. Where torch
-sees a GPU, B and k are varied there too, on a larger table. Every method's answer is checked against torch's float32
-scores before it is timed. One that is exact for float32 rows must return the true scores; for the others the share of
-the true k is reported as recall.
+Varies one of N, d, B and k at a time around N x d rows, 16 queries and k = 100. On a GPU, B and k are varied too, over
+a larger table. Every result is checked against torch's float32 scores before it is timed: methods that are exact for
+float32 rows must return the true scores, for others the recall is reported.
 """
 
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from benchmarks import limits
 from benchmarks.measure import TURNS, Latest, available_bytes, measure
 from benchmarks.methods import METHODS, Search
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the peers
 
-TOLERANCE = 1e-4  # of float32 scores around 30
+TOLERANCE = 1e-4  # for float32 scores around 30
 BATCHES = {"cpu": (1, 16, 256), "cuda": (1, 16, 256, 1024)}
 KS = (10, 100, 500, 2000)
 
@@ -35,12 +34,12 @@ class Case(NamedTuple):
         return f"{self.device} {self.N:_} x {self.d} B={self.B} k={self.k}"
 
     def id(self) -> str:
-        """For `pytest -k`."""
+        """The case's id."""
         return f"{self.device}-N{self.N}-d{self.d}-B{self.B}-k{self.k}"
 
 
 def cases(device: str, N: int, d: int) -> list[tuple[Case, bool]]:
-    """Every case, those over the same rows side by side, and whether only the methods of the axes take part."""
+    """(case, whether only the methods with `axes` run), ordered by table."""
     middle = [Case(device, N, d, B) for B in BATCHES[device]] + [Case(device, N, d, k=k) for k in KS if k != 100]
     axes = [Case(device, n, d) for n in (N // 100, N // 10, 10 * N)] + [Case(device, N, w) for w in (d // 4, 4 * d)]
     return [(case, False) for case in middle] + [(case, True) for case in axes if device == "cpu"]
@@ -64,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Problem:
-    """One table, its queries, the true answer, and every method's search over it, built at first use."""
+    """A table, its queries, the true result, and every method's search, built on first use."""
 
     def __init__(self, device: str, N: int, d: int):
         if device == "cpu" and 8 * N * d > available_bytes():
@@ -83,11 +82,11 @@ class Problem:
 
     def _search(self, name: str) -> Search:
         if self.device == "cpu" and 4 * self.N * self.d > available_bytes():
-            pytest.skip(f"{name} over {self.N} x {self.d} rows needs more memory than there is")
+            pytest.skip(f"{name} over {self.N} x {self.d} rows needs more than the available memory")
         return METHODS[self.device][name].build(self.items)
 
     def _recall(self, name: str, B: int, k: int) -> float:
-        """By score: a tie with the k-th is no miss. What is exact for float32 rows must return the true scores."""
+        """Recall by score, so ties with the k-th count. Methods exact for float32 must return the true scores."""
         indices = torch.as_tensor(self.search(name)(self.queries[:B], k)).to(self.device, torch.int64)
         assert indices.shape == (B, k)
         assert all(len(row.unique()) == k for row in indices), "an index stands twice in one answer"
@@ -102,7 +101,7 @@ class Problem:
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[str, int, int], Problem]:
-    """One at a time, with its methods' copies."""
+    """The problems, one in memory at a time."""
     return Latest(Problem)
 
 
@@ -120,7 +119,7 @@ def test_mips_topk(
     problem, method = problems(device, N, d), METHODS[device][name]
     try:
         recall = problem.recall(name, B, k)
-    except torch.OutOfMemoryError as error:  # a (B, N) score matrix, for those who make one
+    except torch.OutOfMemoryError as error:  # methods that store the (B, N) scores
         pytest.skip(f"{name} needs more memory than the GPU has: {error}")
     nbytes = N * d * method.bytes_a_number
     measure(

@@ -1,7 +1,7 @@
-"""Queries a second against recall of the true 100: exact searches, and indexes over their settings.
+"""Queries per second and recall of the true 100: exact searches, and indexes over their settings.
 
-The indexes look at some of the items only. Each is built once, and its one setting is varied. Recall is counted over
-all queries before anything is timed.
+Every index is built once, and one setting of it is varied. Recall is computed over all queries before anything is
+timed.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from benchmarks.measure import TURNS, Latest, measure
 from benchmarks.methods import METHODS, THREADS, Search, peer, scann_builder, scann_search
 from benchmarks.vectors import QUERIES, Vectors, all_vectors
 
-pytestmark = pytest.mark.filterwarnings("default")  # the peers' own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the peers
 
 K = 100
-BATCHES = {1: 32, QUERIES: QUERIES}  # queries a call: queries a round
-Tunable = Callable[[int], Search]  # a setting -> the search that has it
+BATCHES = {1: 32, QUERIES: QUERIES}  # queries per call: queries per round
+Tunable = Callable[[int], Search]  # setting -> search
 
 
 class Index(NamedTuple):
@@ -30,7 +30,7 @@ class Index(NamedTuple):
 
 
 def hnsw(items: torch.Tensor) -> Tunable:
-    """A graph of small worlds, M = 16, efConstruction = 100 (Malkov and Yashunin, arXiv 1603.09320)."""
+    """Small-world graph, M = 16, efConstruction = 100 (Malkov and Yashunin, arXiv 1603.09320)."""
     index = peer("hnswlib", "hnswlib").Index(space="ip", dim=items.shape[1])
     index.init_index(max_elements=len(items), M=16, ef_construction=100, random_seed=0)
     index.add_items(items.numpy(), num_threads=THREADS)
@@ -43,7 +43,7 @@ def hnsw(items: torch.Tensor) -> Tunable:
 
 
 def ivf_pq(items: torch.Tensor) -> Tunable:
-    """Clusters of codes of d / 2 bytes or fewer, four times k of which are scored again."""
+    """Clusters of codes of at most d / 2 bytes; 4 k items are rescored."""
     peer("faiss", "faiss-cpu").omp_set_num_threads(THREADS)
     N, d = items.shape
     parts = max(m for m in range(1, d // 2 + 1) if d % m == 0)
@@ -57,7 +57,7 @@ def ivf_pq(items: torch.Tensor) -> Tunable:
 
 
 def scann_tree(items: torch.Tensor) -> Tunable:
-    """Clusters of anisotropic codes, four times k of which are scored again (Guo et al., arXiv 1908.10396)."""
+    """Clusters of anisotropic codes; 4 k items are rescored (Guo et al., arXiv 1908.10396)."""
     leaves = int(len(items) ** 0.5)
     builder = scann_builder(items, K).tree(num_leaves=leaves, num_leaves_to_search=1, training_sample_size=len(items))
     searcher = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(4 * K).build()
@@ -91,7 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Comparison:
-    """One set of vectors, what is true of it, and every system over it, built at first use."""
+    """A set of vectors, its true results, and every system, built on first use."""
 
     def __init__(self, vectors: Vectors):
         self.vectors = vectors
@@ -108,7 +108,7 @@ class Comparison:
         return built if value is None else built(value)
 
     def _recall(self, name: str, value: int | None) -> float:
-        """Over all queries, by score, so that a tie with the k-th is no miss; -1 stands for nothing found."""
+        """Recall over all queries by score, so ties with the k-th count; -1 is a filler."""
         batch = min(QUERIES, EXACT[name].max_batch) if name in EXACT else QUERIES
         search = self.search(name, value)
         parts = [torch.as_tensor(search(part, K)).long() for part in self.vectors.queries.split(batch)]
@@ -124,7 +124,7 @@ class Comparison:
 
 @pytest.fixture(scope="session")
 def comparisons(request: pytest.FixtureRequest) -> Callable[[str], Comparison]:
-    """One at a time, with all indexes over it."""
+    """The comparisons, one in memory at a time."""
     option = request.config.getoption
     known = all_vectors(min(100_000, option("--bench-n")), option("--bench-d"), option("--bench-run"))
     return Latest(lambda source: Comparison(known[source]()))

@@ -1,9 +1,9 @@
-"""`score_candidates` beside the chain of torch ops it replaces: same operands, same threads, one run.
+"""`score_candidates` beside the torch ops that it replaces: equal operands and threads, one run.
 
-The chain is index_select, attention, linear head: with SDPA, and on a GPU with `varlen_attn` and flash-attn (where it
-is installed), eager, compiled and as a CUDA graph. It gets the folded operands too, and the histories as a dense batch
-made beforehand; it needs no mask where they are of equal length. Every method's scores are checked against float64
-before they are timed, by the rule of the tests: at most twice the error of the eager chain in its dtype.
+The chain is index_select, attention, linear head: with SDPA, and on a GPU with `varlen_attn` and flash-attn (if
+installed), eager, compiled and as a CUDA graph. It gets the folded operands and the histories as a dense batch, which
+is not timed, without a mask if all have equal length. Scores are checked against float64 before they are timed: at
+most twice the error of the eager chain in its dtype, as in the tests.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import grank_kernels as gk
 from benchmarks.measure import TURNS, measure
 from benchmarks.ranker import DEVICE, Run, as_graph, check, extra_bytes
 
-pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the compiler
 
 
 class Shape(NamedTuple):
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
         return f"B={self.B} C={self.C} L={lengths} d={self.d} h={self.h}"
 
     def id(self) -> str:
-        """For `pytest -k`."""
+        """The case's id."""
         return f"B{self.B}-C{self.C}-L{self.L}-d{self.d}-h{self.h}{'-ragged' * self.ragged}"
 
 
@@ -71,7 +71,7 @@ class Problem:
         self.table = lru_cache(maxsize=None)(self._table)
 
     def _table(self, dtype: torch.dtype) -> "tuple[torch.Tensor | gk.ItemTable, torch.Tensor]":
-        """Items of a precision, and the scores in float64 of what it holds."""
+        """A table in a dtype, and the float64 scores of its rows."""
         if dtype != torch.int8:
             return self.rows, self.scores_in_float64(self.rows[self.ids])
         table = gk.ItemTable.from_rows(self.rows.float(), dtype=torch.int8)
@@ -89,12 +89,12 @@ class Problem:
         return torch.stack(scores)
 
     def nbytes(self, itemsize: int) -> int:
-        """Every row of a candidate and of a history read once, ids read, scores written."""
+        """Bytes of candidate rows, histories and ids, read once, and scores, written once."""
         s = self.shape
         return s.B * s.C * (s.d * itemsize + 12) + len(self.flat_keys) * (s.d + s.h) * self.dtype.itemsize
 
     def operations(self) -> int:
-        """Multiplications and additions; an exponential a logit comes on top."""
+        """Multiplications and additions, without one exponential per logit."""
         s = self.shape
         return 2 * s.C * (len(self.flat_keys) * (s.d + s.h) + s.B * s.h * (s.d + 1))
 
@@ -138,18 +138,18 @@ def _ragged(problem: Problem, e: torch.Tensor, attention: Callable[..., torch.Te
 
 
 class Method(NamedTuple):
-    dtype: torch.dtype  # of the operands
-    table: torch.dtype  # of the rows
+    dtype: torch.dtype  # dtype of the operands
+    table: torch.dtype  # dtype of the rows
     build: Callable[[Problem, Any], Run]
 
 
 def methods() -> dict[str, Method]:
-    """By name; those with a graph, `varlen_attn` or flash-attn only where there is a GPU."""
+    """Methods by name; those with a graph, `varlen_attn` or flash-attn only on a GPU."""
     sdpa, varlen, flash = (partial(chain, attend=attend) for attend in (attend_sdpa, attend_varlen, attend_flash))
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         builds: dict[str, Callable[[Problem, Any], Run]] = {"score_candidates": ours}
-        if DEVICE == "cuda" or dtype != torch.float16:  # torch's float16 is a slow path on CPUs
+        if DEVICE == "cuda" or dtype != torch.float16:  # torch's float16 is slow on CPUs
             builds |= {"torch eager": sdpa, "torch compiled": lambda p, rows: torch.compile(sdpa(p, rows))}
         if DEVICE == "cuda" and dtype != torch.float32:
             builds |= {
@@ -171,13 +171,13 @@ METHODS = methods()
 
 @pytest.fixture(scope="session")
 def problems() -> Callable[[Shape, torch.dtype], Problem]:
-    """Those of one shape: a dtype each."""
+    """The problems of one shape, one per dtype."""
     return lru_cache(maxsize=3)(Problem)
 
 
 @pytest.fixture(scope="session")
 def runs(problems: Callable[[Shape, torch.dtype], Problem]) -> Callable[[Shape, str], tuple[Run, float]]:
-    """A method's call, made and checked once, and its error."""
+    """The call of a method, run and checked once, and its error."""
 
     def checked(shape: Shape, name: str) -> tuple[Run, float]:
         dtype, table, build = METHODS[name]
