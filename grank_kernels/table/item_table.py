@@ -3,23 +3,34 @@
 import itertools
 import os
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 
 from grank_kernels.common.arrays import Array
-from grank_kernels.common.checks import FLOATS, check_choice, check_device, check_int, check_tensor
+from grank_kernels.common.arrow import column_parts
+from grank_kernels.common.checks import check_choice, check_device, check_tensor
 from grank_kernels.table import file as table_file
-from grank_kernels.table.quantise import Coarse, basis_for, certify, quantise
+from grank_kernels.table.quantise import Coarse, basis_for
 from grank_kernels.table.row_mask import RowMask
-from grank_kernels.table.versions import Columns, Log, Version, empty, updated
-
-_DTYPES = (*FLOATS, torch.int8)
+from grank_kernels.table.rows import (
+    checked_any_ids,
+    checked_ids,
+    checked_int8,
+    checked_num_rows,
+    checked_rows,
+    converted,
+    converted_parts,
+    reported,
+    with_coarse,
+)
+from grank_kernels.table.versions import Columns, Log, Version, updated
 
 
 class ItemTable:
@@ -53,32 +64,37 @@ class ItemTable:
         ids: Array | None = None,
         dtype: torch.dtype | None = None,
         coarse: torch.dtype | None = None,
+        scales: Array | None = None,
     ) -> "ItemTable":
         """A table with a copy of the rows. The copy has no gradient; a warning says so for rows that require one.
 
         Args:
-            rows: (N, d) float32, float16 or bfloat16.
+            rows: (N, d) float32, float16 or bfloat16, or int8 with `scales`; also a `pyarrow` column of lists of d.
             ids: (N,) int64, unique and not negative, which searches return; None: the positions.
             dtype: float32, float16, bfloat16 or int8; None: the dtype of `rows`. int8 is symmetric by row:
                 `scale = max|row| / 127`, numbers rounded half to even.
             coarse: torch.int8 adds an int8 copy of float rows with an error bound a row. Searches scan the copy and
                 read only the rows that the bound cannot rule out: the result is bit for bit that without a copy, in the
                 time of an int8 search. Rows with infinities or NaN are always read.
+            scales: (N,) float32, finite and 0 or more, for rows that are int8 already: row i is `scales[i] * rows[i]`.
 
         Raises:
             TypeError: an argument is not a tensor or array with strided memory.
             ValueError: a dtype or shape does not fit, ids repeat or are negative, or rows for int8 hold NaN or
                 infinity.
         """
-        rows, dtype = _checked_rows(rows, dtype)
+        if scales is None:
+            rows, dtype = checked_rows(rows, dtype)
+        else:
+            rows, scales, dtype = checked_int8(rows, scales, dtype)
         if coarse not in (None, torch.int8) or (coarse is not None and dtype == torch.int8):
             raise ValueError(f"coarse must be None, or torch.int8 with float rows, got {coarse} with {dtype} rows")
         if ids is not None:
-            ids = _checked_ids(ids, rows.shape[:1], rows.device)
-        columns, basis = _converted(rows, ids, dtype), None
+            ids = checked_ids(ids, rows.shape[:1], rows.device)
+        columns, basis = converted(rows, ids, dtype, scales), None
         if coarse is not None:
             basis = basis_for(columns.rows)
-            columns = _with_coarse(columns, basis)
+            columns = with_coarse(columns, basis)
         return cls(Version(columns, len(rows), basis))
 
     # ---- files ----
@@ -126,7 +142,7 @@ class ItemTable:
         columns, basis, mapping = table_file.read(path, mmap, verify, part)
         if columns.ids is not None and mapping is None:
             try:
-                _checked_ids(columns.ids, None, columns.ids.device)
+                checked_ids(columns.ids, None, columns.ids.device)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)} is malformed: {error}") from None
         return cls(Version(columns, len(columns.rows), basis, mapping=mapping))
@@ -136,17 +152,20 @@ class ItemTable:
         path: str | os.PathLike[str],
         parts: Iterable[Array],
         *,
-        num_rows: int,
+        num_rows: int | None = None,
         dtype: torch.dtype | None = None,
+        column: str | None = None,
         progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
         """Writes a table larger than memory from parts of its rows; their positions are the ids.
 
         Args:
             path: the file, written as by `save`.
-            parts: tensors (n, d), as `from_rows` takes them.
-            num_rows: number of rows in all parts.
+            parts: tensors (n, d), as `from_rows` takes them; or a `pyarrow` Dataset or Table, for example
+                `pyarrow.dataset.dataset("folder")` over Parquet files, of which one batch is in memory at a time.
+            num_rows: number of rows in all parts; a Dataset or Table knows it.
             dtype: as for `from_rows`; None: the dtype of the first part.
+            column: the column of a Dataset or Table; None: its only column of lists.
             progress: called after every part with (rows written, `num_rows`).
 
         Raises:
@@ -155,17 +174,23 @@ class ItemTable:
             ValueError: `from_rows` would refuse a part, parts differ in width, or `num_rows` is not their number of
                 rows.
         """
-        num_rows = _checked_num_rows(num_rows)
-        converted = _converted_parts(parts, dtype)
+        columns = column_parts(parts, column)
+        if columns is not None:
+            parts, count = columns
+            num_rows = count if num_rows is None else num_rows
+        elif column is not None:
+            raise ValueError(f"column must be None unless parts are a Dataset or Table of pyarrow, got {column!r}")
+        num_rows = checked_num_rows(num_rows)
+        converted = converted_parts(parts, dtype)
         first = next(converted, None)
         if first is None:
             raise ValueError("parts must hold at least one tensor (n, d), where n may be 0, got none")
         shapes = first.map(lambda x: x.new_empty((num_rows, *x.shape[1:]), device="meta"))
-        table_file.write(path, shapes, _reported(itertools.chain([first], converted), num_rows, progress))
+        table_file.write(path, shapes, reported(itertools.chain([first], converted), num_rows, progress))
 
     # ---- updates ----
 
-    def upsert(self, ids: Array, rows: Array) -> None:
+    def upsert(self, ids: Array, rows: Array, *, scales: Array | None = None) -> None:
         """Inserts rows, and replaces rows of the same ids.
 
         The amortised cost is proportional to the number of rows given. The first update copies the table, to have room
@@ -173,7 +198,8 @@ class ItemTable:
 
         Args:
             ids: (n,) int64, unique and not negative.
-            rows: (n, d) float32, float16 or bfloat16, converted to the table's dtype.
+            rows: (n, d) float32, float16 or bfloat16, converted to the table's dtype; or int8 with `scales`.
+            scales: as for `from_rows`, of an int8 table.
 
         Raises:
             TypeError: an argument is not a tensor or array with strided memory.
@@ -181,24 +207,30 @@ class ItemTable:
             MemoryError: there is no room for the rows. The table is unchanged.
         """
         self._check_updatable()
-        rows, _ = _checked_rows(rows, self.dtype)
+        if scales is None:
+            rows, _ = checked_rows(rows, self.dtype)
+        elif self.dtype == torch.int8:
+            rows, scales, _ = checked_int8(rows, scales, torch.int8)
+        else:
+            raise ValueError(f"scales must be None for {self.dtype} tables: pass rows.float() * scales[:, None]")
         if rows.shape[1] != self.dim or rows.device != self.device:
             raise ValueError(f"rows must be (n, {self.dim}) on {self.device}, got {tuple(rows.shape)} on {rows.device}")
-        ids = _checked_ids(ids, rows.shape[:1], rows.device)
+        ids = checked_ids(ids, rows.shape[:1], rows.device)
         if not len(ids):
             return
-        added = _converted(rows, ids, self.dtype)
+        added = converted(rows, ids, self.dtype, scales)
         if self._version.coarse is not None:
-            added = _with_coarse(added, self._version.basis)
+            added = with_coarse(added, self._version.basis)
         with self._writing:
             old = self._version.find(ids)
             self._update(added, deleted=old[old < self._version.size])
 
-    def remove(self, ids: Array) -> None:
+    def remove(self, ids: Array, *, missing: str = "raise") -> None:
         """Deletes rows.
 
         Args:
             ids: (n,) int64, unique.
+            missing: "raise" for an error where an id is not in the table, or "ignore".
 
         Raises:
             TypeError: ids is not a tensor or array.
@@ -207,11 +239,18 @@ class ItemTable:
             MemoryError: there is no room for the update. The table is unchanged.
         """
         self._check_updatable()
-        ids = _checked_ids(ids, None, self.device)
+        check_choice("missing", missing, ("raise", "ignore"))
+        ids = checked_ids(ids, None, self.device)
         if not len(ids):
             return
         with self._writing:
-            deleted = _known(self._version, ids)
+            if missing == "ignore":
+                positions = self._version.find(ids)
+                deleted = positions[positions < self._version.size]
+            else:
+                deleted = _known(self._version, ids)
+            if not len(deleted):
+                return
             self._update(self._version.columns.map(lambda x: x[:0]), deleted)
 
     def snapshot(self) -> "ItemTable":
@@ -300,14 +339,45 @@ class ItemTable:
             TypeError: ids is not a tensor or array.
             ValueError: ids are not int64, or one is not in the table; or the table's file was changed in place.
         """
-        ids = _ids("ids", ids)
-        check_device("ids", ids, "the table", self.device)
-        version = self._version
-        version.check_unchanged()
-        positions = _known(version, ids)
+        version, positions = self._at(ids)
         rows, row_scale, *_ = version.columns
         picked = rows[positions].float()
         return picked if row_scale is None else picked * row_scale[positions][..., None]
+
+    def int8_rows(self, ids: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stored numbers (*ids.shape, d) int8 and scales (*ids.shape,) float32 of an int8 table.
+
+        Raises:
+            ValueError: as `rows`, or the table is not int8.
+        """
+        version, positions = self._at(ids)
+        rows, scales, *_ = version.columns
+        if scales is None:
+            raise ValueError(f"the table must be int8, got {self.dtype}: rows(ids) returns its rows")
+        return rows[positions], scales[positions]
+
+    def _at(self, ids: Array) -> tuple[Version, torch.Tensor]:
+        """The current version, and the positions in it of ids, all of which must be there."""
+        ids = checked_any_ids("ids", ids)
+        check_device("ids", ids, "the table", self.device)
+        version = self._version
+        version.check_unchanged()
+        return version, _known(version, ids)
+
+    def __contains__(self, id: SupportsIndex) -> bool:
+        version = self._version
+        one = torch.tensor([index(id)], device=self.device)
+        return bool(version.find(one)[0] < version.size)
+
+    def __getitem__(self, ids: "int | np.integer[Any] | Array") -> torch.Tensor:
+        """The row (d,) float32 of one id, or the rows of ids as `rows`; KeyError for one id that is not there."""
+        if not isinstance(ids, (int, np.integer)):
+            return self.rows(ids)
+        if ids not in self:
+            raise KeyError(int(ids))
+        return self.rows(torch.tensor(int(ids), device=self.device))
+
+    __iter__ = None  # `table[0]`, `table[1]`, ... would be taken for a sequence
 
     def __repr__(self) -> str:
         ids = ", ids" if self._version.columns.ids is not None else ""
@@ -397,105 +467,5 @@ def _known(version: Version, ids: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-def _converted(rows: torch.Tensor, ids: torch.Tensor | None, dtype: torch.dtype) -> Columns:
-    """Copies of checked rows and ids, in the table's dtype."""
-    rows = rows.detach()
-    ids = None if ids is None else ids.clone(memory_format=torch.contiguous_format)
-    if dtype != torch.int8:
-        return Columns(empty(rows.shape, dtype, rows.device).copy_(rows), None, ids)
-    numbers = empty(rows.shape, torch.int8, rows.device)
-    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for part in _parts(rows):
-        numbers[part], scale[part] = quantise(rows[part].float())
-    if not bool(scale.isfinite().all()):
-        row = int((~scale.isfinite()).nonzero()[0])
-        raise ValueError(f"rows must be finite for int8, got NaN or infinity in row {row}")
-    return Columns(numbers, scale, ids)
-
-
-def _with_coarse(columns: Columns, basis: torch.Tensor | None) -> Columns:
-    """The columns with a certified int8 copy of the float rows."""
-    rows = columns.rows
-    numbers = empty(rows.shape, torch.int8, rows.device)
-    scale, error = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(2))
-    for part in _parts(rows):
-        numbers[part], scale[part], error[part] = certify(rows[part], basis)
-    return columns._replace(coarse_rows=numbers, coarse_scale=scale, coarse_error=error)
-
-
-def _converted_parts(parts: Iterable[Array], dtype: torch.dtype | None) -> Iterator[Columns]:
-    width = None
-    for part in parts:
-        rows, dtype = _checked_rows(part, dtype)
-        width = rows.shape[1] if width is None else width
-        if rows.shape[1] != width:
-            raise ValueError(f"parts must have the width of the first one, {width}, got rows {tuple(rows.shape)}")
-        yield _converted(rows, None, dtype)
-
-
-def _reported(parts: Iterable[Columns], total: int, progress: Callable[[int, int], object]) -> Iterator[Columns]:
-    """The parts; `progress` is called when the next part is requested."""
-    done = 0
-    for part in parts:
-        yield part
-        done += len(part.rows)
-        progress(done, total)
-
-
-def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows of which float32 copies take 1 MB.
-
-    Such copies stay in a cache: 0.4 of the processor time of copies of 16 MB (measured: int8 rows of 16, a Xeon with
-    AMX).
-    """
-    step = max(1, (1 << 18) // max(1, rows.shape[1]))
-    for start in range(0, len(rows), step):
-        yield slice(start, start + step)
-
-
 def _megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.3g} GB"
-
-
-def _checked_rows(rows: object, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
-    """Rows, and the dtype to store them in."""
-    rows = check_tensor("rows", rows, FLOATS, (2,))
-    if rows.is_meta:
-        raise ValueError("rows must have data, got a tensor on the meta device")
-    if rows.requires_grad and torch.is_grad_enabled():
-        warnings.warn(
-            "rows require a gradient, and an ItemTable is a copy without one: for a gradient search the tensor itself, "
-            "otherwise pass rows.detach()",
-            UserWarning,
-            stacklevel=3,
-        )
-    dtype = rows.dtype if dtype is None else dtype
-    check_choice("dtype", dtype, _DTYPES)
-    return rows, dtype
-
-
-def _ids(name: str, ids: object) -> torch.Tensor:
-    """An int64 tensor of any shape."""
-    return check_tensor(name, ids, (torch.int64,), tuple(range(getattr(ids, "ndim", 0) + 1)))
-
-
-def _checked_ids(ids: object, shape: tuple[int, ...] | None, device: torch.device) -> torch.Tensor:
-    """Unique ids (n,), of the given shape if that is not None."""
-    ids = check_tensor("ids", ids, (torch.int64,), (1,))
-    if shape is not None and ids.shape != shape:
-        raise ValueError(f"ids must be {tuple(shape)}, one a row, got {tuple(ids.shape)}")
-    check_device("ids", ids, "rows", device)
-    by_id = ids.sort().values
-    repeated = by_id[1:][by_id[1:] == by_id[:-1]]
-    if len(repeated):
-        raise ValueError(f"ids must be unique, got {int(repeated[0])} more than once")
-    if len(by_id) and int(by_id[0]) < 0:
-        raise ValueError(f"ids must not be negative, got {int(by_id[0])}; -1 marks places without a result")
-    return ids
-
-
-def _checked_num_rows(num_rows: Any) -> int:
-    checked = int(check_int("num_rows", num_rows, 0))
-    if checked >= table_file.MOST:
-        raise ValueError(f"num_rows must be below 2^40, got {checked}")
-    return checked
