@@ -73,7 +73,9 @@ def test_import_and_search_load_little_and_do_not_warn() -> None:
 
 
 def test_the_package_as_a_program_lists_the_backends() -> None:
-    done = run_python("import runpy; runpy.run_module('grank_kernels', run_name='__main__')")
+    done = run_python(
+        "import runpy, sys; sys.argv[1:] = ['doctor']; runpy.run_module('grank_kernels', run_name='__main__')"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"grank_kernels {gk.__version__}\n")
     assert "backend cpu: can run" in done.stdout
