@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Train recommenders, evaluate them and retrieve with them.",
     epilog="Exit status: 0 done, 1 error, 2 wrong usage, 130 interrupted. GRANK_TRACEBACK=1 shows an error's origin.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes longer to import than all else that help needs
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -147,6 +147,17 @@ def evaluate(folder: Run, as_json: AsJson = False, data_changed: DataChanged = F
     from grank_kernels.recommender.training.run import evaluate_run
 
     _print_report(evaluate_run(folder, data_changed=data_changed, compare=True), as_json)
+
+
+@app.command()
+def refresh(
+    folder: Folder,
+    items: Annotated[Path, typer.Option(help="File of all items to offer from now on, perhaps with their titles.")],
+) -> None:
+    """Set the items that a run or an export recommends, without training: others stay in histories only."""
+    from grank_kernels.recommender.cli.recommending import offer
+
+    offer(folder, items)
 
 
 @app.command()

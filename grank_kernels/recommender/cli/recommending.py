@@ -18,6 +18,7 @@ from grank_kernels.recommender.data.interactions import Interactions
 from grank_kernels.recommender.serving.catalogue import Catalogue
 from grank_kernels.recommender.serving.retriever import Retriever
 from grank_kernels.recommender.serving.users import Users
+from grank_kernels.recommender.training.run_folder import ITEMS
 
 if TYPE_CHECKING:
     from grank_kernels.recommender.training.experiment import Experiment
@@ -95,6 +96,36 @@ def _among(catalogue: Catalogue, path: Path) -> Tensor:
     if len(known) < len(texts):
         note(f"{len(texts) - len(known):,} of {len(texts):,} items of {path} are not in the catalogue of the model")
     return found
+
+
+def offer(folder: Path, items: Path) -> None:
+    """Write the items of a file as the offered ones of a run or an export, and their titles if it has such.
+
+    Raises:
+        FileNotFoundError: the folder holds no catalogue.
+        ValueError: an item that the model does not know: without events it has no vector.
+    """
+    from grank_kernels.recommender.data.own_file import has_titles, read_ids, read_titles
+
+    catalogue = Catalogue.load(folder / ITEMS)
+    texts = set(read_ids(items))
+    known = [str(name) for name in catalogue.ids.tolist()]
+    new = sorted(texts.difference(known))
+    if new:
+        raise ValueError(
+            f"{items} must hold items of the model, got {len(new):,} others, e.g. {new[0]}: an item without events "
+            "cannot be placed; leave it out, or train again with its events"
+        )
+    before = np.ones(len(known), bool) if catalogue.offered is None else catalogue.offered
+    offered = np.array([name in texts for name in known], bool)
+    titles = catalogue.titles
+    if has_titles(items):
+        found = read_titles(items, catalogue.ids)
+        old = titles or [f"item {name}" for name in known]
+        titles = tuple(found.get(name, other) for name, other in zip(catalogue.ids.tolist(), old, strict=True))
+    Catalogue(catalogue.ids, titles, offered).save(folder / ITEMS)
+    added, removed = int((offered & ~before).sum()), int((before & ~offered).sum())
+    print(f"{int(offered.sum()):,} of {len(known):,} items are offered: {added:,} added, {removed:,} removed")
 
 
 # ---- output ----

@@ -207,6 +207,14 @@ def read_ids(path: str | Path) -> list[str]:
     return list(found)
 
 
+def has_titles(path: str | Path) -> bool:
+    """Whether a file of items has a column of titles."""
+    try:
+        return all("title" in formatted(file, {}, (), ("item", "title")).roles for file in files_of(path))
+    except ValueError:  # a list of ids
+        return False
+
+
 class _Reading:
     """Columns of the files so far, and counts."""
 

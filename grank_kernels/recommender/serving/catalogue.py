@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from grank_kernels.common.atomic_files import replace_file
+
 _INT64 = np.iinfo(np.int64)
 _UINT64 = np.iinfo(np.uint64)
 
@@ -17,23 +19,31 @@ class Catalogue:
     Attributes:
         ids: (N,) int64, uint64 if one of them is 2^63 or more, or strings.
         titles: N strings, or None.
+        offered: (N,) bool, the items that may be recommended, or None for all; `grank refresh` sets it.
         missing: what `of` returns for item number -1: "" where ids are strings; else -1, or the next smaller integer
             that is no id.
     """
 
-    def __init__(self, ids: npt.ArrayLike, titles: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, ids: npt.ArrayLike, titles: Sequence[str] | None = None, offered: npt.ArrayLike | None = None
+    ) -> None:
         """Checks the ids.
 
         Args:
             ids: (N,), unique: integers that all fit int64 or all fit uint64, or strings other than "".
             titles: N strings, or None.
+            offered: (N,) bool, or None.
 
         Raises:
             TypeError: ids other than integers and strings, titles other than a sequence of strings.
-            ValueError: ids that repeat, are "" or are out of range, titles of another number.
+            ValueError: ids that repeat, are "" or are out of range, titles or `offered` of another number.
         """
         self.ids = _narrowest("ids", _checked("ids", ids))
         self.titles = None if titles is None else _checked_titles(titles, len(self.ids))
+        self.offered = None if offered is None else np.asarray(offered)
+        if self.offered is not None and (self.offered.dtype != bool or self.offered.shape != (len(self.ids),)):
+            got = f"{self.offered.dtype} {self.offered.shape}"
+            raise ValueError(f"offered must be bool ({len(self.ids)},), one entry an item, got {got}")
         self._order = self.ids.argsort(kind="stable")
         self._by_id = self.ids[self._order]
         repeated = self._by_id[1:][self._by_id[1:] == self._by_id[:-1]]
@@ -93,16 +103,18 @@ class Catalogue:
         return str(name) if self.titles is None else self.titles[number]
 
     def save(self, path: Path) -> None:
-        """Write a Parquet file with a column `id`, and a column `title` if there are titles."""
+        """Write a Parquet file with a column `id`, and columns `title` and `offered` if there are such."""
         import pyarrow
         from pyarrow import parquet
 
         columns = {"id": self.ids} | ({} if self.titles is None else {"title": self.titles})
-        parquet.write_table(pyarrow.table(columns), path)
+        columns |= {} if self.offered is None else {"offered": self.offered}
+        with replace_file(path) as file:
+            parquet.write_table(pyarrow.table(columns), file)
 
     @classmethod
     def load(cls, path: Path) -> "Catalogue":
-        """Read a file of `save`, or any Parquet file with a column `id` and perhaps `title`.
+        """Read a file of `save`, or any Parquet file with a column `id` and perhaps `title` and `offered`.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -113,9 +125,11 @@ class Catalogue:
 
         try:
             with parquet.ParquetFile(path) as file:
-                table = file.read([name for name in ("id", "title") if name in file.schema_arrow.names])
+                table = file.read([name for name in ("id", "title", "offered") if name in file.schema_arrow.names])
             ids = table.column("id").to_numpy()
-            return cls(ids, table.column("title").to_pylist() if "title" in table.column_names else None)
+            columns = table.column_names
+            titles = table.column("title").to_pylist() if "title" in columns else None
+            return cls(ids, titles, table.column("offered").to_numpy() if "offered" in columns else None)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} does not exist") from None
         except (pyarrow.ArrowException, KeyError, OSError, OverflowError, TypeError, ValueError) as error:

@@ -139,13 +139,15 @@ def retrieve_all(
     paths = [folder / f"part-{number:06}.parquet" for number in range(len(parts))]
     with _claimed(folder, asked, ranks):
         _together(ranks, "comparing requests", lambda: _compare(folder / MANIFEST, asked))
-        for path, part, found in _parts(serving, users.histories, parts, paths, request, ranks, progress):
+        search = partial(serving.best, allow=retriever.offered)
+        for path, part, found in _parts(serving, search, users.histories, parts, paths, request, ranks, progress):
             _together(ranks, "writing", partial(_write, path, users.ids[part.numpy()], found, retriever.catalogue))
     return paths
 
 
 def _parts(
     serving: Serving,
+    search: Callable[..., Best],
     histories: Histories,
     parts: Sequence[Tensor],
     paths: Sequence[Path],
@@ -167,7 +169,7 @@ def _parts(
         found = []
         for start in range(0, len(parts[0]), request.batch):  # the first part is the longest
             batch = part[start : start + request.batch]
-            found.append(serving.best(histories.select(batch), request.k1, request.k2, shards))
+            found.append(search(histories.select(batch), request.k1, request.k2, shards))
             done += len(batch)
             progress(done, total)
         yield None if number is None else paths[number], part, found
@@ -272,6 +274,7 @@ def _described(serving: Serving, catalogue: Catalogue, users: Users, request: Re
         "columns": list(COLUMNS),
         "users": len(users.ids),
         "items": len(catalogue),
+        **({} if catalogue.offered is None else {"offered": _checksum(ids=catalogue.offered)}),
         "dtype": str(serving.table.dtype).removeprefix("torch."),
         **asdict(request),
         "checksum_of_model": _checksum(serving.model.state_dict().values(), table, ids=catalogue.ids),

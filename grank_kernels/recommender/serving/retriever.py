@@ -230,6 +230,9 @@ class Retriever:
             histories = self.histories(histories)
         if allow is not None:
             allow = check_operand("allow", allow, (torch.bool,), "(N,)", (len(self.catalogue),)).to(self._device)
+        offered = self.offered
+        if offered is not None:
+            allow = offered if allow is None else allow & offered
         best = self._serving.best(histories, k1, k2, allow=allow)  # one version, whatever `refresh` publishes meanwhile
         return Retrieved(best.values, self.catalogue.of(best.indices.numpy()), best.popular)
 
@@ -306,6 +309,12 @@ class Retriever:
             repeated = np.delete(np.arange(len(numbers)), first)[0]
             raise ValueError(f"ids must be unique, got {given[repeated]!r} more than once")
         return numbers
+
+    @property
+    def offered(self) -> Tensor | None:
+        """(N,) bool on the table's device: the items that the catalogue offers; None for all."""
+        offered = self.catalogue.offered
+        return None if offered is None else torch.tensor(offered, device=self._device)
 
     @property
     def current(self) -> Serving:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -155,6 +156,26 @@ def test_all_users_in_one_file(kind: str, walks: Path, tmp_path: Path) -> None:
     one = call("recommend", walks / "run", "--user", "u01", "--k2", 3).splitlines()[1:]
     assert table.column("item").to_pylist()[3:6] == [line.split()[2] for line in one]
     assert table.column("title").to_pylist()[3:6] == [line.split("  ")[-1] for line in one]
+
+
+def test_refresh_offers_other_items_without_training(
+    walks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, items = tmp_path / "run", tmp_path / "new.csv"
+    shutil.copytree(walks / "run", run)
+    items.write_text("item,title\nB30,New title\nB31,Other\n")
+    assert call("refresh", run, "--items", items) == "2 of 40 items are offered: 0 added, 38 removed\n"
+    lines = call("recommend", run, "--user", "u01").splitlines()
+    assert {line.split()[2] for line in lines[1:]} == {"B30", "B31"}
+    assert "14 items seen, last: Title 18, é" in lines[0]  # histories keep what is no longer offered
+    assert "New title" in "\n".join(lines)
+    call("recommend", run, "--all-users", "--out", tmp_path / "all", "-q")
+    assert set(parquet.read_table(tmp_path / "all")["items"].combine_chunks().flatten().to_pylist()) == {"B30", "B31"}
+    items.write_text("B30\nB32\n")
+    assert call("refresh", run, "--items", items) == "2 of 40 items are offered: 1 added, 1 removed\n"
+    items.write_text("B30\nB77\n")
+    error = fails(capsys, monkeypatch, "refresh", run, "--items", items)
+    assert "got 1 others, e.g. B77: an item without events cannot be placed" in error
 
 
 def test_evaluate_prints_a_table_or_json(walks: Path) -> None:
