@@ -184,6 +184,8 @@ def _write(out: Any, values: torch.Tensor, indices: torch.Tensor) -> TopK:
                 f"out's {name} must be {computed.dtype} {shape_of(computed)} on {computed.device}, "
                 f"got {given.dtype} {shape_of(given)} on {given.device}"
             )
+        if not torch.compiler.is_compiling() and torch._debug_has_internal_overlap(given) == 1:
+            raise ValueError(f"out's {name} must have memory for each element, got an expanded tensor")
         given.copy_(computed)
     return TopK(out[0], out[1])
 

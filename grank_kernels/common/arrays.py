@@ -42,14 +42,17 @@ def as_tensor(name: str, x: Any) -> Any:
     """A tensor over the memory of an array or tensor; anything else is returned as it is.
 
     Raises:
-        TypeError: a NumPy dtype that torch lacks, or a tensor whose elements are not in strided memory of its own:
-            sparse, nested, a subclass with its own operations (DTensor, ...). The message names the argument.
+        TypeError: a masked array, a NumPy dtype that torch lacks, or a tensor whose elements are not in strided memory
+            of its own: sparse, nested, a subclass with its own operations (DTensor, ...). The message names the
+            argument.
         ValueError: an array with negative strides or foreign byte order, or a tensor whose storage was freed.
     """
     if isinstance(x, torch.Tensor):
         return x if torch.compiler.is_compiling() else readable(name, x)
     try:
         if isinstance(x, np.ndarray):
+            if isinstance(x, np.ma.MaskedArray):
+                raise TypeError("a masked array would lose its mask: call .filled() or .compressed()")
             return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writable(x)))
         return torch.utils.dlpack.from_dlpack(x) if hasattr(x, "__dlpack__") else x
     except ValueError as error:

@@ -21,7 +21,7 @@ from typing import IO
 _SUFFIX = ".partial"
 _LONGEST_STEM = 200  # bytes: with the random part and the suffix below the usual limit of a name, 255
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
-_NO_FLOCK = _NO_FSYNC | {errno.ENOLCK, errno.EBADF}  # EBADF: a folder on NFS, which locks what is open for writing
+NO_FLOCK = _NO_FSYNC | {errno.ENOLCK, errno.EBADF}  # EBADF: a folder on NFS, which locks what is open for writing
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             and its folder could not be brought to disk. The error names `path`.
         KeyboardInterrupt: `path` is the old or the new file, and complete.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     with _named(path):
         mode = _mode(path)
         temporary, file = _locked_file(path, mode)
@@ -179,7 +179,7 @@ def _lock(descriptor: int, path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in _NO_FLOCK:
+        if error.errno not in NO_FLOCK:
             raise
         _warn(path, "has no file locks: what killed processes leave (.*.partial) must be deleted by hand", error)
 

@@ -146,6 +146,9 @@ def _exclusions_of_list(entries: list[Any], B: int, device: torch.device, rows: 
         if isinstance(entry, (list, tuple)):
             if not all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in entry):
                 raise TypeError(f"exclude[{b}] must hold ints, got {list(entry)}")
+            beyond = next((x for x in map(int, entry) if not -(1 << 63) <= x < 1 << 63), None)
+            if beyond is not None:
+                raise ValueError(f"exclude[{b}] must hold ids below 2^63, got {beyond}")
             ids.append(torch.tensor(entry, dtype=torch.int64, device=device))
         else:
             ids.append(check_tensor(f"exclude[{b}]", entry, (torch.int64,), (1,)))

@@ -21,7 +21,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
         for name in BACKENDS:
             if supports(op, name, *tensors):
                 return name
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be {one_of([None, *map(repr, BACKENDS)])}, got {backend!r}")
     reason = _unsupported(op, backend, tensors)
     if reason is not None:

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from grank_kernels.common.atomic_files import replace_file
+from grank_kernels.common.checks import check_int
 from grank_kernels.table.mapping import Mapping, streamed
 from grank_kernels.table.versions import PART_BYTES, Columns, empty
 
@@ -137,13 +138,17 @@ def read(
 
     Raises:
         OSError: the file does not exist or cannot be read or mapped.
-        ValueError: the file is not a table of this version; the message says why.
+        TypeError: `path` is not a path, or `part` not a pair of ints.
+        ValueError: the file is not a table of this version, or `part` is invalid; the message says why.
     """
+    path = os.fsdecode(path)
+    if part is not None:
+        part = _checked_part(part)
     with open(path, "rb", buffering=0) as file:
         try:
             start, layout, checksums = _parsed(file)
             maps = (mapped or part is not None) and layout["rows"].shape[0] > 0
-            mapping = Mapping(file, os.fspath(path)) if maps else None
+            mapping = Mapping(file, path) if maps else None
             tensors = {}
             for name, entry in layout.items():
                 stays = mapped and (name == "rows" or "coarse_rows" not in layout)
@@ -164,9 +169,18 @@ def read(
                     tensors[name] = x if stays else empty(tuple(x.shape), x.dtype, x.device).copy_(x)
             _check_values(tensors)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} {error}") from None
+            raise ValueError(f"{path} {error}") from None
     basis = tensors.pop(_BASIS, None)
     return Columns(**tensors), basis, mapping if mapped else None
+
+
+def _checked_part(part: Any) -> tuple[int, int]:
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise TypeError(f"part must be a pair of ints (r, n), got {part!r}")
+    r, n = check_int("part's r", part[0], 0), check_int("part's n", part[1], 1)
+    if r >= n:
+        raise ValueError(f"part must be (r, n) with 0 <= r < n, got {part}")
+    return r, n
 
 
 def _part(x: torch.Tensor, r: int, n: int) -> torch.Tensor:

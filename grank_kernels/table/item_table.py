@@ -134,11 +134,10 @@ class ItemTable:
 
         Raises:
             OSError: the file does not exist or cannot be read or mapped.
+            TypeError: `path` is not a path, or `part` not a pair of ints.
             ValueError: the file is not a table, of another version, truncated or corrupted, or `part` is invalid; the
                 message says which. Unique ids are not checked with `mmap`: that would take as much memory.
         """
-        if part is not None and not 0 <= part[0] < part[1]:
-            raise ValueError(f"part must be (r, n) with 0 <= r < n, got {part}")
         columns, basis, mapping = table_file.read(path, mmap, verify, part)
         if columns.ids is not None and mapping is None:
             try:

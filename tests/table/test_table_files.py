@@ -126,3 +126,28 @@ def test_impossible_numbers_of_rows(error: type[Exception], message: str, num_ro
     with pytest.raises(error, match=message):
         gk.ItemTable.write(tmp_path / "table", [torch.ones(4, 3)], num_rows=num_rows)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "part"),
+    [
+        (ValueError, r"part must be \(r, n\) with 0 <= r < n, got \(2, 2\)", (2, 2)),
+        (ValueError, "part's r must be 0 or more, got -1", (-1, 2)),
+        (ValueError, "part's n must be 1 or more, got 0", (0, 0)),
+        (TypeError, "part's n must be an int, got float 2.5", (0, 2.5)),
+        (TypeError, r"part must be a pair of ints \(r, n\), got \(0, 1, 2\)", (0, 1, 2)),
+        (TypeError, r"part must be a pair of ints \(r, n\), got '01'", "01"),
+    ],
+)
+def test_parts_that_no_table_has(error: type[Exception], message: str, part: Any, tmp_path: Path) -> None:
+    table_of(5, 3, "float32").save(tmp_path / "table")
+    with pytest.raises(error, match=message):
+        gk.ItemTable.load(tmp_path / "table", part=part)
+
+
+def test_paths_of_bytes_are_paths_and_file_descriptors_are_not(tmp_path: Path) -> None:
+    table, path = table_of(5, 3, "float32"), os.fsencode(tmp_path / "table")
+    table.save(path)  # type: ignore[arg-type]  # os.PathLike[str] in the signature: str is the usual one
+    assert_equal_tables(gk.ItemTable.load(path), table)  # type: ignore[arg-type]
+    with open(path, "rb") as file, pytest.raises(TypeError, match="expected str, bytes or os"):
+        gk.ItemTable.load(file.fileno())  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of a run, or one that `grank export` wrote.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads (default: torch's own).")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Number of torch threads (default: torch's own).")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the table: float32 (default), bfloat16 or int8.")]
 DataChanged = Annotated[
     bool,

@@ -340,6 +340,7 @@ class Retriever:
 
         Raises:
             FileExistsError: there is a file, or a folder that is not empty.
+            OSError: a file cannot be written; the folder does not appear.
             ValueError: the retriever was made without an experiment, which has the settings.
         """
         if self.experiment is None:
@@ -347,7 +348,10 @@ class Retriever:
         serving = self._serving
         with create_folder(folder) as new:
             self.experiment.save(new / EXPERIMENT)
-            save_file({name: x.contiguous() for name, x in serving.model.state_dict().items()}, new / _WEIGHTS)
+            try:
+                save_file({name: x.contiguous() for name, x in serving.model.state_dict().items()}, new / _WEIGHTS)
+            except SafetensorError as error:
+                raise OSError(f"{folder}: cannot write {_WEIGHTS}: {error}") from None
             serving.table.save(new / _TABLE)
             self.catalogue.save(new / ITEMS)
 

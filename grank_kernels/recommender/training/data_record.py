@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow
 import torch
 import xxhash
@@ -14,6 +13,7 @@ from pyarrow import parquet
 
 from grank_kernels.common.atomic_files import replace_file, write_text
 from grank_kernels.recommender.data import Interactions, Split
+from grank_kernels.recommender.data.columns import checked_ids
 from grank_kernels.recommender.training.checkpoint import update_digest
 from grank_kernels.recommender.training.run_folder import DATA, ITEMS
 
@@ -169,7 +169,6 @@ def _renumbered(interactions: Interactions, item_ids: list[Any]) -> Interactions
     kept = items >= 0
     counts = torch.bincount(interactions.users[kept], minlength=interactions.num_users)
     present = counts > 0
-    ids: npt.NDArray[Any] = np.asarray(item_ids)
     return replace(
         interactions,
         items=items[kept],
@@ -178,5 +177,5 @@ def _renumbered(interactions: Interactions, item_ids: list[Any]) -> Interactions
         behaviours=None if interactions.behaviours is None else interactions.behaviours[kept],
         offsets=torch.cat([counts.new_zeros(1), counts[present].cumsum(0)]),
         user_ids=interactions.user_ids[present.numpy()],
-        item_ids=ids,
+        item_ids=checked_ids("item ids", item_ids),  # NumPy would make floats of integers on both sides of 2^63
     )

@@ -234,6 +234,8 @@ def _apply(override: str, given: dict[str, Any], sections: dict[str, dict[str, A
     section, dot, key = name.partition(".")
     if not equals:
         raise ValueError(f"an override must be section.key=value, got {override!r}")
+    if name in sections:
+        raise ValueError(f"{name} is a section: an override must be {name}.key=value, got {override!r}")
     if dot and section in sections:
         sections[section][key] = value
     else:

@@ -20,7 +20,15 @@ from grank_kernels.recommender.training.evaluation import MeanMetrics, evaluate_
 from grank_kernels.recommender.training.experiment import KS, Experiment
 from grank_kernels.recommender.training.fit import check_fit, fit
 from grank_kernels.recommender.training.pictures import write_pictures
-from grank_kernels.recommender.training.run_folder import BEST, EXPERIMENT, REPORT, check_run, has_started, load_model
+from grank_kernels.recommender.training.run_folder import (
+    BEST,
+    EXPERIMENT,
+    REPORT,
+    check_run,
+    has_started,
+    load_model,
+    locked,
+)
 
 _SECONDS = 10.0  # between two versions of the report while the model is evaluated
 
@@ -51,8 +59,8 @@ def run(
 
     Raises:
         FileNotFoundError: the data does not exist.
-        ValueError: the folder holds another experiment, or the data has changed, or there is too little of it. A run
-            that has finished no epoch is replaced.
+        ValueError: the folder holds another experiment, another process trains in it, the data has changed, or there
+            is too little of it. A run that has finished no epoch is replaced.
     """
     folder, experiment = Path(folder), experiment.with_absolute_path()
     started = has_started(folder)
@@ -64,33 +72,38 @@ def run(
     split = experiment.data.split(interactions)
     model = experiment.build(split.num_items)
     check_fit(model, split, experiment.training, folder)
-    if not started:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEST).unlink(missing_ok=True)  # of a run that was killed in its first epoch
-        save_data(folder, interactions)
-    experiment.save(folder / EXPERIMENT)  # after everything was checked; a resumed run may find its data elsewhere
-    seconds = fit(
-        model, split, experiment.training, folder=folder, progress=progress, data_changed=started and data_changed
-    )
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return {}
-    facts = {"seconds": round(seconds, 1), "threads": torch.get_num_threads(), "machine": show_config()}
-    written = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not started:
+            if has_started(folder):
+                raise ValueError(
+                    f"folder must not be in use, got {folder}, where another process has trained meanwhile"
+                )
+            (folder / BEST).unlink(missing_ok=True)  # of a run that was killed in its first epoch
+            save_data(folder, interactions)
+        experiment.save(folder / EXPERIMENT)  # after everything was checked; a resumed run may find its data elsewhere
+        seconds = fit(
+            model, split, experiment.training, folder=folder, progress=progress, data_changed=started and data_changed
+        )
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        facts = {"seconds": round(seconds, 1), "threads": torch.get_num_threads(), "machine": show_config()}
+        written = time.monotonic()
 
-    def write_some(report: dict[str, Any]) -> None:
-        nonlocal written
-        if time.monotonic() > written + _SECONDS:
-            _write(folder, report | facts | {"incomplete": True})
-            written = time.monotonic()
+        def write_some(report: dict[str, Any]) -> None:
+            nonlocal written
+            if time.monotonic() > written + _SECONDS:
+                _write(folder, report | facts | {"incomplete": True})
+                written = time.monotonic()
 
-    allow = _present(interactions)
-    report = evaluate(experiment, model, split, allow=allow, each=write_some) | facts
-    if compare:
-        compared = Comparison.of(experiment, model, split, allow=allow)
-        report = compared.to_dict() | report
-        write_pictures(folder, compared, report)
-    _write(folder, report)
-    return report
+        allow = _present(interactions)
+        report = evaluate(experiment, model, split, allow=allow, each=write_some) | facts
+        if compare:
+            compared = Comparison.of(experiment, model, split, allow=allow)
+            report = compared.to_dict() | report
+            write_pictures(folder, compared, report)
+        _write(folder, report)
+        return report
 
 
 def evaluate_run(folder: str | Path, *, data_changed: bool = False, compare: bool = False) -> dict[str, Any]:

@@ -12,15 +12,17 @@
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grank_kernels.common.atomic_files import NO_FLOCK
 from grank_kernels.recommender.models.recommender import Recommender
 from grank_kernels.recommender.training.checkpoint import read_checkpoint, read_weights
 from grank_kernels.recommender.training.experiment import Experiment
@@ -100,6 +102,32 @@ def model_with_weights(
 def has_started(folder: Path) -> bool:
     """Whether a run has finished its first epoch."""
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, as far as its file system has locks (flock).
+
+    Other ranks of the same run do not take the lock, which their first rank holds.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"folder must not be in use, got {folder}, where another process trains") from None
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def keep_previous(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Retriever: what it answers, whom it refuses, what it saves, and that nobody sees half of a refresh."""
 
+import resource
+import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +252,24 @@ def test_what_is_saved_answers_the_same(name: str, dtype: torch.dtype, tmp_path:
     assert loaded.current.table.dtype == dtype
     assert loaded.catalogue.titles == retriever.catalogue.titles
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.fixture
+def files_of_4096_bytes() -> Iterator[None]:
+    """Longer files fail as on a full disk, for the library that writes the weights too."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("files_of_4096_bytes")
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    retriever = retriever_of("sasrec", experiment=experiment_of("sasrec"))
+    with pytest.raises(OSError, match=r"saved: cannot write model\.safetensors: .*File too large"):
+        retriever.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,8 @@ def test_yaml_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Pa
     [
         ("data.protocol=all", r"data\.protocol must be one of leave_one_out, half_and_half, got 'all'"),
         ("data.positive=nan", r"data\.positive must be finite, got nan"),
+        ("data=ratings.csv", r"data is a section: an override must be data\.key=value, got 'data=ratings\.csv'"),
+        ("settings=", "settings is a section"),
         ("training.epochs", r"an override must be section\.key=value, got 'training\.epochs'"),
         ("settings.dim=0", r"settings\.dim must be 1 or more, got 0"),
         ("settings.dropout=1", r"settings\.dropout must be 0 or more and below 1, got 1\.0"),

@@ -19,7 +19,7 @@ from grank_kernels.recommender.training.data_record import checked_data, save_da
 from grank_kernels.recommender.training.evaluation import metrics, recommend
 from grank_kernels.recommender.training.experiment import Experiment
 from grank_kernels.recommender.training.run import evaluate, evaluate_run, run
-from grank_kernels.recommender.training.run_folder import check_run, load_model
+from grank_kernels.recommender.training.run_folder import check_run, load_model, locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,6 +109,34 @@ def test_another_experiment_is_refused(override: str, difference: str, trained: 
     assert (trained / "experiment.yaml").read_text() == before
 
 
+def test_one_process_trains_in_a_folder(
+    config: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would mix their files: settings of one, weights of the other."""
+    experiment = Experiment.load(config)
+    (tmp_path / "new").mkdir()
+    for folder, one in ((tmp_path / "new", experiment), (trained, Experiment.load(trained / "experiment.yaml"))):
+        before = {path: path.read_bytes() for path in folder.glob("*.*")}
+        with locked(folder), pytest.raises(ValueError, match=r"folder must not be in use, got .* another process"):
+            run(one, folder, progress=False)
+        assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+    with locked(trained), monkeypatch.context() as other_rank:
+        other_rank.setenv("LOCAL_RANK", "1")  # of the run that has the lock
+        with locked(trained):
+            pass
+
+
+def test_a_run_that_was_finished_meanwhile_is_not_overwritten(
+    config: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, True])  # before and after the folder was locked
+    monkeypatch.setattr(run_module, "has_started", lambda folder: next(answers))
+    before = (trained / "best.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="where another process has trained meanwhile"):
+        run(Experiment.load(config), trained, progress=False)
+    assert (trained / "best.ckpt").read_bytes() == before
+
+
 # ---- data that has changed ----
 
 
@@ -157,6 +185,16 @@ def test_changed_data_is_evaluated_on_the_items_that_both_have(trained: Path, fi
     assert changed["retrieved"] == evaluate(experiment, model, split, allow=allow)["retrieved"]
     assert changed["users"] == 30
     assert run(experiment, trained, data_changed=True, progress=False)["retrieved"] == changed["retrieved"]
+
+
+def test_ids_below_and_above_2_to_63_stay_exact(tmp_path: Path) -> None:
+    ids = np.array([1, 2**63 + 1, 2**63 + 3], np.uint64)  # as floats the last two would be equal
+    save_data(tmp_path, Interactions.from_columns([1, 1, 2], ids))
+    now = Interactions.from_columns([1, 1, 2, 2], np.append(ids, np.uint64(5)))
+    changed = checked_data(tmp_path, now, data_changed=True)
+    assert changed.item_ids.tolist() == ids.tolist()
+    assert changed.item_ids.dtype == np.uint64
+    assert changed.item_ids[changed.items.numpy()].tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize(
