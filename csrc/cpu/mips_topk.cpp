@@ -13,6 +13,8 @@
 namespace grank {
 namespace {
 
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
 class Search : public RowScan<Search> {
  public:
   Search(const MipsTopkProblem& problem, const MipsTopkKernel& kernel, Sample sample, std::vector<char> answered = {})
@@ -24,7 +26,9 @@ class Search : public RowScan<Search> {
 
   // Searches the rows list[0 .. count), or rows [0, count) if list is null.
   void run(const uint32_t* list, int64_t count) {
-    if (sample_.rows > 0) {
+    if (p_.floors != nullptr) {
+      for (int64_t b = 0; b < p_.num_queries; ++b) found_.start_at(b, p_.floors[b]);
+    } else if (sample_.rows > 0) {
       collect(sampled_rows(count, sample_.rows).data(), sample_.rows, sample_.rank);
       for (int64_t b = 0; b < p_.num_queries; ++b) found_.restart(b);
     }
@@ -58,9 +62,20 @@ class Search : public RowScan<Search> {
     if (p_.dtype != DType::kInt8) return bound;
     // The kernel compares float(sum) * row_scale. With the division here, that and the score differ by at most 6
     // roundings of 2^-24 each, a relative error below 2^-21 unless a value overflows or underflows.
-    const float scaled = bound / query_scale_[query];
+    const float scale = query_scale_[query], scaled = bound / scale;
     const bool safe = std::fabs(bound) > 1e-28f && std::fabs(scaled) > 1e-28f && std::fabs(scaled) < 1e38f;
-    return safe ? scaled - std::fabs(scaled) * 1e-6f : -std::numeric_limits<float>::infinity();
+    if (safe) return scaled - std::fabs(scaled) * 1e-6f;
+    if (!(scale < kInf)) return std::numeric_limits<float>::quiet_NaN();  // so are all scores
+    // |sum| >= 1 where the score is not 0: the compared product does not underflow, and has the score's sign.
+    return bound > 0 ? std::numeric_limits<float>::denorm_min() : -kInf;
+  }
+
+  MipsTopkWanted wanted_of(int64_t query, uint32_t first_row) const {
+    const Key threshold = found_.threshold(query);
+    const bool tie_is_lost = p_.ids == nullptr && first_row > row_of(threshold);
+    const bool tie_by_id = p_.ids != nullptr && !is_score(threshold);
+    return {score_of_bits(static_cast<uint32_t>(threshold >> 32) + tie_is_lost), 0, nullptr,
+            tie_by_id ? p_.ids[row_of(threshold)] : std::numeric_limits<int64_t>::max(), nullptr};
   }
 
   bool offer(int worker, int64_t query, uint32_t row, float score) {
@@ -73,8 +88,8 @@ class Search : public RowScan<Search> {
   void finish(int64_t query, int worker) {
     const int64_t n = std::min(found_.count(query), k_);
     const Key* best = found_.best(query, n, scratch_.get() + worker * found_.capacity());
-    float* values = p_.values + query * p_.k;
-    int64_t* positions = p_.positions + query * p_.k;
+    float* values = p_.values + p_.place(query) * p_.k;
+    int64_t* positions = p_.positions + p_.place(query) * p_.k;
     for (int64_t i = 0; i < n; ++i) {
       values[i] = score_of(best[i]);
       positions[i] = row_of(best[i]);

@@ -34,15 +34,21 @@ struct MipsTopkProblem {
   // Excluded ids of query b: exclude_ids[exclude_offsets[b] .. exclude_offsets[b + 1]); -1 is padding.
   const int64_t* exclude_offsets;  // (num_queries + 1,) or null
   const int64_t* exclude_ids;
+  // (num_queries,): index of query b in exclude_offsets, allow, values and positions; null: b.
+  const int64_t* places;
   // Row mask: row i is eligible for query b if allow[b * allow_stride + i]; allow_stride 0: one mask for all queries.
   // Null: all rows.
   const bool* allow;
   int64_t allow_stride;
   int64_t k;  // 1 or more
+  // (num_queries,): per query, a score that probably k rows reach, the initial threshold; null: from a sample.
+  const float* floors;
   int threads;
   // Outputs, (num_queries, k): scores descending, ties by ascending id; padded with (-infinity, -1).
   float* values;
   int64_t* positions;
+
+  int64_t place(int64_t query) const { return places != nullptr ? places[query] : query; }
 };
 
 // Throws std::bad_alloc; the outputs are then undefined.

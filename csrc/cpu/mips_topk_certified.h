@@ -6,13 +6,15 @@
 //   1. Threshold. The k-th largest lower bound coarse - radius * error over any eligible rows is <= the k-th best
 //   score.
 //   2. Scan of the copy. Rows with an upper bound coarse + radius * error >= the threshold are candidates. A full
-//      buffer raises the threshold and drops candidates below it. The kernel compares each score once, with the largest
-//      error of 2048 rows; the row's own error is applied to the scores that pass.
+//      buffer raises the threshold, drops candidates below it, and grows if most remain. The kernel compares each score
+//      once, with the largest error of 2048 rows; the row's own error is applied to the scores that pass.
 //   3. Rescoring. mips_topk's kernel scores the candidates in the table, hence the same bits: 2 to 3 k rows of a
 //      Gaussian table.
 //
-// Falls back to a full mips_topk for queries outside the range of the bound or with more candidates than the buffer
-// holds, and for all queries if k > num_rows / 32. Memory: per query 12 (4 (k + min(excluded ids, 4096)) + 1024) bytes,
+// Queries outside the range of the bound, and those for which rescoring would take longer than a full search, are
+// searched by mips_topk as one batch. The number of candidates is estimated from the sample, before the scan, and
+// limited during it. Small batches are bound by memory, so that one such query sends all of them to mips_topk. Memory:
+// per query 12 (2 k + 256) bytes, 12 bytes per further candidate up to max(4 k + 1024, 2^24 / num_queries) candidates,
 // per (query, thread) 104 bytes, and per thread the memory of mips_topk for one query.
 #pragma once
 

@@ -75,10 +75,42 @@ void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQ
   }
 }
 
+// Bit i: ids[i] > id, for kRowsAtOnce ids.
+uint64_t ids_behind(const int64_t* ids, int64_t id) {
+  uint64_t behind = 0;
+#if defined(__AVX512F__)
+  for (int i = 0; i < kRowsAtOnce; i += 8) {
+    const auto mask = _mm512_cmpgt_epi64_mask(_mm512_loadu_si512(ids + i), _mm512_set1_epi64(id));
+    behind |= static_cast<uint64_t>(mask) << i;
+  }
+#elif defined(__AVX2__)
+  for (int i = 0; i < kRowsAtOnce; i += 4) {
+    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids + i));
+    const __m256i larger = _mm256_cmpgt_epi64(four, _mm256_set1_epi64x(id));
+    behind |= static_cast<uint64_t>(_mm256_movemask_pd(_mm256_castsi256_pd(larger))) << i;
+  }
+#else
+  for (int i = 0; i < kRowsAtOnce; ++i) behind |= uint64_t{ids[i] > id} << i;
+#endif
+  return behind;
+}
+
+uint64_t wanted(const float* scores, const MipsTopkWanted& wanted) {
+  const Floats least = broadcast<Floats>(wanted.least), radius = broadcast<Floats>(wanted.radius);
+  uint64_t reached = 0, tied = 0;
+  for (int v = 0; v < kVectorsAtOnce; ++v) {
+    Floats score = load<Floats>(scores + v * kLanes);
+    if (wanted.row_error != nullptr) score = multiply_add(radius, load<Floats>(wanted.row_error + v * kLanes), score);
+    reached |= at_least(score, least) << v * kLanes;
+    if (wanted.ids != nullptr) tied |= (at_least(score, least) & at_least(least, score)) << v * kLanes;
+  }
+  return tied == 0 ? reached : reached & ~(tied & ids_behind(wanted.ids, wanted.id));
+}
+
 }  // namespace
 
 extern const MipsTopkKernel mips_topk_kernel;
-const MipsTopkKernel mips_topk_kernel = {panel_bytes, queries_bytes, pack_queries, scan_tile};
+const MipsTopkKernel mips_topk_kernel = {panel_bytes, queries_bytes, pack_queries, scan_tile, wanted};
 
 }  // namespace GRANK_ISA
 }  // namespace grank

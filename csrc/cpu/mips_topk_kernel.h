@@ -50,6 +50,15 @@ struct MipsTopkQueries {
 // and scores[i]. Returns the query's bound from now on.
 using MipsTopkEmit = float (*)(void* context, int64_t query, int first, const float* scores, uint64_t passed);
 
+// Scores that can be among the best: score + radius * row_error >= least, and of those equal to `least` ids <= `id`.
+struct MipsTopkWanted {
+  float least;
+  float radius;
+  const float* row_error;  // of the rows, or null: 0
+  int64_t id;
+  const int64_t* ids;  // of the rows, or null: equal scores are wanted whatever their ids
+};
+
 struct MipsTopkKernel {
   // Bytes of `panel` for rows of width d, and of packed queries: those from number n on, a multiple of
   // kQueriesMultiple, begin at queries_bytes(n).
@@ -59,6 +68,8 @@ struct MipsTopkKernel {
   void (*pack_queries)(DType dtype, const void* queries, int64_t count, int64_t d, void* packed);
   void (*scan_tile)(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                     MipsTopkEmit emit, void* context);
+  // Bit i: scores[i], one of those that MipsTopkEmit is given, is wanted.
+  uint64_t (*wanted)(const float* scores, const MipsTopkWanted& wanted);
 };
 
 // Scores as integers of the same order, and back. -0.0 must have been made +0.0 before; NaN has no place.

@@ -1,8 +1,11 @@
 // The best candidates of each query so far, and the score threshold for further ones.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "mips_topk_kernel.h"
@@ -19,6 +22,10 @@ inline uint32_t row_of(Key key) { return ~static_cast<uint32_t>(key); }
 
 // Below every candidate's key, that of -infinity in row 0 included; no row has this position.
 constexpr Key kNoThreshold = static_cast<Key>(0x007fffff) << 32;
+
+// A threshold without a row: every candidate with this score or a higher one is better.
+inline Key threshold_at(float score) { return static_cast<Key>(ordered_bits(score + 0.0f)) << 32; }
+inline bool is_score(Key threshold) { return static_cast<uint32_t>(threshold) == 0; }
 
 // Order of candidates: score descending, then external id (without ids: position) ascending.
 struct Better {
@@ -40,7 +47,7 @@ std::unique_ptr<T[]> allocate(int64_t count) {
 //   void compact(int64_t query)                        makes room in a full buffer
 //
 // Each thread stages up to kStaged entries per query before it copies them to the shared buffer: one lock per batch.
-// Memory: `capacity` entries per query, and kStaged per (query, thread).
+// Memory: `capacity` entries per query, more for buffers that have grown, and kStaged per (query, thread).
 template <typename Entry, typename Derived>
 class SharedBuffers {
  public:
@@ -80,10 +87,27 @@ class SharedBuffers {
   struct Buffer {
     bool locked = false;  // a spin lock: the critical section takes a few hundred nanoseconds
     int64_t count = 0;
-    int64_t limit = 0;  // compact() runs at this many entries; at most the capacity
+    int64_t limit = 0;                 // compact() runs at this many entries
+    std::unique_ptr<Entry[]> grown{};  // replaces the initial entries
   };
 
-  Entry* entries(int64_t query) const { return entries_.get() + query * capacity_; }
+  // False if memory is short: an exception would leave the buffer locked.
+  bool grow(int64_t query, int64_t limit) {
+    Buffer& b = buffers_[query];
+    if (limit > capacity_) {
+      std::unique_ptr<Entry[]> more(new (std::nothrow) Entry[static_cast<size_t>(limit)]);
+      if (more == nullptr) return false;
+      std::copy(entries(query), entries(query) + b.count, more.get());
+      b.grown = std::move(more);
+    }
+    b.limit = limit;
+    return true;
+  }
+
+  Entry* entries(int64_t query) const {
+    const Buffer& b = buffers_[query];
+    return b.grown != nullptr ? b.grown.get() : entries_.get() + query * capacity_;
+  }
   Buffer& buffer(int64_t query) { return buffers_[query]; }
   int64_t num_queries() const { return num_queries_; }
 
@@ -120,8 +144,11 @@ class Reservoirs : public SharedBuffers<Key, Reservoirs> {
   Key threshold(int64_t query) const { return __atomic_load_n(&thresholds_[query], __ATOMIC_RELAXED); }
   bool is_wanted(int64_t query, Key key) const {
     const Key bar = threshold(query);
-    return bar == kNoThreshold || !better_(bar, key);
+    return is_score(bar) ? key > bar : !better_(bar, key);
   }
+
+  // Sets the threshold before a scan.
+  void start_at(int64_t query, float score) { thresholds_[query] = threshold_at(score); }
 
   // Begins a scan for the `keep` best rows of each query; `keep` <= the constructor's `most`.
   void begin(int64_t keep);

@@ -33,8 +33,9 @@ float quantise(const float* q, int64_t d, int8_t* q8) {
     if (std::isnan(largest)) break;
   }
   const float scale = largest / 127.0f;
+  constexpr float kRound = 0x1.8p23f;  // rounds to integers, half to even, without a call of the C library per number
   for (int64_t j = 0; j < d; ++j) {
-    const float x = std::nearbyint(q[j] / scale);
+    const float x = q[j] / scale + kRound - kRound;
     // With a scale of 0, infinity or NaN the quotient may be NaN: q8 = 0, and the score is 0 or NaN by the scale.
     q8[j] = std::isnan(x) ? 0 : static_cast<int8_t>(std::clamp(x, -127.0f, 127.0f));
   }
@@ -62,11 +63,18 @@ int64_t list_allowed(const bool* allow, int64_t begin, int64_t end, uint32_t* li
 MipsTopkProblem some_queries(const MipsTopkProblem& problem, int64_t first, int64_t count) {
   MipsTopkProblem some = problem;
   some.num_queries = count;
+  some.floors = nullptr;
   some.queries += first * problem.d;
-  some.values += first * problem.k;
-  some.positions += first * problem.k;
-  if (some.exclude_offsets != nullptr) some.exclude_offsets += first;
-  if (some.allow != nullptr) some.allow += first * problem.allow_stride;
+  if (problem.places != nullptr && count > 1) {
+    some.places += first;
+    return some;
+  }
+  const int64_t place = problem.place(first);
+  some.places = nullptr;
+  some.values += place * problem.k;
+  some.positions += place * problem.k;
+  if (some.exclude_offsets != nullptr) some.exclude_offsets += place;
+  if (some.allow != nullptr) some.allow += place * problem.allow_stride;
   if (count == 1) some.allow_stride = 0;  // one query: a shared mask
   return some;
 }

@@ -4,6 +4,8 @@
 //   float bound_of(int64_t query, uint32_t first_row, float error) const
 //                        least score that is offered, for rows >= first_row with quantisation errors <= `error`.
 //                        int8 rows: divided by the query's scale, and lowered by the rounding error of that division
+//   MipsTopkWanted wanted_of(int64_t query, uint32_t first_row) const
+//                        the same threshold, exact; RowScan sets `row_error` and `ids`
 //   bool offer(int worker, int64_t query, uint32_t row, float score)
 //                        receives a score >= the bound; the row may be filtered out. True if the bound may have risen
 #pragma once
@@ -85,6 +87,7 @@ class RowScan {
   const float* const row_error_;
   const std::vector<char> answered_;
   const int threads_;
+  std::unique_ptr<int8_t[]> q8_;          // (num_queries, d), int8 only
   std::unique_ptr<float[]> query_scale_;  // int8 only
 
  private:
@@ -92,6 +95,7 @@ class RowScan {
   // packed queries of a step fit the L2 cache.
   static constexpr int64_t kStepRows = 32 * kTileRows;
   static constexpr int64_t kStepQueries = 11 * kQueriesMultiple;
+  static constexpr int kManyPassed = 4;
 
   // The context that emit() gets: the tile being scanned.
   struct Tile {
@@ -102,6 +106,9 @@ class RowScan {
     uint32_t first_row;
     const uint32_t* list;  // row positions; null: consecutive from first_row
     float error;
+    bool gathered;  // whether `ids` and `row_error` are those of the listed rows
+    int64_t ids[kTileRows];
+    float row_error[kTileRows];
   };
 
   // Waking a thread costs about 100,000 multiply-adds.
@@ -112,14 +119,13 @@ class RowScan {
 
   void pack_queries() {
     const void* queries = p_.queries;
-    std::unique_ptr<int8_t[]> q8;
     if (p_.dtype == DType::kInt8) {
-      q8 = allocate<int8_t>(p_.num_queries * p_.d);
+      q8_ = allocate<int8_t>(p_.num_queries * p_.d);
       query_scale_ = allocate<float>(p_.num_queries);
       parallel_for(threads_, p_.num_queries, [&](int64_t b, int) {
-        query_scale_[b] = quantise(p_.queries + b * p_.d, p_.d, q8.get() + b * p_.d);
+        query_scale_[b] = quantise(p_.queries + b * p_.d, p_.d, q8_.get() + b * p_.d);
       });
-      queries = q8.get();
+      queries = q8_.get();
     }
     kernel_.pack_queries(p_.dtype, queries, p_.num_queries, p_.d, packed_.get());
   }
@@ -135,7 +141,7 @@ class RowScan {
 
   // Read as bytes: a bool tensor may be a view of bytes other than 0 and 1.
   const uint8_t* allowed(int64_t query) const {
-    return reinterpret_cast<const uint8_t*>(p_.allow) + query * p_.allow_stride;
+    return reinterpret_cast<const uint8_t*>(p_.allow) + p_.place(query) * p_.allow_stride;
   }
   bool is_allowed(int64_t query, uint32_t row) const { return allowed(query)[row] != 0; }
 
@@ -145,6 +151,19 @@ class RowScan {
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i) count += allow[i] != 0;
     return 2 * count >= end - begin;
+  }
+
+  // Bit i: byte i of 64 is not 0.
+  static uint64_t bits_of(const uint8_t* bytes) {
+    constexpr uint64_t kLow = 0x0101010101010101u;
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) {
+      uint64_t word;
+      __builtin_memcpy(&word, bytes + 8 * i, 8);
+      word = (((word & 0x7f * kLow) + 0x7f * kLow) | word) >> 7 & kLow;
+      bits |= word * 0x0102040810204080u >> 56 << 8 * i;
+    }
+    return bits;
   }
 
   // Copies the allowed rows of list[begin .. end) to `kept`; returns their number.
@@ -157,10 +176,37 @@ class RowScan {
     return n;
   }
 
+  // Removes ineligible rows and scores that are not wanted from `passed`, 64 rows per operation.
+  uint64_t few_of(Tile& tile, int64_t query, int first, const float* scores, uint64_t passed) const {
+    if (tile.list == nullptr) {
+      const int64_t row = tile.first_row + static_cast<int64_t>(first);
+      if (p_.allow != nullptr && p_.allow_stride != 0) passed &= bits_of(allowed(query) + tile.first_row) >> first;
+      passed &= ~excluded_.of_rows(query, row);
+    }
+    if (__builtin_popcountll(passed) <= kManyPassed) return passed;
+    MipsTopkWanted wanted = static_cast<const Derived*>(this)->wanted_of(query, tile.first_row);
+    if (tile.list == nullptr) {
+      wanted.ids = p_.ids != nullptr ? p_.ids + tile.first_row + first : nullptr;
+      wanted.row_error = row_error_ != nullptr ? row_error_ + tile.first_row + first : nullptr;
+    } else {
+      for (int i = 0; !tile.gathered && i < kTileRows; ++i) {
+        tile.ids[i] = p_.ids != nullptr ? p_.ids[tile.list[i]] : 0;
+        tile.row_error[i] = row_error_ != nullptr ? row_error_[tile.list[i]] : 0;
+      }
+      tile.gathered = true;
+      wanted.ids = p_.ids != nullptr ? tile.ids + first : nullptr;
+      wanted.row_error = row_error_ != nullptr ? tile.row_error + first : nullptr;
+    }
+    return passed & kernel_.wanted(scores, wanted);
+  }
+
   static float emit(void* context, int64_t query_in_step, int first, const float* scores, uint64_t passed) {
-    const Tile& tile = *static_cast<const Tile*>(context);
+    Tile& tile = *static_cast<Tile*>(context);
     const int64_t query = tile.first_query + query_in_step;
-    bool risen = false;
+    // Many scores pass if they tie or if the best rows are ineligible; offering them one by one would dominate.
+    const bool many = __builtin_popcountll(passed) > kManyPassed;
+    if (many) passed = tile.search->few_of(tile, query, first, scores, passed);
+    bool risen = many;
     for (; passed != 0; passed &= passed - 1) {
       const int i = __builtin_ctzll(passed);
       const uint32_t row =
@@ -242,10 +288,19 @@ class RowScan {
           if (list != nullptr && row + kTileRows + i < end) fetch(list[row + kTileRows + i]);  // the next tile
         }
         tile = {rows, p_.row_stride, listed, listed_scale, ~uint64_t{0} >> (kTileRows - n)};
+      } else if (shared_filter()) {
+        tile.valid = bits_of(allowed(0) + row);
+        if (tile.valid == 0) continue;
       }
-      Tile context{
-          derived,   worker, bounds, first_query, tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row),
-          tile.list, error};
+      Tile context;
+      context.search = derived;
+      context.worker = worker;
+      context.bounds = bounds;
+      context.first_query = first_query;
+      context.first_row = tile.list != nullptr ? listed[0] : static_cast<uint32_t>(row);
+      context.list = tile.list;
+      context.error = error;
+      context.gathered = false;
       kernel_.scan_tile(p_.dtype, p_.d, tile, queries, panel, emit, &context);
     }
   }

@@ -1,7 +1,7 @@
 """`mips_topk` over a table in a file: part by part, while the next part is read ahead.
 
 Parts are searched by the op for tables in memory, which reads their bytes once, from the page cache. The process
-allocates memory for two lists of k places a query, however long the table. A score depends on its query and row alone,
+allocates memory for nine lists of k places a query, however long the table. A score depends on its query and row alone,
 so the merged results of the parts are those of the whole table.
 """
 
@@ -12,7 +12,8 @@ import torch
 from grank_kernels.backends.problems import MipsTopkProblem
 from grank_kernels.table.mapping import Mapping, streamed
 
-PART_BYTES = 1 << 24
+PART_BYTES = 1 << 26  # every part is searched for k rows: small ones would be sorted, and merged, more than scanned
+_MERGED = 8  # lists merged at once
 _LAST = torch.iinfo(torch.int64).max
 _SIGN_BIT = torch.iinfo(torch.int32).min
 
@@ -37,9 +38,8 @@ def search(
         for x in columns:
             mapping.read_ahead(x[part])
 
-    values = torch.empty(len(queries), 0, dtype=torch.float32, device=queries.device)
-    found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for part in streamed(_parts(rows), read_ahead):
+    lists: list[tuple[torch.Tensor, torch.Tensor]] = []  # scores and ids, in the order of the table
+    for part in streamed(_parts(rows, k), read_ahead):
         here = problem._replace(
             items=rows[part],
             row_scale=None if row_scale is None else row_scale[part],
@@ -49,15 +49,34 @@ def search(
         )
         best, positions = op(here)
         own = positions + part.start if here.ids is None else here.ids[positions.clamp(min=0)]
-        values, found = best_of(torch.cat([values, best], 1), torch.cat([found, own.where(positions >= 0, -1)], 1), k)
+        lists.append((best, own.where(positions >= 0, -1)))
+        if len(lists) > _MERGED:
+            lists = [_merged(lists, k, ids is None)]
         if progress is not None:
             progress(part.stop, len(rows))
-    return values, found
+    if not lists:
+        return queries.new_empty(len(queries), 0, dtype=torch.float32), queries.new_empty(
+            len(queries), 0, dtype=torch.int64
+        )
+    return lists[0] if len(lists) == 1 else _merged(lists, k, ids is None)
 
 
-def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """Slices of `PART_BYTES` of rows."""
-    step = max(1, PART_BYTES // max(1, rows.shape[1] * rows.itemsize))
+def _merged(
+    lists: list[tuple[torch.Tensor, torch.Tensor]], k: int, by_position: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k of several sorted lists; `by_position`: ids are positions, and ascend from list to list."""
+    values, ids = (torch.cat(columns, 1) for columns in zip(*lists, strict=True))
+    if not by_position:
+        return best_of(values, ids, k)
+    # Fillers have the lowest key there is, and stand behind rows of score -infinity.
+    keys = order_key(values).long() * 2 + (ids >= 0)
+    order = keys.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return values.gather(1, order), ids.gather(1, order)
+
+
+def _parts(rows: torch.Tensor, k: int) -> Iterator[slice]:
+    """Slices of `PART_BYTES` of rows, of 4 k rows at least."""
+    step = max(1, PART_BYTES // max(1, rows.shape[1] * rows.itemsize), 4 * k)
     for start in range(0, len(rows), step):
         yield slice(start, min(start + step, len(rows)))
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 Part = TypeVar("Part")
-_AHEAD = 8  # parts of 16 MB in flight: disks are faster with a deep queue
+_AHEAD = 2  # parts of 64 MB in flight: disks are faster with a deep queue
 
 
 class Mapping:
