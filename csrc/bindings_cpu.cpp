@@ -18,6 +18,7 @@
 #endif
 
 #include "cpu/candidate_cross_attention.h"
+#include "cpu/corpus_cross_entropy.h"
 #include "cpu/isa.h"
 #include "cpu/mips_topk.h"
 #include "cpu/mips_topk_certified.h"
@@ -262,6 +263,56 @@ void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, in
   without_gil([&] { grank::candidate_cross_attention_backward(p, grank::active_isa()); });
 }
 
+// sizes: rows, items, width; operands: (address, stride in bytes) of users and items, addresses of targets and bias;
+// exclude: addresses of offsets, ids (ascending in every list) and windows.
+using CorpusOperands = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t>;
+
+grank::CorpusCrossEntropyProblem corpus_problem(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype,
+                                                float scale, int threads, const CorpusOperands& operands,
+                                                const std::tuple<uintptr_t, uintptr_t, uintptr_t>& exclude) {
+  grank::CorpusCrossEntropyProblem p{};
+  std::tie(p.num_rows, p.num_items, p.d) = sizes;
+  p.dtype = static_cast<grank::DType>(dtype);
+  p.scale = scale;
+  p.threads = threads;
+  p.users = pointer<const char>(std::get<0>(operands));
+  p.user_stride = std::get<1>(operands);
+  p.items = pointer<const char>(std::get<2>(operands));
+  p.item_stride = std::get<3>(operands);
+  p.targets = pointer<const int64_t>(std::get<4>(operands));
+  p.bias = pointer<const float>(std::get<5>(operands));
+  p.exclude_offsets = pointer<const int64_t>(std::get<0>(exclude));
+  p.exclude_ids = pointer<const int64_t>(std::get<1>(exclude));
+  p.exclude_windows = pointer<const int64_t>(std::get<2>(exclude));
+  return p;
+}
+
+void corpus_cross_entropy(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, float scale, int threads,
+                          const CorpusOperands& operands, const std::tuple<uintptr_t, uintptr_t, uintptr_t>& exclude,
+                          uintptr_t at_target, uintptr_t peak, uintptr_t mass, uintptr_t pooled) {
+  grank::CorpusCrossEntropyProblem p = corpus_problem(sizes, dtype, scale, threads, operands, exclude);
+  p.at_target = pointer<float>(at_target);
+  p.peak = pointer<float>(peak);
+  p.mass = pointer<float>(mass);
+  p.pooled = pointer<float>(pooled);
+  without_gil([&] { grank::corpus_cross_entropy(p, grank::active_isa()); });
+}
+
+void corpus_cross_entropy_backward(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, float scale,
+                                   int threads, const CorpusOperands& operands,
+                                   const std::tuple<uintptr_t, uintptr_t, uintptr_t>& exclude, uintptr_t slope,
+                                   uintptr_t target_slope, uintptr_t shift, uintptr_t log_sum, uintptr_t grad_items,
+                                   uintptr_t grad_bias) {
+  grank::CorpusCrossEntropyProblem p = corpus_problem(sizes, dtype, scale, threads, operands, exclude);
+  p.slope = pointer<const float>(slope);
+  p.target_slope = pointer<const float>(target_slope);
+  p.shift = pointer<const float>(shift);
+  p.log_sum = pointer<const float>(log_sum);
+  p.grad_items = pointer<char>(grad_items);
+  p.grad_bias = pointer<float>(grad_bias);
+  without_gil([&] { grank::corpus_cross_entropy_backward(p, grank::active_isa()); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -271,6 +322,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("score_candidates", &score_candidates);
   m.def("candidate_cross_attention", &candidate_cross_attention);
   m.def("candidate_cross_attention_backward", &candidate_cross_attention_backward);
+  m.def("corpus_cross_entropy", &corpus_cross_entropy);
+  m.def("corpus_cross_entropy_backward", &corpus_cross_entropy_backward);
   m.def("isa", [] { return std::string(grank::active_isa().name); });
   m.def("set_isa", &grank::set_active_isa);
   m.def("isas", [] {

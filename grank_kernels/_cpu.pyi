@@ -91,6 +91,34 @@ def candidate_cross_attention_backward(
     excess: _Tensor,
     /,
 ) -> None: ...
+def corpus_cross_entropy(
+    sizes: tuple[int, int, int],
+    dtype: int,
+    scale: float,
+    threads: int,
+    operands: tuple[int, int, int, int, int, int],
+    exclude: tuple[int, int, int],
+    at_target: int,
+    peak: int,
+    mass: int,
+    pooled: int,
+    /,
+) -> None: ...
+def corpus_cross_entropy_backward(
+    sizes: tuple[int, int, int],
+    dtype: int,
+    scale: float,
+    threads: int,
+    operands: tuple[int, int, int, int, int, int],
+    exclude: tuple[int, int, int],
+    slope: int,
+    target_slope: int,
+    shift: int,
+    log_sum: int,
+    grad_items: int,
+    grad_bias: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
 def isas() -> list[tuple[str, bool]]: ...

@@ -19,6 +19,7 @@ namespace grank {
   extern const MipsTopkKernel mips_topk_kernel;                                              \
   extern const ScoreCandidatesKernel score_candidates_kernel;                                \
   extern const AttentionPass attention_forward, attention_grad_queries, attention_grad_keys; \
+  extern const CorpusPass corpus_forward, corpus_backward;                                   \
   }
 GRANK_ISAS
 #undef X
@@ -69,7 +70,8 @@ const std::vector<Isa>& isas() {
   // Never destroyed: threads may still search while the process exits.
   static const auto& all = *new std::vector<Isa>{
 #define RANKER(isa) \
-  {&isa::score_candidates_kernel, &isa::attention_forward, &isa::attention_grad_queries, &isa::attention_grad_keys}
+  {&isa::score_candidates_kernel,   &isa::attention_forward, &isa::attention_grad_queries, \
+   &isa::attention_grad_keys,       &isa::corpus_forward,    &isa::corpus_backward}
 #define X(isa, wide) {#isa, runs_here(#isa), &wide::mips_topk_kernel, RANKER(wide), RANKER(isa)},
       GRANK_ISAS
 #undef X

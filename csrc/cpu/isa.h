@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "candidate_cross_attention_kernel.h"
+#include "corpus_cross_entropy_kernel.h"
 #include "mips_topk_kernel.h"
 #include "score_candidates_kernel.h"
 
@@ -14,6 +15,7 @@ namespace grank {
 struct RankerKernels {
   const ScoreCandidatesKernel* score_candidates;
   const AttentionPass *attention_forward, *attention_grad_queries, *attention_grad_keys;
+  const CorpusPass *corpus_forward, *corpus_backward;
 };
 
 struct Isa {

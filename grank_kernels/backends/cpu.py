@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from grank_kernels.backends.problems import CandidateCrossAttentionProblem, MipsTopkProblem, ScoreCandidatesProblem
+from grank_kernels.backends.problems import (
+    CandidateCrossAttentionProblem,
+    CorpusCrossEntropyProblem,
+    MipsTopkProblem,
+    ScoreCandidatesProblem,
+    SoftmaxSums,
+)
 from grank_kernels.table.quantise import Coarse, in_basis
 
 try:
@@ -256,3 +262,82 @@ def candidate_cross_attention_backward(
     ]  # fmt: skip
     _cpu.candidate_cross_attention_backward(*call.operands(out, lse), *gradients)
     return grad_q, grad_k, grad_v, grad_bias
+
+
+def corpus_cross_entropy_unsupported(users: torch.Tensor, items: torch.Tensor) -> str | None:
+    """Why `corpus_cross_entropy` or its backward cannot run for these tensors."""
+    if _cpu is None:
+        return unavailable()
+    if not users.is_cpu:
+        return f"users are on {users.device}, not on the CPU"
+    return None
+
+
+class _CorpusLoss:
+    """Arguments of both kernels of corpus_cross_entropy: only the rows with a target are passed."""
+
+    def __init__(self, problem: CorpusCrossEntropyProblem) -> None:
+        self.with_target = (problem.targets >= 0).nonzero()[:, 0]
+        users, items, targets = problem.users, _rows_contiguous(problem.items), problem.targets.contiguous()
+        windows = problem.exclude_windows
+        offsets, ids = _sorted_lists(problem.exclude_offsets, problem.exclude_ids, len(items))
+        if len(self.with_target) < len(users):
+            users, targets = users[self.with_target], targets[self.with_target]
+            if offsets is not None:
+                windows = self.with_target if windows is None else windows[self.with_target]
+        users, bias = _rows_contiguous(users), None if problem.bias is None else problem.bias.contiguous()
+        windows = None if windows is None else windows.contiguous()
+        self.alive = (users, items, targets, bias, offsets, ids, windows)
+        self.arguments = (
+            (len(users), *items.shape), _DTYPES[items.dtype], problem.scale, torch.get_num_threads(),
+            (users.data_ptr(), _row_bytes(users), items.data_ptr(), _row_bytes(items), targets.data_ptr(),
+             _address(bias)),
+            (_address(offsets), _address(ids), _address(windows)),
+        )  # fmt: skip
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x with a target, contiguous."""
+        return x.contiguous() if len(self.with_target) == len(x) else x[self.with_target]
+
+    def all_rows(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """X with zeros for the rows without a target."""
+        return x if len(x) == rows else x.new_zeros(rows, *x.shape[1:]).index_copy_(0, self.with_target, x)
+
+
+def _sorted_lists(
+    offsets: torch.Tensor | None, ids: torch.Tensor | None, N: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Offsets and ids of lists with ascending ids."""
+    if offsets is None or ids is None:
+        return None, None
+    first, last = int(offsets[0]), int(offsets[-1])
+    list_of = torch.repeat_interleave(torch.arange(len(offsets) - 1, device="cpu"), offsets.diff())
+    keys = (list_of * (N + 1) + ids[first:last] + 1).sort().values  # ids of -1 come first
+    return (offsets - first).contiguous(), keys % (N + 1) - 1
+
+
+def corpus_cross_entropy(problem: CorpusCrossEntropyProblem, pool: bool) -> SoftmaxSums:
+    """The sums of every row over the eligible items other than its target."""
+    call, R = _CorpusLoss(problem), len(problem.users)
+    rows, d = len(call.with_target), problem.users.shape[1]
+    at_target, peak, mass = torch.empty(3, rows, dtype=torch.float32, device="cpu")
+    pooled = torch.empty(rows, d, dtype=torch.float32, device="cpu") if pool else None
+    _cpu.corpus_cross_entropy(*call.arguments, at_target.data_ptr(), peak.data_ptr(), mass.data_ptr(), _address(pooled))
+    at_target, peak, mass = (call.all_rows(x, R) for x in (at_target, peak, mass))
+    return SoftmaxSums(at_target, peak, mass, None if pooled is None else call.all_rows(pooled, R))
+
+
+def corpus_cross_entropy_backward(
+    problem: CorpusCrossEntropyProblem, slope: torch.Tensor, target_slope: torch.Tensor, normaliser: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of items, of their dtype, and of the bias, float32."""
+    call = _CorpusLoss(problem)
+    make = torch.empty if len(call.with_target) else torch.zeros  # the kernel writes nothing without rows
+    grad_items = make(problem.items.shape, dtype=problem.items.dtype, device="cpu")
+    grad_bias = make(len(problem.items), dtype=torch.float32, device="cpu")
+    of_rows = [call.of_rows(x) for x in (slope, target_slope, normaliser[0], normaliser[1])]
+    if len(call.with_target):
+        _cpu.corpus_cross_entropy_backward(
+            *call.arguments, *(x.data_ptr() for x in of_rows), grad_items.data_ptr(), grad_bias.data_ptr()
+        )
+    return grad_items, grad_bias
