@@ -17,20 +17,20 @@ struct Cursor {
 
 struct Scratch {
   Scratch(const CorpusCrossEntropyProblem& p, void* memory) {
-    Pieces pieces(memory);
-    lanes = Tiles::take_matrix(pieces, p.dtype, kColumns, p.d);
-    others = Tiles::take_matrix(pieces, p.dtype, Tiles::kKeys, p.d);
-    across = Tiles::take_across(pieces, p.dtype, Tiles::kKeys, p.d);
-    logits = pieces.take<float>(Tiles::kKeys * kColumns);
-    weights = Tiles::take_panel(pieces, p.dtype, Tiles::kKeys);
-    tiles = pieces.take<QueryTile<Tiles>>(kGroup);
-    lost = pieces.take<float>(kGroup * kColumns);
-    cursors = pieces.take<Cursor>(kGroup * kColumns > Tiles::kKeys ? kGroup * kColumns : Tiles::kKeys);
+    Arena arena(memory);
+    lanes = Tiles::take_matrix(arena, p.dtype, kColumns, p.d);
+    others = Tiles::take_matrix(arena, p.dtype, Tiles::kKeys, p.d);
+    across = Tiles::take_across(arena, p.dtype, Tiles::kKeys, p.d);
+    logits = arena.take<float>(Tiles::kKeys * kColumns);
+    weights = Tiles::take_panel(arena, p.dtype, Tiles::kKeys);
+    tiles = arena.take<QueryTile<Tiles>>(kGroup);
+    lost = arena.take<float>(kGroup * kColumns);
+    cursors = arena.take<Cursor>(kGroup * kColumns > Tiles::kKeys ? kGroup * kColumns : Tiles::kKeys);
     for (int t = 0; t < kGroup; ++t) {
-      panels[t] = Tiles::take_panel(pieces, p.dtype, p.d);
-      out[t] = pieces.take<float>(round_up(p.d, 32) * kColumns);
+      panels[t] = Tiles::take_panel(arena, p.dtype, p.d);
+      out[t] = arena.take<float>(round_up(p.d, 32) * kColumns);
     }
-    bytes = pieces.taken();
+    bytes = arena.taken();
   }
 
   void *lanes, *others, *across;
