@@ -213,7 +213,7 @@ grank::AttentionTensor tensor(const Tensor& t) {
 }
 
 grank::CandidateCrossAttentionProblem attention_problem(int64_t num_users, int64_t num_heads, int64_t d, int dtype,
-                                                        int activation, float softmax_scale, int threads,
+                                                        int activation, float softmax_scale, int threads, bool lse_only,
                                                         const Sequence& queries, const Sequence& keys, const Tensor& q,
                                                         const Tensor& k, const Tensor& v, const Tensor& bias,
                                                         const Tensor& out, const Tensor& lse) {
@@ -225,6 +225,7 @@ grank::CandidateCrossAttentionProblem attention_problem(int64_t num_users, int64
   p.activation = static_cast<grank::AttentionActivation>(activation);
   p.softmax_scale = softmax_scale;
   p.threads = threads;
+  p.lse_only = lse_only;
   p.queries = sequence(queries);
   p.keys = sequence(keys);
   p.q = tensor(q);
@@ -237,27 +238,31 @@ grank::CandidateCrossAttentionProblem attention_problem(int64_t num_users, int64
 }
 
 void candidate_cross_attention(int64_t num_users, int64_t num_heads, int64_t d, int dtype, int activation,
-                               float softmax_scale, int threads, const Sequence& queries, const Sequence& keys,
-                               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, const Tensor& out,
-                               const Tensor& lse) {
-  const grank::CandidateCrossAttentionProblem p = attention_problem(
-      num_users, num_heads, d, dtype, activation, softmax_scale, threads, queries, keys, q, k, v, bias, out, lse);
+                               float softmax_scale, int threads, bool lse_only, const Sequence& queries,
+                               const Sequence& keys, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& bias, const Tensor& out, const Tensor& lse) {
+  const grank::CandidateCrossAttentionProblem p =
+      attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale, threads, lse_only, queries, keys, q,
+                        k, v, bias, out, lse);
   without_gil([&] { grank::candidate_cross_attention(p, grank::active_isa()); });
 }
 
 void candidate_cross_attention_backward(int64_t num_users, int64_t num_heads, int64_t d, int dtype, int activation,
-                                        float softmax_scale, int threads, const Sequence& queries, const Sequence& keys,
-                                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
-                                        const Tensor& out, const Tensor& lse, const Tensor& grad_out,
-                                        const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
-                                        const Tensor& grad_bias, const Tensor& delta, const Tensor& excess) {
-  grank::CandidateCrossAttentionProblem p = attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale,
-                                                              threads, queries, keys, q, k, v, bias, out, lse);
+                                        float softmax_scale, int threads, bool lse_only, const Sequence& queries,
+                                        const Sequence& keys, const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& bias, const Tensor& out, const Tensor& lse,
+                                        const Tensor& grad_out, const Tensor& grad_q, const Tensor& grad_k,
+                                        const Tensor& grad_v, const Tensor& grad_bias, const Tensor& grad_lse,
+                                        const Tensor& delta, const Tensor& excess) {
+  grank::CandidateCrossAttentionProblem p =
+      attention_problem(num_users, num_heads, d, dtype, activation, softmax_scale, threads, lse_only, queries, keys, q,
+                        k, v, bias, out, lse);
   p.grad_out = tensor(grad_out);
   p.grad_q = tensor(grad_q);
   p.grad_k = tensor(grad_k);
   p.grad_v = tensor(grad_v);
   p.grad_bias = tensor(grad_bias);
+  p.grad_lse = tensor(grad_lse);
   p.delta = tensor(delta);
   p.excess = tensor(excess);
   without_gil([&] { grank::candidate_cross_attention_backward(p, grank::active_isa()); });

@@ -77,12 +77,13 @@ void candidate_cross_attention(const grank::cuda::CandidateCrossAttention& probl
 }
 
 void candidate_cross_attention_backward(const grank::cuda::CandidateCrossAttention& problem, uintptr_t grad_out,
-                                        uintptr_t delta, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v,
-                                        uintptr_t grad_bias, bool bfloat, int width, uintptr_t stream) {
+                                        uintptr_t grad_lse, uintptr_t delta, uintptr_t grad_q, uintptr_t grad_k,
+                                        uintptr_t grad_v, uintptr_t grad_bias, bool bfloat, int width,
+                                        uintptr_t stream) {
   const py::gil_scoped_release release;
   const grank::cuda::CandidateCrossAttentionGradients gradients{
-      pointer<const void>(grad_out), pointer<float>(delta), pointer<void>(grad_q),
-      pointer<void>(grad_k),         pointer<void>(grad_v), pointer<float>(grad_bias)};
+      pointer<const void>(grad_out), pointer<const float>(grad_lse), pointer<float>(delta),    pointer<void>(grad_q),
+      pointer<void>(grad_k),         pointer<void>(grad_v),          pointer<float>(grad_bias)};
   grank::cuda::candidate_cross_attention_backward(problem, gradients, bfloat, width, pointer<void>(stream));
 }
 

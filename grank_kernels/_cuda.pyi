@@ -18,7 +18,7 @@ def score_candidates(
 def candidate_cross_attention(problem: CandidateCrossAttention, bfloat: bool, width: int, stream: int) -> None: ...
 def candidate_cross_attention_backward(
     problem: CandidateCrossAttention,
-    grad_out: int, delta: int, grad_q: int, grad_k: int, grad_v: int, grad_bias: int,
+    grad_out: int, grad_lse: int, delta: int, grad_q: int, grad_k: int, grad_v: int, grad_bias: int,
     bfloat: bool, width: int, stream: int,
 ) -> None: ...  # fmt: skip
 def cuda_runtime_version() -> int: ...

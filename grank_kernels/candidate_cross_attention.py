@@ -21,7 +21,7 @@ ACTIVATIONS = ("softmax", "silu")
 def candidate_cross_attention(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None = None,
     *,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
@@ -31,7 +31,7 @@ def candidate_cross_attention(
     activation: str = "softmax",
     return_lse: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor | None, torch.Tensor]:
     """Attention of every candidate to the history of its own user: no mask, no padding, no (C, L) matrix in memory.
 
     By user and head, for the user's candidates q (C, D) and history rows k and v (L, D):
@@ -39,9 +39,10 @@ def candidate_cross_attention(
         s   = softmax_scale * (q @ k.T) + bias_k
         out = softmax(s) @ v                      activation "softmax"
         out = silu(s) @ v / L                     activation "silu", as in HSTU
+        lse = logsumexp(s)                        with `return_lse`
 
-    Sums are float32. Differentiable once, in reverse mode, in q, k, v and bias_k; the gradient is deterministic. It
-    works under `torch.func.grad`, `vjp`, `jacrev` and `vmap`.
+    Sums are float32. `out` and `lse` are differentiable once, in reverse mode, in q, k, v and bias_k; the gradient is
+    deterministic. It works under `torch.func.grad`, `vjp`, `jacrev` and `vmap`.
 
     Every tensor may also be a NumPy array or an object with `__dlpack__`; the result is a tensor.
 
@@ -49,7 +50,7 @@ def candidate_cross_attention(
         q: queries of the candidates, float32, float16 or bfloat16: (B, C, H, D); (C, H, D), shared by all users; or
             with `cu_seqlens_q` (total_q, H, D).
         k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D); q's dtype.
-        v: k's shape and dtype.
+        v: k's shape and dtype; None if only `lse` is wanted, which then costs half of the products.
         cu_seqlens_q: (B + 1,) int64 or int32, not decreasing, in [0, total_q]: user b has the rows
             `q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]]`.
         cu_seqlens_k: the same for k and v.
@@ -59,14 +60,14 @@ def candidate_cross_attention(
         bias_k: k's shape without D, float32, float16 or bfloat16, or None: added to every logit of a key. Under
             "softmax" -inf masks the key.
         activation: "softmax" or "silu".
-        return_lse: whether to return `lse` too, for "softmax" only. It has no gradient.
+        return_lse: whether to return `lse` too, for "softmax" only.
         backend: None for the first that can run, or a name in `show_config()`: a named backend runs or raises.
 
     Returns:
         `out`, of q's dtype, (B, C, H, D) or (total_q, H, D); with `return_lse` the pair `(out, lse)`, `lse` float32 of
-        out's shape without D: the logarithm of the sum of `exp(s)` over the keys. A user with an empty history, and
-        rows of q outside all offsets, have `out = 0` and `lse = +inf`. Values in padding or in another user's rows,
-        NaN included, affect neither `out` nor gradients.
+        q's shape without D: the logarithm of the sum of `exp(s)` over the keys. Without v `out` is None. A user with
+        an empty history, and rows of q outside all offsets, have `out = 0` and `lse = +inf`. Values in padding or in
+        another user's rows, NaN included, affect neither `out` nor gradients.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor that is sparse, nested or a subclass with its own
@@ -79,7 +80,10 @@ def candidate_cross_attention(
     """
     k = check_tensor("k", k, FLOATS, (4,) if cu_seqlens_k is None else (3,))
     dtypes, (H, D) = (k.dtype,), k.shape[-2:]
-    v = check_operand("v", v, dtypes, "k's shape", tuple(k.shape))
+    if v is not None:
+        v = check_operand("v", v, dtypes, "k's shape", tuple(k.shape))
+    elif not return_lse:
+        raise ValueError("v must be a tensor unless only lse is wanted (return_lse=True), got None")
     B = k.shape[0]
     if cu_seqlens_k is not None:
         cu_seqlens_k = check_tensor("cu_seqlens_k", cu_seqlens_k, INTEGERS, (1,))
@@ -119,4 +123,4 @@ def candidate_cross_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, bias_k, activation
     )
     out, lse = attend(problem, chosen)
-    return (out, lse) if return_lse else out
+    return (None if v is None else out, lse) if return_lse else out

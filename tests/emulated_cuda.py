@@ -26,7 +26,7 @@ KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_att
 OUTPUTS = {  # positions in the argument lists of grank_kernels/_cuda.pyi
     "score_candidates": (17,),
     "candidate_cross_attention": (16, 17),
-    "candidate_cross_attention_backward": (19, 20, 21, 22, 23),
+    "candidate_cross_attention_backward": (20, 21, 22, 23, 24),
 }
 
 

@@ -208,6 +208,21 @@ class Attention:
     def scale(self) -> float:
         return self.q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
 
+    def lse_formula(self) -> torch.Tensor:
+        """`lse`, in the dtype of q."""
+        users = []
+        for q, k, _, bias in self.users():
+            logits = self.scale() * torch.einsum("chd,lhd->hcl", q, k)
+            if bias is not None:
+                logits = logits + bias.T[:, None]
+            none = (logits == -torch.inf).all(-1)  # logsumexp has gradient NaN there
+            total = logits.masked_fill(none[..., None], 0.0).logsumexp(-1).masked_fill(none, torch.inf)
+            users.append(total.T)
+        if self.cu_seqlens_q is None:
+            return torch.stack(users)
+        before, after = int(self.cu_seqlens_q[0]), len(self.q) - int(self.cu_seqlens_q[-1])
+        return F.pad(torch.cat(users), (0, 0, before, after), value=torch.inf)
+
     def formula(self) -> torch.Tensor:
         """`out`, in the dtype of q."""
         users = []

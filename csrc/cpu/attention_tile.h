@@ -62,15 +62,19 @@ void with_parts(typename Tiles::Panel panel, F f) {
   }
 }
 
-// Writes f(k) for the columns from `column` on.
+// Writes f(k) for the columns from `column` on; without parts it is computed and not written.
 template <typename Tiles, int kParts, typename F>
 inline void put_numbers(typename Tiles::Panel panel, int64_t count, int column, F f) {
-  int64_t k = 0;
-  for (; k + 2 <= count; k += 2) {
-    const Floats even = f(k), odd = f(k + 1);
-    Tiles::template put_pair<kParts>(panel, k / 2, column, even, odd);
+  if constexpr (kParts == 0) {
+    for (int64_t k = 0; k < count; ++k) f(k);
+  } else {
+    int64_t k = 0;
+    for (; k + 2 <= count; k += 2) {
+      const Floats even = f(k), odd = f(k + 1);
+      Tiles::template put_pair<kParts>(panel, k / 2, column, even, odd);
+    }
+    if (k < count) Tiles::template put_pair<kParts>(panel, k / 2, column, f(k), Floats{});
   }
-  if (k < count) Tiles::template put_pair<kParts>(panel, k / 2, column, f(k), Floats{});
 }
 
 // The largest of scale * logits[k] for k < count, or `start`.

@@ -126,7 +126,11 @@ class Step {
     fill_lanes(p_.q, p_.grad_out, query_);
     far_ = fill_queries(query_, lanes.count, lanes.add, lanes.plain, lanes.delta);
     queries_in_lanes_ = true;
-    if (softmax_) find_delta(), find_excess();
+    if (softmax_) {
+      if (!p_.lse_only) find_delta();
+      put_delta();
+      find_excess();
+    }
     for (int64_t k = 0; k < keys(); k += block.count) {
       fill_block(p_.k, p_.v, key_ + k, keys() - k);
       fill_keys(key_ + k, block.count, block.add, block.plain, block.delta);
@@ -153,13 +157,14 @@ class Step {
       }
       differentiate_block();
       block.first_across = Tiles::across(block.first, block.count, p_.d, s_.across[0]);
-      block.second_across = Tiles::across(block.second, block.count, p_.d, s_.across[1]);
       add(block.first_across, Tiles::panel_of(s_.logits, block.count, lanes.columns, s_.between[0]), q == 0, s_.out[0]);
+      if (p_.lse_only) continue;
+      block.second_across = Tiles::across(block.second, block.count, p_.d, s_.across[1]);
       add(block.second_across, Tiles::panel_of(s_.grad_weights, block.count, lanes.columns, s_.between[1]), q == 0,
           s_.out[1]);
     }
     write(p_.grad_k, key_, s_.out[0], queries > 0, p_.softmax_scale);
-    write(p_.grad_v, key_, s_.out[1], queries > 0, 1.0f);
+    if (!p_.lse_only) write(p_.grad_v, key_, s_.out[1], queries > 0, 1.0f);
     for (int64_t c = 0; c < lanes.count && p_.grad_bias.data != nullptr; ++c) {
       __builtin_memcpy(p_.grad_bias.at(user_, key_ + c, head_), &lanes.sum[c], sizeof(float));
     }
@@ -176,7 +181,7 @@ class Step {
       Tiles::fill_panel(Tiles::matrix(rows, s_.matrices[0]), lanes.count, p_.d, panel);
     };
     fill(first, lanes.first);
-    fill(second, lanes.second);
+    if (!p_.lse_only) fill(second, lanes.second);
     for (int c = 0; c < kColumns; ++c) {
       lanes.add[c] = lanes.plain[c] = lanes.delta[c] = lanes.excess[c] = lanes.sum[c] = 0;
     }
@@ -186,6 +191,7 @@ class Step {
     Block& block = *s_.block;
     block.count = left < Tiles::kKeys ? left : Tiles::kKeys;
     block.first = Tiles::matrix_or_alias(rows_of(p_, first, user_, row, head_, block.count), s_.matrices[0]);
+    if (p_.lse_only) return;
     block.second = Tiles::matrix_or_alias(rows_of(p_, second, user_, row, head_, block.count), s_.matrices[1]);
   }
 
@@ -208,7 +214,7 @@ class Step {
     }
   }
 
-  // The products of grad_out and out, one dimension after the other, for this pass and for that of the keys.
+  // The products of grad_out and out, one dimension after the other.
   void find_delta() {
     Lanes& lanes = *s_.lanes;
     const AttentionTensor* tensors[] = {&p_.grad_out, &p_.out};
@@ -224,7 +230,13 @@ class Step {
       }
       store(lanes.delta + c, sum);
     }
+  }
+
+  // Subtracts grad_lse; for this pass and for that of the keys.
+  void put_delta() {
+    Lanes& lanes = *s_.lanes;
     for (int64_t c = 0; c < lanes.count; ++c) {
+      lanes.delta[c] -= number_at(p_.grad_lse, user_, query_ + c, head_, 0);
       __builtin_memcpy(p_.delta.at(user_, query_ + c, head_), &lanes.delta[c], sizeof(float));
     }
   }
@@ -258,7 +270,11 @@ class Step {
     const Block& block = *s_.block;
     Lanes& lanes = *s_.lanes;
     Tiles::multiply<false>(block.first, block.count, lanes.first, p_.d, lanes.columns, s_.logits);
-    Tiles::multiply<false>(block.second, block.count, lanes.second, p_.d, lanes.columns, s_.grad_weights);
+    if (p_.lse_only) {
+      __builtin_memset(s_.grad_weights, 0, static_cast<size_t>(block.count * kColumns) * sizeof(float));
+    } else {
+      Tiles::multiply<false>(block.second, block.count, lanes.second, p_.d, lanes.columns, s_.grad_weights);
+    }
     const float scale = p_.softmax_scale * unit();
     if (softmax_) {
       differentiate<AttentionActivation::kSoftmax>(block, lanes, queries_in_lanes_, far_, p_.softmax_scale, scale, 1.0f,

@@ -55,13 +55,16 @@ void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& bloc
   alignas(64) float ones[kColumns];
   Tiles::multiply<false>(block.keys, block.count, tile.queries, p.d, tile.columns, s.logits);
   const bool softmax = p.activation == AttentionActivation::kSoftmax;
+  const auto with_sink = [&](auto f) {  // 0 parts: weights are summed, not stored
+    p.lse_only ? f(std::integral_constant<int, 0>()) : with_parts<Tiles>(s.weights, f);
+  };
   const float* scale = tile.scale;
   if (bias != nullptr) {
     add_bias(s.logits, block.count, tile.scale, bias, bias_stride, softmax ? kLog2E : 1.0f, tile.columns);
     for (float& one : ones) one = 1;
     scale = ones;
   }
-  with_parts<Tiles>(s.weights, [&](auto parts) {
+  with_sink([&](auto parts) {
     if (softmax) {
       const unsigned far = weigh<parts>(s.logits, scale, block, tile, s.weights);
       if (far == 0) return;
@@ -71,7 +74,7 @@ void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& bloc
       weigh_by_silu<parts>(s.logits, block.count, silu_factor, tile, scale, s.weights);
     }
   });
-  add_values(block, s.weights, tile);
+  if (!p.lse_only) add_values(block, s.weights, tile);
 }
 
 // Writes what a tile has come to: out and, of softmax, lse.
@@ -82,7 +85,7 @@ void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head,
   for (int64_t c = 0; c < count; ++c) {
     const bool none = !any_keys || (softmax && tile.sum[c] == 0);  // no keys, or all logits -inf
     factor[c] = !softmax || none ? 1.0f : 1.0f / tile.sum[c];
-    if (none) {
+    if (none && !p.lse_only) {
       for (int64_t j = 0; j < p.d; ++j) tile.out[j * kColumns + c] = 0;
     }
     if (softmax) {
@@ -95,6 +98,7 @@ void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head,
       __builtin_memcpy(p.lse.at(user, row + c, head), &lse, sizeof lse);
     }
   }
+  if (p.lse_only) return;
   write_rows(tile.out, p.d, count, factor, p.dtype, p.out.at(user, row, head), p.out.row_stride);
 }
 
@@ -116,13 +120,16 @@ void run_step(const CandidateCrossAttentionProblem& p, int64_t user, int64_t hea
   const int64_t begin = p.keys.begin(user), length = p.keys.count(user);
   for (int64_t k = 0; k < length; k += Tiles::kKeys) {
     const int64_t keys = length - k < Tiles::kKeys ? length - k : Tiles::kKeys;
-    const Tiles::Matrix values = Tiles::matrix_or_alias(rows_of(p, p.v, user, begin + k, head, keys), s.values);
-    const KeyBlock<Tiles> block{Tiles::matrix_or_alias(rows_of(p, p.k, user, begin + k, head, keys), s.keys),
-                                Tiles::across(values, keys, p.d, s.across),
-                                keys,
-                                p.d,
-                                p.d,
-                                k == 0};
+    KeyBlock<Tiles> block{.keys = Tiles::matrix_or_alias(rows_of(p, p.k, user, begin + k, head, keys), s.keys),
+                          .values = {},
+                          .count = keys,
+                          .d = p.d,
+                          .h = p.lse_only ? 0 : p.d,
+                          .first = k == 0};
+    if (!p.lse_only) {
+      const Tiles::Matrix values = Tiles::matrix_or_alias(rows_of(p, p.v, user, begin + k, head, keys), s.values);
+      block.values = Tiles::across(values, keys, p.d, s.across);
+    }
     const auto* bias =
         p.bias.data != nullptr ? reinterpret_cast<const float*>(p.bias.at(user, begin + k, head)) : nullptr;
     for (int64_t t = 0; t * kColumns < count; ++t) {

@@ -3,14 +3,15 @@
 // For one user and head, x = softmax_scale q k^T + bias over the user's L keys:
 //
 //   forward         w = softmax(x), lse = log sum exp(x);  or w = silu(x) / L;  out = w v
-//   grad_queries    dx = w (grad v^T - delta), delta = grad . out;  or dx = silu'(x) grad v^T / L;  dq = scale dx k
+//   grad_queries    dx = w (grad v^T - delta), delta = grad . out - grad_lse;  or dx = silu'(x) grad v^T / L;
+//                   dq = scale dx k
 //   grad_keys       dk = scale dx^T q,  dv = w^T grad,  dbias = the sum of dx over queries
 //
 // Backward recomputes x, and w = exp(x - lse). A pass has 64 rows in the lanes, queries in the first two and keys in
 // the last, and meets the other side's rows kKeys at a time: products as tile_product.h has them, with dx and w
-// between, in the first-level cache. 2, 3 and 4 products of 2 C L d operations each. Every row of a gradient is summed
-// by one step, in the order of the other side's rows: no atomics, the same bits for any number of threads. No user's
-// step reads another user's rows.
+// between, in the first-level cache. 2, 3 and 4 products of 2 C L d operations each; 1, 2 and 2 of lse alone. Every row
+// of a gradient is summed by one step, in the order of the other side's rows: no atomics, the same bits for any number
+// of threads. No user's step reads another user's rows.
 //
 // Forward of softmax is the online softmax of attention_tile.h. Memory a thread: forward 4 (128 kGroup d + kKeys (3 d +
 // 128) + 64 d) bytes, backward 4 (kKeys (4 d + 256) + 512 d), half as much again where float32 has three parts;
@@ -58,12 +59,14 @@ struct CandidateCrossAttentionProblem {
   float softmax_scale;
   int threads;
   AttentionSequence queries, keys;
+  bool lse_only;  // v, out and their gradients are null; softmax only
   AttentionTensor q, k, v;
   AttentionTensor bias;  // float32, by key; or null
   AttentionTensor out;
   AttentionTensor lse;  // float32, by query; null for silu
   // Backward only.
   AttentionTensor grad_out, grad_q, grad_k, grad_v;
+  AttentionTensor grad_lse;   // float32, by query; null: zeros
   AttentionTensor grad_bias;  // float32; or null
   AttentionTensor delta;      // float32, by query: grad_queries writes it, grad_keys reads it; null for silu
   AttentionTensor excess;     // the same; log2 of the sum of the weights where lse is too large to hold it, else 0

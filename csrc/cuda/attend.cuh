@@ -83,6 +83,7 @@ struct SiluWeights {
 };
 
 // The queries of this warp times one tile of kTileRows keys and values. `bias` is in shared memory, one per column.
+// Without values (null) only the weights are summed.
 template <class Element, int kWidth, int kValueWidth, class Weights>
 __device__ __forceinline__ void attend(const uint32_t (&queries)[kWidth / 16][4], const unsigned char* keys,
                                        const unsigned char* values, const float* bias, const float (&scale)[2],
@@ -100,6 +101,7 @@ __device__ __forceinline__ void attend(const uint32_t (&queries)[kWidth / 16][4]
     for (int j = 0; j < 4; ++j) logits[n][j] = fmaf(logits[n][j], scale[j / 2], j % 2 ? offset.y : offset.x);
   }
   weights.weigh(logits, sums);
+  if (values == nullptr) return;
 #pragma unroll
   for (int step = 0; step < kTileRows / 16; ++step) {
     uint32_t a[4];

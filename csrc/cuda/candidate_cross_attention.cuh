@@ -8,8 +8,8 @@
 // row's maximum, and their float32 sum is at most L; silu weights are at most |s|, and the sum is divided by L. Without
 // keys out = 0 and lse = +infinity.
 //
-// Bytes per block: 64 queries in and out, 4 D per key. Operations: 4 C L D per head, C L exponentials (silu: and C L
-// reciprocals). Shared memory: 640 D + 512 bytes.
+// Bytes per block: 64 queries in and out, 4 D per key. Operations: 4 C L D per head (half of both for lse alone), C L
+// exponentials (silu: and C L reciprocals). Shared memory: 640 D + 512 bytes.
 #pragma once
 
 #include <stdexcept>
@@ -25,6 +25,10 @@ inline __host__ __device__ RowGroups query_groups(const CandidateCrossAttention&
 }
 inline __host__ __device__ RowGroups key_groups(const CandidateCrossAttention& p) {
   return {p.cu_seqlens_k, p.seqused_k, p.users, p.keys_per_user, p.num_keys};
+}
+// Of a tensor without rows the address may be null, of both only where there is none.
+inline __host__ __device__ bool has_values(const CandidateCrossAttention& p) {
+  return p.v != nullptr || p.out != nullptr;
 }
 // The first row of a user's queries in q; shared queries are stored once.
 __device__ __forceinline__ int64_t first_query(const CandidateCrossAttention& p, const Rows& queries) {
@@ -59,7 +63,9 @@ __global__ void __launch_bounds__(kThreads) candidate_cross_attention_kernel(con
     const int first = key_tile * kTileRows, valid = history.count - first;
     unsigned char* const stage = stage_of(key_tile);
     copy_rows<kTileRows, kWidth>(stage, row_of(p.k, history.begin + first), stride, valid);
-    copy_rows<kTileRows, kWidth>(stage + Shared::kRows, row_of(p.v, history.begin + first), stride, valid);
+    if (has_values(p)) {
+      copy_rows<kTileRows, kWidth>(stage + Shared::kRows, row_of(p.v, history.begin + first), stride, valid);
+    }
   };
   // The bias of this thread's key: loaded early, stored when the stage is free.
   const auto fetch_bias = [&](int key_tile) {
@@ -95,7 +101,8 @@ __global__ void __launch_bounds__(kThreads) candidate_cross_attention_kernel(con
       for (int k = 0; k < kWidth / 16; ++k) load_left<kWidth>(query[k], shared, k);
     }
     const unsigned char* const stage = stage_of(key_tile);
-    attend<Element, kWidth, kWidth>(query, stage, stage + Shared::kRows, bias_of(key_tile), scale, weights, sums);
+    attend<Element, kWidth, kWidth>(query, stage, has_values(p) ? stage + Shared::kRows : nullptr, bias_of(key_tile),
+                                    scale, weights, sums);
     if (more) put_bias(key_tile + 1, next_bias);
     __syncthreads();  // the stage is free
   }
@@ -113,6 +120,7 @@ __global__ void __launch_bounds__(kThreads) candidate_cross_attention_kernel(con
   } else {
     factor[0] = factor[1] = history.count == 0 ? 0.0f : 1.0f / static_cast<float>(history.count);
   }
+  if (!has_values(p)) return;
   Element* const out = static_cast<Element*>(p.out) + (queries.begin + tile.first) * stride + head * kWidth;
   store_rows<Element, kWidth>(shared, sums, factor, out, stride, left, left);
 }

@@ -19,7 +19,8 @@ struct CandidateCrossAttention {
   int64_t queries_per_user;     // without offsets
   int64_t num_queries;          // of all users, below 2^31 - 64
   bool shared_queries;          // without offsets: q holds the queries of one user, which all users share
-  // Keys and values, likewise; seqused_k is the number of valid rows among keys_per_user.
+  // Keys and values, likewise; v and out are null where only lse is wanted, for softmax only. seqused_k is the number
+  // of valid rows among keys_per_user.
   const void* k;
   const void* v;
   const int64_t* cu_seqlens_k;  // (users + 1,) or null
@@ -36,11 +37,12 @@ struct CandidateCrossAttention {
 // Further pointers of the backward pass, which reads `out` and `lse`.
 struct CandidateCrossAttentionGradients {
   const void* grad_out;
-  float* delta;      // (num_queries, heads) work space; softmax only
-  void* grad_q;      // like out
-  void* grad_k;      // like k
-  void* grad_v;      // like v
-  float* grad_bias;  // like bias_k, or null
+  const float* grad_lse;  // (num_queries, heads); softmax only. Null: zeros
+  float* delta;           // (num_queries, heads) work space; softmax only
+  void* grad_q;           // like out
+  void* grad_k;           // like k
+  void* grad_v;           // like v; grad_out and grad_v are null where v is
+  float* grad_bias;       // like bias_k, or null
 };
 
 // Enqueue the kernels; width is 16, 32, 64 or 128. Do not allocate or synchronise. Rows of no user are not written.

@@ -1,6 +1,6 @@
 // candidate_cross_attention, backward. With s the logits, w the weights, g = grad_out (C, D), by user and head:
 //
-//   dw = g v^T;   softmax: w = exp(s - lse),            ds = w (dw - delta), delta = rowsum(g out)
+//   dw = g v^T;   softmax: w = exp(s - lse),            ds = w (dw - delta), delta = rowsum(g out) - grad_lse
 //                 silu:    w = s sigmoid(s) / L,        ds = dw sigmoid(s) (1 + s (1 - sigmoid(s))) / L
 //   dv = w^T g;   dk = softmax_scale ds^T q;   dq = softmax_scale ds k;   dbias_k = colsum(ds)
 //
@@ -110,8 +110,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = streamed.begin + first;
     const int64_t query = first_query(p, queries) + first;
     copy_rows<kStreamed, kWidth>(stage, kOwnsKeys ? row_of(p.q, query) : row_of(p.k, begin), stride, valid);
-    copy_rows<kStreamed, kWidth>(stage + Shared::kRows, row_of(kOwnsKeys ? gradients.grad_out : p.v, begin), stride,
-                                 valid);
+    if (has_values(p)) {
+      copy_rows<kStreamed, kWidth>(stage + Shared::kRows, row_of(kOwnsKeys ? gradients.grad_out : p.v, begin), stride,
+                                   valid);
+    }
   };
   const auto fetch_terms = [&](int step) {
     return threadIdx.x < kStreamed ? terms(!kOwnsKeys, streamed, step * kStreamed + threadIdx.x) : make_float2(0, 0);
@@ -127,7 +129,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = owned.begin + tile.first;
     const int64_t query = first_query(p, queries) + tile.first;
     copy_rows<kTileRows, kWidth>(owned_first, kOwnsKeys ? row_of(p.k, begin) : row_of(p.q, query), stride, count);
-    copy_rows<kTileRows, kWidth>(owned_second, row_of(kOwnsKeys ? p.v : gradients.grad_out, begin), stride, count);
+    if (has_values(p)) {
+      copy_rows<kTileRows, kWidth>(owned_second, row_of(kOwnsKeys ? p.v : gradients.grad_out, begin), stride, count);
+    }
     copy(0);
     put_terms(0, fetch_terms(0));
   }
@@ -153,8 +157,10 @@ __global__ void __launch_bounds__(kThreads)
         uint32_t a[4];
         load_left<kWidth>(a, owned_first, k);
         multiply_rows<Element, kWidth>(weights, a, first_rows, k, row);
-        load_left<kWidth>(a, owned_second, k);
-        multiply_rows<Element, kWidth>(logits, a, second_rows, k, row);
+        if (has_values(p)) {
+          load_left<kWidth>(a, owned_second, k);
+          multiply_rows<Element, kWidth>(logits, a, second_rows, k, row);
+        }
       }
 #pragma unroll
       for (int n = 0; n < kStep / 8; ++n) {
@@ -176,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
         uint32_t a[4];
         round_left<Element>(a, logits, k);
         multiply_columns<Element, kWidth>(first_sums, a, first_rows, row + 16 * k);
-        if (kOwnsKeys) {
+        if (kOwnsKeys && has_values(p)) {
           round_left<Element>(a, weights, k);
           multiply_columns<Element, kWidth>(second_sums, a, second_rows, row + 16 * k);
         }
@@ -196,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   store(kOwnsKeys ? gradients.grad_k : gradients.grad_q, owned_first, first_sums, first_factor);
   if (kOwnsKeys) {
-    store(gradients.grad_v, owned_second, second_sums, second_factor);
+    if (has_values(p)) store(gradients.grad_v, owned_second, second_sums, second_factor);
     if (gradients.grad_bias != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -210,15 +216,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// delta = rowsum(grad_out * out), float32: kWidth / 8 lanes per row of a head.
+// delta = rowsum(grad_out * out) - grad_lse, float32: kWidth / 8 lanes per row of a head.
 template <class Element, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    candidate_cross_attention_delta_kernel(const void* out, const void* grad_out, float* delta, int64_t rows) {
+    candidate_cross_attention_delta_kernel(const void* out, const void* grad_out, const float* grad_lse, float* delta,
+                                           int64_t rows) {
   constexpr int kLanes = kWidth / 8;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = thread / kLanes, place = row < rows ? thread * 8 : 0;
-  const uint4 a = load_vec<uint4>(static_cast<const Element*>(out) + place);
-  const uint4 b = load_vec<uint4>(static_cast<const Element*>(grad_out) + place);
+  uint4 a = {0, 0, 0, 0}, b = a;
+  if (grad_out != nullptr) {
+    a = load_vec<uint4>(static_cast<const Element*>(out) + place);
+    b = load_vec<uint4>(static_cast<const Element*>(grad_out) + place);
+  }
   const auto dot = [](uint32_t x, uint32_t y) {
     const float2 u = unpack2<Element>(x), v = unpack2<Element>(y);
     return u.x * v.x + u.y * v.y;
@@ -226,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum = dot(a.x, b.x) + dot(a.y, b.y) + dot(a.z, b.z) + dot(a.w, b.w);
 #pragma unroll
   for (int lane = 1; lane < kLanes; lane *= 2) sum += __shfl_xor_sync(kFullMask, sum, lane);
-  if (row < rows && thread % kLanes == 0) delta[row] = sum;
+  if (row < rows && thread % kLanes == 0) delta[row] = grad_lse == nullptr ? sum : sum - grad_lse[row];
 }
 
 template <class Element, int kWidth>
@@ -247,7 +257,7 @@ void launch_candidate_cross_attention_backward(const CandidateCrossAttention& pr
     constexpr int kRowsOfBlock = 8 * kThreads / kWidth;
     launch(candidate_cross_attention_delta_kernel<Element, kWidth>,
            dim3(attention_blocks(ceil_div(rows, kRowsOfBlock), 1)), dim3(kThreads), 0, stream, problem.out,
-           gradients.grad_out, gradients.delta, rows);
+           gradients.grad_out, gradients.grad_lse, gradients.delta, rows);
   }
   run_both(std::true_type());
 }

@@ -174,7 +174,7 @@ def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     return scores
 
 
-def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> str | None:
     """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
     if _cpu is None:
         return unavailable()
@@ -189,7 +189,8 @@ class _Attention:
     """What the attention kernels are told of a call, forward and backward."""
 
     def __init__(self, problem: CandidateCrossAttentionProblem) -> None:
-        self.q, self.k, self.v = (_rows_contiguous(x) for x in problem[:3])
+        self.q, self.k = _rows_contiguous(problem.q), _rows_contiguous(problem.k)
+        self.v = None if problem.v is None else _rows_contiguous(problem.v)
         self.bias_k = problem.bias_k
         self.offsets = [
             None if x is None else x.contiguous()
@@ -202,17 +203,17 @@ class _Attention:
         users = len(q) if offsets_q is None else len(offsets_q) - 1
         self.head = (
             users, q.shape[-2], q.shape[-1], _DTYPES[q.dtype], _ATTENTION_ACTIVATIONS[problem.activation],
-            problem.scale, torch.get_num_threads(),
+            problem.scale, torch.get_num_threads(), self.v is None,
             (_address(offsets_q), 0, 0 if self.ragged_q else q.shape[1]),
             (_address(offsets_k), _address(used_k), 0 if self.ragged_k else k.shape[1]),
         )  # fmt: skip
         self.all_keys = not self.ragged_k and used_k is None
 
     def operands(self, out: torch.Tensor, lse: torch.Tensor) -> list[Any]:
-        """What both directions take."""
+        """Arguments of both directions."""
         return [
             *self.head, self.by_query(self.q), self.by_key(self.k), self.by_key(self.v), self.by_key(self.bias_k),
-            self.by_query(out), self.by_query(lse if self.softmax else None),
+            self.by_query(None if self.v is None else out), self.by_query(lse if self.softmax else None),
         ]  # fmt: skip
 
     def by_query(self, x: torch.Tensor | None) -> tuple[int, int, int, int]:
@@ -238,27 +239,30 @@ def _fresh(x: torch.Tensor, written: bool) -> torch.Tensor:
 
 
 def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32; of silu (0,)."""
+    """`out` of q's shape and dtype, without v (0,), and `lse` of q's shape without D, float32; of silu (0,)."""
     call = _Attention(problem)
-    out = _fresh(call.q, not call.ragged_q)
+    out = call.q.new_empty(0) if call.v is None else _fresh(call.q, not call.ragged_q)
     lse = torch.full(call.q.shape[:-1] if call.softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
     _cpu.candidate_cross_attention(*call.operands(out, lse))
     return out, lse
 
 
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of q, k, v and bias_k, of their shapes and dtypes, contiguous."""
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    problem: CandidateCrossAttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients in q, k, v and bias_k, of their shapes and dtypes, contiguous; None for a v or bias_k of None."""
     call = _Attention(problem)
-    grad_out, out = _rows_contiguous(grad_out), _rows_contiguous(out)
-    grad_q = _fresh(call.q, not call.ragged_q)
-    grad_k, grad_v = _fresh(call.k, call.all_keys), _fresh(call.v, call.all_keys)
-    grad_bias = None if call.bias_k is None else _fresh(call.bias_k, call.all_keys)
+    grad_out, out = None if grad_out is None else _rows_contiguous(grad_out), _rows_contiguous(out)
+    grad_q, grad_k = _fresh(call.q, not call.ragged_q), _fresh(call.k, call.all_keys)
+    grad_v, grad_bias = (None if x is None else _fresh(x, call.all_keys) for x in (call.v, call.bias_k))
     delta, excess = torch.empty(2, *lse.shape, dtype=torch.float32, device="cpu") if call.softmax else (None, None)
     gradients = [
         call.by_query(grad_out), call.by_query(grad_q), call.by_key(grad_k), call.by_key(grad_v),
-        call.by_key(grad_bias), call.by_query(delta), call.by_query(excess),
+        call.by_key(grad_bias), call.by_query(grad_lse), call.by_query(delta), call.by_query(excess),
     ]  # fmt: skip
     _cpu.candidate_cross_attention_backward(*call.operands(out, lse), *gradients)
     return grad_q, grad_k, grad_v, grad_bias

@@ -111,7 +111,7 @@ def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
 # ---- candidate_cross_attention ----
 
 
-def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> str | None:
     """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
     reason = _device_unsupported("queries", q)
     if reason is not None:
@@ -135,7 +135,8 @@ class _Operands:
         self.users = len(q) if offsets is None else len(offsets) - 1
         self.shape, self.ragged_q, self.ragged_k = q.shape, cu_seqlens_q is not None, cu_seqlens_k is not None
         self.shared = cu_seqlens_q is None and q.stride(0) == 0 and self.users > 1
-        self.q, self.k, self.v = (_aligned(x) for x in (q[0] if self.shared else q, k, v))
+        self.q, self.k = (_aligned(x) for x in (q[0] if self.shared else q, k))
+        self.v = None if v is None else _aligned(v)
         self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.bias_k = (
             None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k, bias_k)
         )
@@ -151,7 +152,7 @@ class _Operands:
             _address(self.k), _address(self.v), _address(self.cu_seqlens_k), _address(self.seqused_k),
             key_rows[-1], self.k.shape[:-2].numel(),
             _address(self.bias_k), self.scale, _ACTIVATIONS[self.activation],
-            _address(out), _address(lse),
+            _address(None if self.v is None else out), _address(lse),
         )  # fmt: skip
 
 
@@ -162,9 +163,9 @@ def _fresh(shape: torch.Size, like: torch.Tensor, dtype: torch.dtype, ragged: bo
 
 
 def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32."""
+    """`out` of q's shape and dtype, without v (0,), and `lse` of q's shape without D, float32."""
     q, operands = problem.q, _Operands(problem)
-    out = _fresh(q.shape, q, q.dtype, operands.ragged_q)
+    out = _fresh(q.shape if problem.v is not None else torch.Size((0,)), q, q.dtype, operands.ragged_q)
     lse_shape = q.shape[:-1] if problem.activation == "softmax" else torch.Size((0,))
     lse = _fresh(lse_shape, q, torch.float32, operands.ragged_q, torch.inf)
     with _stream_of(q.device) as stream:
@@ -173,22 +174,28 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
 
 
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `out` with respect to q, k, v and bias_k (None without one): of their shapes and dtypes, contiguous.
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    problem: CandidateCrossAttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients in q, k, v and bias_k, of their shapes and dtypes, contiguous; None for a v or bias_k of None.
 
     Deterministic, without atomics. The gradient of shared queries is by user, (B, C, H, D).
     """
     q, k, v, bias_k, operands = *problem[:3], problem.bias_k, _Operands(problem)
-    grad_out, out, lse = _aligned(grad_out), _aligned(out), lse.contiguous()
+    grad_out, out, lse = None if grad_out is None else _aligned(grad_out), _aligned(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
     grad_q = _fresh(q.shape, q, q.dtype, operands.ragged_q)
-    grad_k, grad_v = (_fresh(x.shape, x, x.dtype, operands.ragged_k) for x in (k, v))
+    grad_k = _fresh(k.shape, k, k.dtype, operands.ragged_k)
+    grad_v = None if v is None else _fresh(v.shape, v, v.dtype, operands.ragged_k)
     grad_bias = None if bias_k is None else _fresh(bias_k.shape, k, torch.float32, operands.ragged_k)
     with _stream_of(q.device) as stream:
         _cuda.candidate_cross_attention_backward(
             operands.problem(out, lse),
-            _address(grad_out), _address(delta),
+            _address(grad_out), _address(grad_lse), _address(delta),
             _address(grad_q), _address(grad_k), _address(grad_v), _address(grad_bias),
             _BFLOAT[q.dtype], q.shape[-1], stream,
         )  # fmt: skip

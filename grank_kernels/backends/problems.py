@@ -81,7 +81,7 @@ class CandidateCrossAttentionProblem(NamedTuple):
         q: (B, C, H, D), expanded (`stride(0) == 0`) if all users share the queries; or with `cu_seqlens_q`
             (total_q, H, D). float32, float16 or bfloat16, k and v the same.
         k: (B, L, H, D), or with `cu_seqlens_k` (total_k, H, D).
-        v: like k.
+        v: like k; None if only `lse` is wanted, for "softmax" only.
         cu_seqlens_q: (B + 1,) int64, not decreasing, or None: user b has the rows `[cu[b], cu[b + 1])`; on a GPU
             clamped to the rows there are.
         cu_seqlens_k: the same for k and v.
@@ -93,7 +93,7 @@ class CandidateCrossAttentionProblem(NamedTuple):
 
     q: torch.Tensor
     k: torch.Tensor
-    v: torch.Tensor
+    v: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None

@@ -228,21 +228,21 @@ def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     return scores
 
 
-def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def candidate_cross_attention_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> str | None:
     """Why `candidate_cross_attention` or its backward cannot run for these tensors."""
     return None
 
 
 @in_full
 def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` of q's shape and dtype, and `lse` of q's shape without D, float32.
+    """`out` of q's shape and dtype, without v (0,), and `lse` of q's shape without D, float32.
 
     By user and head, for `s = scale q k^T + bias_k` over the user's L keys: `out = softmax(s) v` and `lse` the
     logarithm of the sum of exp(s); for `activation` "silu" `out = silu(s) v / L`, and `lse` is (0,).
     `out = 0` and `lse = +inf` for a user without keys, a query whose logits are all -inf, and rows outside all offsets.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = q.new_zeros(q.shape if v is not None else 0)
     lse = torch.full(
         q.shape[:-1] if activation == "softmax" else (0,), torch.inf, dtype=_wide(q).dtype, device=q.device
     )
@@ -253,37 +253,49 @@ def candidate_cross_attention(problem: CandidateCrossAttentionProblem) -> tuple[
         else:
             weights, total = _softmax(logits), logits.logsumexp(-1)
             lse[user_q] = total.masked_fill(total == -torch.inf, torch.inf).T
-        out[user_q] = torch.einsum("hcl,lhd->chd", weights, _wide(v[user_k])).to(out.dtype)
+        if v is not None:
+            out[user_q] = torch.einsum("hcl,lhd->chd", weights, _wide(v[user_k])).to(out.dtype)
     return out, lse
 
 
 @in_full
 def candidate_cross_attention_backward(
-    grad_out: torch.Tensor, problem: CandidateCrossAttentionProblem, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of `out` in q, k, v and bias_k (None without one), of their shapes and dtypes, contiguous.
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    problem: CandidateCrossAttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients in q, k, v and bias_k, of their shapes and dtypes, contiguous; None for a v or bias_k of None.
 
+    `grad_out` is None if v is, and only then. `grad_lse`, float32, is 0 where `lse` is +inf; None stands for zeros.
     Deterministic: the order of every sum is fixed. Rows and keys outside all offsets and lengths have gradient 0. The
     gradient of shared queries is by user, (B, C, H, D): the caller sums over users.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, _, bias_k, activation = problem
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    grad_bias = None if bias_k is None else torch.zeros_like(bias_k, memory_format=torch.contiguous_format)
+    grad_q, grad_k = q.new_zeros(q.shape), k.new_zeros(k.shape)
+    grad_v, grad_bias = (None if x is None else x.new_zeros(x.shape) for x in (v, bias_k))
     for user_q, user_k in zip(_sequences(q, cu_seqlens_q), _sequences(k, cu_seqlens_k, seqused_k), strict=True):
-        queries, keys, values, grad = (_wide(x) for x in (q[user_q], k[user_k], v[user_k], grad_out[user_q]))
+        queries, keys = _wide(q[user_q]), _wide(k[user_k])
         logits = _logits(queries, keys, problem.scale, None if bias_k is None else bias_k[user_k])
-        grad_weights = torch.einsum("chd,lhd->hcl", grad, values)
+        grad_weights = torch.zeros_like(logits)
+        if v is not None and grad_out is not None:
+            grad = _wide(grad_out[user_q])
+            grad_weights = torch.einsum("chd,lhd->hcl", grad, _wide(v[user_k]))
         if activation == "silu":
             length, gate = max(logits.shape[-1], 1), logits.sigmoid()
             weights = logits * gate / length
             grad_logits = grad_weights * gate * (1 + logits * (1 - gate)) / length
         else:
             weights = _softmax(logits)  # not exp(logits - lse): lse rounds to the largest logit from 2^24 on
-            delta = (grad * _wide(out[user_q])).sum(-1).T[..., None]
-            grad_logits = weights * (grad_weights - delta)
+            delta = torch.zeros_like(lse[user_q]) if v is None else (grad * _wide(out[user_q])).sum(-1)
+            if grad_lse is not None:
+                delta = delta - grad_lse[user_q]
+            grad_logits = weights * (grad_weights - delta.T[..., None])
         grad_q[user_q] = (torch.einsum("hcl,lhd->chd", grad_logits, keys) * problem.scale).to(q.dtype)
         grad_k[user_k] = (torch.einsum("hcl,chd->lhd", grad_logits, queries) * problem.scale).to(k.dtype)
-        grad_v[user_k] = torch.einsum("hcl,chd->lhd", weights, grad).to(v.dtype)
+        if grad_v is not None:
+            grad_v[user_k] = torch.einsum("hcl,chd->lhd", weights, grad).to(grad_v.dtype)
         if grad_bias is not None:
             grad_bias[user_k] = grad_logits.sum(1).T
     return grad_q, grad_k, grad_v, grad_bias

@@ -25,12 +25,12 @@ _OPERANDS = (
 )
 torch.library.define(
     "grank::candidate_cross_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_OPERANDS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor? v, {_OPERANDS}) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "grank::candidate_cross_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPERANDS}) -> "
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor lse, {_OPERANDS}) -> "
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias_k)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -53,43 +53,46 @@ def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_backward(
-    grad_out: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     *operands: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     *fields, backend = operands
     problem = CandidateCrossAttentionProblem(q, k, v, *fields)
-    grad_q, grad_k, grad_v, grad_bias = BACKENDS[backend].candidate_cross_attention_backward(
-        grad_out, problem, out, lse
-    )
-    return grad_q, grad_k, grad_v, q.new_empty(0) if grad_bias is None else grad_bias
+    if grad_lse is not None:  # lse is +inf where there is no weight, and 0 times infinity is NaN
+        grad_lse = grad_lse.masked_fill(lse == torch.inf, 0.0)
+    grads = BACKENDS[backend].candidate_cross_attention_backward(grad_out, grad_lse, problem, out, lse)
+    grad_q, grad_k, grad_v, grad_bias = (q.new_empty(0) if x is None else x for x in grads)
+    return grad_q, grad_k, grad_v, grad_bias
 
 
 def _fake(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *fields, _ = operands
     problem = CandidateCrossAttentionProblem(*fields)
     q = problem.q
+    out_shape = (0,) if problem.v is None else q.shape
     lse_shape = q.shape[:-1] if problem.activation == "softmax" else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _fake_backward(
-    grad_out: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     *operands: Any,
 ) -> tuple[torch.Tensor, ...]:
     *fields, _ = operands
     bias_k = CandidateCrossAttentionProblem(q, k, v, *fields).bias_k
-    grad_bias = q.new_empty(0) if bias_k is None else bias_k.new_empty(bias_k.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, bias_k))
 
 
 # ---- derivatives ----
@@ -98,16 +101,26 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(*([lse] if ctx.activation != "softmax" else []), *([out] if v is None else []))
+    ctx.set_materialize_grads(False)  # of a result without a gradient: None, and its part of the work is left out
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, bias_k)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    *saved, bias_k = ctx.saved_tensors
-    operands = (grad_out, *saved, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend)
+def _backward(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    if grad_out is None and grad_lse is None:
+        return (None,) * 10
+    q, k, v, *saved, bias_k = ctx.saved_tensors
+    if v is None or grad_out is None:
+        v = grad_out = None
+    if ctx.activation != "softmax":
+        grad_lse = None
+    operands = (grad_out, grad_lse, q, k, v, *saved, ctx.softmax_scale, bias_k, ctx.activation, ctx.backend)
     op = torch.ops.grank.candidate_cross_attention_backward.default
     grad_q, grad_k, grad_v, grad_bias = dispatch(op, _AttentionGradient, *operands)
-    return grad_q, grad_k, grad_v, None, None, None, None, None if bias_k is None else grad_bias, None, None
+    grad_v, grad_bias = None if v is None else grad_v, None if bias_k is None else grad_bias
+    return grad_q, grad_k, grad_v, None, None, None, None, grad_bias, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:

@@ -11,7 +11,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _tracing_state = torch._C._get_tracing_state
 
 
-def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
+def choose(op: str, backend: str | None, *tensors: torch.Tensor | None) -> str:
     """The first backend that can run `op` for these tensors, or the named one.
 
     Raises:
@@ -29,12 +29,12 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor) -> str:
     return backend
 
 
-def supports(op: str, backend: str, *tensors: torch.Tensor) -> bool:
+def supports(op: str, backend: str, *tensors: torch.Tensor | None) -> bool:
     """Whether a backend can run `op` for these tensors."""
     return _unsupported(op, backend, tensors) is None
 
 
-def _unsupported(op: str, backend: str, tensors: tuple[torch.Tensor, ...]) -> str | None:
+def _unsupported(op: str, backend: str, tensors: tuple[torch.Tensor | None, ...]) -> str | None:
     """Why a backend cannot run `op` for these tensors; not every backend has every op."""
     module = BACKENDS[backend]
     if not hasattr(module, op):

@@ -68,8 +68,8 @@ GRANK_ENTRY emulated_candidate_cross_attention_backward(
     int64_t users, int64_t heads, const void* q, const int64_t* cu_seqlens_q, int64_t queries_per_user,
     int64_t num_queries, int64_t shared_queries, const void* k, const void* v, const int64_t* cu_seqlens_k,
     const int64_t* seqused_k, int64_t keys_per_user, int64_t num_keys, const float* bias_k, float softmax_scale,
-    int64_t activation, void* out, float* lse, const void* grad_out, float* delta, void* grad_q, void* grad_k,
-    void* grad_v, float* grad_bias, int64_t bfloat, int64_t width, void* stream) {
+    int64_t activation, void* out, float* lse, const void* grad_out, const float* grad_lse, float* delta, void* grad_q,
+    void* grad_k, void* grad_v, float* grad_bias, int64_t bfloat, int64_t width, void* stream) {
   const CandidateCrossAttention problem{users,
                                         heads,
                                         q,
@@ -88,7 +88,7 @@ GRANK_ENTRY emulated_candidate_cross_attention_backward(
                                         static_cast<AttentionActivation>(activation),
                                         out,
                                         lse};
-  const CandidateCrossAttentionGradients gradients{grad_out, delta, grad_q, grad_k, grad_v, grad_bias};
+  const CandidateCrossAttentionGradients gradients{grad_out, grad_lse, delta, grad_q, grad_k, grad_v, grad_bias};
   candidate_cross_attention_backward(problem, gradients, bfloat != 0, static_cast<int>(width), stream);
 }
 

@@ -207,7 +207,7 @@ def test_attention_with_hostile_offsets(ragged: str, offsets: list[int]) -> None
     hostile = CandidateCrossAttentionProblem(q, k, v, *given)
     with with_emulator(checked=True):
         out, lse = cuda.candidate_cross_attention(hostile)
-        cuda.candidate_cross_attention_backward(q, hostile, out, lse)
+        cuda.candidate_cross_attention_backward(q, lse, hostile, out, lse)
     assert bool(out.isfinite().all())
 
 
@@ -217,7 +217,7 @@ def test_attention_with_hostile_lengths(lengths: list[int]) -> None:
     hostile = CandidateCrossAttentionProblem(q, k, v, seqused_k=torch.tensor(lengths))
     with with_emulator(checked=True):
         out, lse = cuda.candidate_cross_attention(hostile)
-        grads = cuda.candidate_cross_attention_backward(q, hostile, out, lse)
+        grads = cuda.candidate_cross_attention_backward(q, lse, hostile, out, lse)
         full, _ = cuda.candidate_cross_attention(CandidateCrossAttentionProblem(q, k, v))
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert torch.equal(out[1], full[1])
@@ -440,7 +440,7 @@ def test_compiled_module_accepts_the_arguments_of_the_launcher(monkeypatch: pyte
     bias = torch.zeros(0, 3, 2)
     nobody = CandidateCrossAttentionProblem(q, q, q, softmax_scale=1, bias_k=bias)
     out, lse = cuda.candidate_cross_attention(nobody)
-    grads = cuda.candidate_cross_attention_backward(q, nobody, out, lse)
+    grads = cuda.candidate_cross_attention_backward(q, None, nobody, out, lse)
     assert [x.shape for x in (out, lse, *grads)] == [x.shape for x in (q, bias, q, q, q, bias)]
     with pytest.raises(ValueError, match="width is 48; it takes 16, 32, 64 or 128"):
         compiled.score_candidates(*[0] * 14, 0.0, 1.0, 0, 0, False, 48, 16, 0)

@@ -148,6 +148,32 @@ def test_gradients_of_attention_by_sample(attended: Any, backend: str) -> None:
     close(vmap(grad(loss(attention_of(backend))))(q), vmap(grad(loss(dense_attention)))(q))
 
 
+def dense_lse(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    logits = torch.einsum("bchd,blhd->bhcl", q, k) * D**-0.5 + bias.mT[:, :, None]
+    return logits.logsumexp(-1).mT
+
+
+@pytest.mark.parametrize("argument", range(3))
+def test_derivatives_of_lse(argument: int, attended: Any, backend: str) -> None:
+    """With values and without; reverse mode and by sample."""
+    q, k, v, bias = attended
+
+    def lse(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return gk.candidate_cross_attention(q, k, bias_k=bias, return_lse=True, backend=backend)[1]
+
+    def lse_of_both(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return gk.candidate_cross_attention(q, k, v, bias_k=bias, return_lse=True, backend=backend)[1]
+
+    want = jacrev(dense_lse, argument)(q, k, bias)
+    close(jacrev(lse, argument)(q, k, bias), want)
+    close(jacrev(lse_of_both, argument)(q, k, bias), want)
+    many = torch.randn(4, *q.shape)
+    close(
+        vmap(grad(lambda q: lse(q, k, bias).square().sum()))(many),
+        vmap(grad(lambda q: dense_lse(q, k, bias).square().sum()))(many),
+    )
+
+
 @pytest.mark.parametrize("transform", [jacfwd, hessian], ids=lambda f: f.__name__)
 def test_attention_refuses_forward_mode(transform: Any, attended: Any, backend: str) -> None:
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):

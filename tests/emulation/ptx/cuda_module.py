@@ -12,7 +12,7 @@ ROWS = 64  # candidates per block
 THREADS = 128
 SCORE_CANDIDATES = "@PqqPPqqPPqPPPPffiP0P"
 ATTENTION = "@qqPPqq?PPPPqqPfiPP0P"
-GRADIENTS = "@PPPPPP"
+GRADIENTS = "@PPPPPPP"
 
 
 class PtxModule:
@@ -65,16 +65,17 @@ class PtxModule:
             "(CandidateCrossAttention, CandidateCrossAttentionGradients)"
             for owned in ("kKeys", "kQueries")
         ]
-        names += [f"candidate_cross_attention_delta_kernel<{types}>(const void*, const void*, float*, int64_t)"]
+        names += [
+            f"candidate_cross_attention_delta_kernel<{types}>(const void*, const void*, const float*, float*, int64_t)"
+        ]
         keys, queries, deltas = self._kernels("candidate_cross_attention_backward.cuh", names)
         streamed = 32 if width == 128 else 64
         shared = 4 * ROWS * width + 2 * (4 * streamed * width + 8 * streamed)
         both = [self._packed(ATTENTION, problem), self._packed(GRADIENTS, gradients)]
         if softmax:
-            out, grad_out, delta, rows = problem[16], gradients[0], gradients[1], problem[5] * heads
-            given = [self.memory.upload("out", out), self.memory.upload("grad_out", grad_out)]
-            given += [self.memory.upload("delta", delta), rows]
-            self._launch(deltas, -(-rows * width // (8 * THREADS)), given, 0)
+            rows, named = problem[5] * heads, zip(("grad_out", "grad_lse", "delta"), gradients[:3], strict=True)
+            given = [self.memory.upload(name, x) for name, x in (("out", problem[16]), *named)]
+            self._launch(deltas, -(-rows * width // (8 * THREADS)), [*given, rows], 0)
         self._launch(keys, key_blocks(problem), both, shared)
         self._launch(queries, query_blocks(problem), both, shared)
         self.memory.download([x for x in gradients if x is not None])

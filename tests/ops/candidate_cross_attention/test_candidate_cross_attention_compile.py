@@ -48,7 +48,20 @@ def test_opcheck(problem: dict[str, Any], learnt: bool, backend: str) -> None:
     if not learnt:
         out, lse = torch.ops.grank.candidate_cross_attention.default(*arguments)
         backward = torch.ops.grank.candidate_cross_attention_backward.default
-        torch.library.opcheck(backward, (torch.randn_like(out), *arguments[:3], out, lse, *arguments[3:]))
+        grads = torch.randn_like(out), torch.randn_like(lse) if problem.get("activation") != "silu" else None
+        torch.library.opcheck(backward, (*grads, *arguments[:3], out, lse, *arguments[3:]))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_opcheck_of_lse_alone(learnt: bool, backend: str) -> None:
+    q, k, _, *more = op_arguments(attention([5, 0, 20], bias=True), backend)
+    for x in (q, k, more[4]):
+        x.nan_to_num_(0).requires_grad_(learnt)
+    torch.library.opcheck(torch.ops.grank.candidate_cross_attention.default, (q, k, None, *more))
+    if not learnt:
+        out, lse = torch.ops.grank.candidate_cross_attention.default(q, k, None, *more)
+        backward = torch.ops.grank.candidate_cross_attention_backward.default
+        torch.library.opcheck(backward, (None, torch.randn_like(lse), q, k, None, out, lse, *more))
 
 
 def test_meta_tensors(activation: str) -> None:
@@ -58,6 +71,9 @@ def test_meta_tensors(activation: str) -> None:
     assert (got.shape, got.dtype, got.device.type) == (q.shape, torch.float16, "meta")
     shared, lse = gk.candidate_cross_attention(q[0], k, v, return_lse=True)
     assert (shared.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:-1], torch.float32)
+    none, lse = gk.candidate_cross_attention(q[0], k, return_lse=True)
+    assert none is None
+    assert (lse.shape, lse.dtype, lse.device.type) == (q.shape[:-1], torch.float32, "meta")
 
 
 def compiled_agrees(compiler: str, queries: str, history: str, backend: str) -> None:
@@ -66,7 +82,8 @@ def compiled_agrees(compiler: str, queries: str, history: str, backend: str) -> 
     def loss(*leaves: torch.Tensor, **more: Any) -> torch.Tensor:
         q, k, v, bias = leaves
         out, lse = gk.candidate_cross_attention(q * 2, k, v, bias_k=bias, **more, return_lse=True, backend=backend)
-        return out.tanh().sum() + lse.nan_to_num(posinf=0).sum()
+        _, alone = gk.candidate_cross_attention(q, k, bias_k=bias, **more, return_lse=True, backend=backend)
+        return out.tanh().sum() + lse.nan_to_num(posinf=0).tanh().sum() + alone.nan_to_num(posinf=0).sin().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     for lengths, C, H, D in (([30, 0, 5], 4, 2, 16), ([7, 9, 1, 3], 5, 3, 32), ([3, 1], 7, 4, 64)):

@@ -114,10 +114,10 @@ torch.set_num_threads(2)
 q, k, v, grad = (torch.randn(4, 1000, 1, 128) for _ in range(4))
 few_grad, *few = [x[:, :3].contiguous() for x in (grad, q, k, v)]
 few, many = CandidateCrossAttentionProblem(*few), CandidateCrossAttentionProblem(q, k, v)
-cpu.candidate_cross_attention_backward(few_grad, few, *cpu.candidate_cross_attention(few))
+cpu.candidate_cross_attention_backward(few_grad, None, few, *cpu.candidate_cross_attention(few))
 size, outputs = peak(lambda: cpu.candidate_cross_attention(many))
 print(size)
-print(peak(lambda: cpu.candidate_cross_attention_backward(grad, many, *outputs))[0])
+print(peak(lambda: cpu.candidate_cross_attention_backward(grad, None, many, *outputs))[0])
 """
 
 

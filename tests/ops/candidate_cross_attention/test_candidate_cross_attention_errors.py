@@ -72,6 +72,8 @@ ERRORS: list[tuple[str, type[Exception], str, dict[str, Any], dict[str, Any]]] =
     ("activation", ValueError, "activation must be 'softmax' or 'silu', got 'relu'", GOOD, {"activation": "relu"}),
     ("lse of silu", ValueError, "return_lse must be False for activation 'silu'", GOOD,
      {"activation": "silu", "return_lse": True}),
+    ("v without lse", ValueError, r"v must be a tensor unless only lse is wanted \(return_lse=True\), got None", GOOD,
+     {"v": None}),
     ("backend", ValueError, "backend must be None, 'cpu', ", GOOD, {"backend": "nope"}),
 ]  # fmt: skip
 
