@@ -170,8 +170,9 @@ void mips_topk_certified(const Queries& queries, const TableRows& rows, uintptr_
 void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_candidates, uintptr_t rows,
                       int rows_dtype, int64_t num_rows, int64_t d, int64_t row_stride, uintptr_t row_scale, int dtype,
                       uintptr_t keys, int64_t key_stride, uintptr_t values, int64_t value_stride, int64_t h,
-                      uintptr_t cu_seqlens, uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight,
-                      float out_bias, float softmax_scale, int activation, int threads, uintptr_t scores) {
+                      uintptr_t cu_seqlens, uintptr_t bias, uintptr_t user_hidden, uintptr_t item_weight,
+                      uintptr_t out_weight, float out_bias, float softmax_scale, int activation, float lse_weight,
+                      float lse_floor, int threads, uintptr_t scores) {
   const grank::ScoreCandidatesProblem problem{pointer<const int64_t>(candidate_ids),
                                               num_users,
                                               num_candidates,
@@ -188,12 +189,15 @@ void score_candidates(uintptr_t candidate_ids, int64_t num_users, int64_t num_ca
                                               value_stride,
                                               h,
                                               pointer<const int64_t>(cu_seqlens),
+                                              pointer<const float>(bias),
                                               pointer<const float>(user_hidden),
                                               pointer<const void>(item_weight),
                                               pointer<const float>(out_weight),
                                               out_bias,
                                               softmax_scale,
                                               static_cast<grank::HeadActivation>(activation),
+                                              lse_weight,
+                                              lse_floor,
                                               threads,
                                               pointer<float>(scores)};
   without_gil([&] { grank::score_candidates(problem, grank::active_isa()); });

@@ -19,9 +19,9 @@ T* pointer(uintptr_t address) {
 
 void score_candidates(uintptr_t candidate_ids, int64_t users, int64_t candidates, uintptr_t items, uintptr_t row_scale,
                       int64_t num_items, int64_t item_stride, uintptr_t keys, uintptr_t values, int64_t num_keys,
-                      uintptr_t cu_seqlens, uintptr_t user_hidden, uintptr_t item_weight, uintptr_t out_weight,
-                      float out_bias, float softmax_scale, int activation, uintptr_t scores, bool bfloat, int width,
-                      int hidden, uintptr_t stream) {
+                      uintptr_t cu_seqlens, uintptr_t bias_k, uintptr_t user_hidden, uintptr_t item_weight,
+                      uintptr_t out_weight, float out_bias, float softmax_scale, int activation, float lse_weight,
+                      float lse_floor, uintptr_t scores, bool bfloat, int width, int hidden, uintptr_t stream) {
   const py::gil_scoped_release release;
   const grank::cuda::ScoreCandidates problem{pointer<const int64_t>(candidate_ids),
                                              users,
@@ -34,12 +34,15 @@ void score_candidates(uintptr_t candidate_ids, int64_t users, int64_t candidates
                                              pointer<const void>(values),
                                              num_keys,
                                              pointer<const int64_t>(cu_seqlens),
+                                             pointer<const float>(bias_k),
                                              pointer<const void>(user_hidden),
                                              pointer<const void>(item_weight),
                                              pointer<const void>(out_weight),
                                              out_bias,
                                              softmax_scale,
                                              static_cast<grank::cuda::HeadActivation>(activation),
+                                             lse_weight,
+                                             lse_floor,
                                              pointer<float>(scores)};
   grank::cuda::score_candidates(problem, bfloat, width, hidden, pointer<void>(stream));
 }

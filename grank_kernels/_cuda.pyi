@@ -11,9 +11,9 @@ class CandidateCrossAttention:
 def score_candidates(
     candidate_ids: int, users: int, candidates: int,
     items: int, row_scale: int, num_items: int, item_stride: int,
-    keys: int, values: int, num_keys: int, cu_seqlens: int,
+    keys: int, values: int, num_keys: int, cu_seqlens: int, bias_k: int,
     user_hidden: int, item_weight: int, out_weight: int, out_bias: float, softmax_scale: float, activation: int,
-    scores: int, bfloat: bool, width: int, hidden: int, stream: int,
+    lse_weight: float, lse_floor: float, scores: int, bfloat: bool, width: int, hidden: int, stream: int,
 ) -> None: ...  # fmt: skip
 def candidate_cross_attention(problem: CandidateCrossAttention, bfloat: bool, width: int, stream: int) -> None: ...
 def candidate_cross_attention_backward(

@@ -24,7 +24,7 @@ BACKENDS_OF_CUDA = ["emulated", pytest.param("cuda", marks=ON_A_GPU)]
 HALVES = (torch.float16, torch.bfloat16)
 KERNELS = ("score_candidates", "candidate_cross_attention", "candidate_cross_attention_backward")
 OUTPUTS = {  # positions in the argument lists of grank_kernels/_cuda.pyi
-    "score_candidates": (17,),
+    "score_candidates": (20,),
     "candidate_cross_attention": (16, 17),
     "candidate_cross_attention_backward": (20, 21, 22, 23, 24),
 }

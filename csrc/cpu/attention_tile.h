@@ -22,8 +22,9 @@ namespace GRANK_ISA {
 template <typename Tiles>
 struct QueryTile {
   typename Tiles::Panel queries;
-  float* out;                         // (width of values, padded, 64), not yet divided by `sum`
-  alignas(64) float scale[kColumns];  // takes a product to its exponent of 2
+  float* out;                               // (width of values, padded, 64), not yet divided by `sum`
+  alignas(64) float logit_scale[kColumns];  // takes a product to its logit
+  alignas(64) float scale[kColumns];        // takes a product to its exponent of 2, log2(e) times the former
   alignas(64) float max[kColumns];
   alignas(64) float sum[kColumns];
   alignas(64) float peak[kColumns];  // of far columns: the largest logit, of which `max` is the rounded exponent
@@ -150,14 +151,14 @@ struct Bias {
 // The same for the vectors of columns that weigh() has left, from the products, without scale and bias. Columns that
 // are not far get the bits that weigh() gives them, so that no column depends on its neighbours.
 template <int kParts, typename Tiles>
-[[gnu::noinline, gnu::cold]] void weigh_far(unsigned vectors, const float* products, float softmax_scale, Bias bias,
+[[gnu::noinline, gnu::cold]] void weigh_far(unsigned vectors, const float* products, Bias bias,
                                             const KeyBlock<Tiles>& block, QueryTile<Tiles>& tile,
                                             typename Tiles::Panel weights) {
   const Floats infinity = broadcast<Floats>(__builtin_inff());
   for (int c = 0; c < tile.columns; c += kLanes) {
     if ((vectors >> (c / kLanes) & 1) == 0) continue;
     const bool biased = bias.data != nullptr;
-    const Floats scale = load<Floats>(tile.scale + c);
+    const Floats scale = load<Floats>(tile.scale + c), logit_scale = load<Floats>(tile.logit_scale + c);
     const Floats one = broadcast<Floats>(1.0f);
     const Floats by = biased ? one : scale;                          // takes an exponent() to the exponent of 2
     const Floats unit = biased ? broadcast<Floats>(kLog2E) : scale;  // takes the difference of two logit() to one
@@ -167,7 +168,7 @@ template <int kParts, typename Tiles>
     };
     const auto logit = [&](int64_t k) {
       const Floats x = load<Floats>(products + k * kColumns + c);
-      return biased ? multiply_add(x, broadcast<Floats>(softmax_scale), broadcast<Floats>(bias[k])) : x;
+      return biased ? multiply_add(x, logit_scale, broadcast<Floats>(bias[k])) : x;
     };
     const Ints sign = (Ints)unit & (Ints{} + INT32_MIN);  // of a negative scale: the largest exponent, smallest logit
     const Floats before = load<Floats>(tile.max + c), peak = load<Floats>(tile.peak + c);
@@ -212,15 +213,50 @@ void add_values(const KeyBlock<Tiles>& block, typename Tiles::Panel weights, Que
 }
 
 // logits[k][c] = scale[c] logits[k][c] + factor bias[k]
-inline void add_bias(float* logits, int64_t count, const float* scale, const float* bias, int64_t bias_stride,
-                     float factor, int columns) {
+inline void add_bias(float* logits, int64_t count, const float* scale, Bias bias, float factor, int columns) {
   for (int64_t k = 0; k < count; ++k) {
-    const Floats add = broadcast<Floats>(bias[k * bias_stride] * factor);
+    const Floats add = broadcast<Floats>(bias[k] * factor);
     for (int c = 0; c < columns; c += kLanes) {
       float* x = logits + k * kColumns + c;
       store(x, multiply_add(load<Floats>(x), load<Floats>(scale + c), add));
     }
   }
+}
+
+// Adds a block's keys and values to a tile by softmax. With values of width 0 the weights are summed and not stored.
+template <typename Tiles>
+void attend_by_softmax(const KeyBlock<Tiles>& block, Bias bias, float* logits, typename Tiles::Panel weights,
+                       QueryTile<Tiles>& tile) {
+  const auto multiply = [&] {
+    Tiles::template multiply<false>(block.keys, block.count, tile.queries, block.d, tile.columns, logits);
+  };
+  alignas(64) float ones[kColumns];
+  multiply();
+  const float* scale = tile.scale;
+  if (bias.data != nullptr) {
+    add_bias(logits, block.count, tile.scale, bias, kLog2E, tile.columns);
+    for (float& one : ones) one = 1;
+    scale = ones;
+  }
+  const auto weigh_block = [&](auto parts) {
+    const unsigned far = weigh<parts>(logits, scale, block, tile, weights);
+    if (far == 0) return;
+    if (bias.data != nullptr) multiply();
+    weigh_far<parts>(far, logits, bias, block, tile, weights);
+  };
+  if (block.h == 0) return weigh_block(std::integral_constant<int, 0>());
+  with_parts<Tiles>(weights, weigh_block);
+  add_values(block, weights, tile);
+}
+
+constexpr float kLn2 = 0x1.62e43p-1f;
+
+// The logarithm of the sum of the exponentials of a column's logits, of which one is above -infinity.
+template <typename Tiles>
+float lse_of(const QueryTile<Tiles>& tile, int64_t c, bool biased) {
+  if (!is_far(tile.max[c])) return (tile.max[c] + __builtin_log2f(tile.sum[c])) * kLn2;
+  const float logit = biased ? tile.peak[c] : tile.peak[c] * tile.logit_scale[c];
+  return logit + __builtin_log2f(tile.sum[c]) * kLn2;
 }
 
 }  // namespace GRANK_ISA

@@ -9,7 +9,6 @@ namespace GRANK_ISA {
 namespace {
 
 constexpr int kGroup = 4;  // tiles of queries a step
-constexpr float kLn2 = 0x1.62e43p-1f;
 
 struct Scratch {
   Scratch(const CandidateCrossAttentionProblem& p, void* memory) {
@@ -50,31 +49,22 @@ void weigh_by_silu(const float* logits, int64_t count, float factor, const Query
   }
 }
 
-void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& block, const float* bias,
-            int64_t bias_stride, float silu_factor, const Scratch& s, QueryTile<Tiles>& tile) {
+void attend(const CandidateCrossAttentionProblem& p, const KeyBlock<Tiles>& block, Bias bias, float silu_factor,
+            const Scratch& s, QueryTile<Tiles>& tile) {
+  if (p.activation == AttentionActivation::kSoftmax) {
+    return attend_by_softmax(block, bias, s.logits, s.weights, tile);
+  }
   alignas(64) float ones[kColumns];
   Tiles::multiply<false>(block.keys, block.count, tile.queries, p.d, tile.columns, s.logits);
-  const bool softmax = p.activation == AttentionActivation::kSoftmax;
-  const auto with_sink = [&](auto f) {  // 0 parts: weights are summed, not stored
-    p.lse_only ? f(std::integral_constant<int, 0>()) : with_parts<Tiles>(s.weights, f);
-  };
   const float* scale = tile.scale;
-  if (bias != nullptr) {
-    add_bias(s.logits, block.count, tile.scale, bias, bias_stride, softmax ? kLog2E : 1.0f, tile.columns);
+  if (bias.data != nullptr) {
+    add_bias(s.logits, block.count, tile.scale, bias, 1.0f, tile.columns);
     for (float& one : ones) one = 1;
     scale = ones;
   }
-  with_sink([&](auto parts) {
-    if (softmax) {
-      const unsigned far = weigh<parts>(s.logits, scale, block, tile, s.weights);
-      if (far == 0) return;
-      if (bias != nullptr) Tiles::multiply<false>(block.keys, block.count, tile.queries, p.d, tile.columns, s.logits);
-      weigh_far<parts>(far, s.logits, p.softmax_scale, Bias{bias, bias_stride}, block, tile, s.weights);
-    } else {
-      weigh_by_silu<parts>(s.logits, block.count, silu_factor, tile, scale, s.weights);
-    }
-  });
-  if (!p.lse_only) add_values(block, s.weights, tile);
+  with_parts<Tiles>(
+      s.weights, [&](auto parts) { weigh_by_silu<parts>(s.logits, block.count, silu_factor, tile, scale, s.weights); });
+  add_values(block, s.weights, tile);
 }
 
 // Writes what a tile has come to: out and, of softmax, lse.
@@ -89,12 +79,7 @@ void finish(const CandidateCrossAttentionProblem& p, int64_t user, int64_t head,
       for (int64_t j = 0; j < p.d; ++j) tile.out[j * kColumns + c] = 0;
     }
     if (softmax) {
-      float lse = (tile.max[c] + __builtin_log2f(tile.sum[c])) * kLn2;
-      if (is_far(tile.max[c])) {
-        const float logit = p.bias.data != nullptr ? tile.peak[c] : tile.peak[c] * p.softmax_scale;
-        lse = logit + __builtin_log2f(tile.sum[c]) * kLn2;
-      }
-      if (none) lse = __builtin_inff();
+      const float lse = none ? __builtin_inff() : lse_of(tile, c, p.bias.data != nullptr);
       __builtin_memcpy(p.lse.at(user, row + c, head), &lse, sizeof lse);
     }
   }
@@ -115,6 +100,7 @@ void run_step(const CandidateCrossAttentionProblem& p, int64_t user, int64_t hea
     Tiles::fill_panel(Tiles::matrix(queries, s.queries), queries.count, p.d, s.panels[t]);
     s.tiles[t].begin(s.panels[t], s.out[t], queries.count);
     const float unit = p.activation == AttentionActivation::kSoftmax ? kLog2E : 1.0f;
+    for (float& scale : s.tiles[t].logit_scale) scale = p.softmax_scale;
     for (float& scale : s.tiles[t].scale) scale = p.softmax_scale * unit;
   }
   const int64_t begin = p.keys.begin(user), length = p.keys.count(user);
@@ -133,7 +119,7 @@ void run_step(const CandidateCrossAttentionProblem& p, int64_t user, int64_t hea
     const auto* bias =
         p.bias.data != nullptr ? reinterpret_cast<const float*>(p.bias.at(user, begin + k, head)) : nullptr;
     for (int64_t t = 0; t * kColumns < count; ++t) {
-      attend(p, block, bias, p.bias.row_stride / 4, 1.0f / static_cast<float>(length), s, s.tiles[t]);
+      attend(p, block, {bias, p.bias.row_stride / 4}, 1.0f / static_cast<float>(length), s, s.tiles[t]);
     }
   }
   for (int64_t t = 0; t * kColumns < count; ++t) {

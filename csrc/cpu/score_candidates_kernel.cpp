@@ -58,6 +58,8 @@ int64_t weight_bytes(const ScoreCandidatesProblem& p) { return Weight(p, nullptr
 
 void prepare_weight(const ScoreCandidatesProblem& p, void* memory) {
   const Weight weight(p, memory);
+  *weight.operand = {};
+  if (p.h == 0) return;
   const Rows rows{static_cast<const char*>(p.item_weight), p.h * element_bytes(p.dtype), p.dtype, p.d, p.h};
   *weight.operand = Tiles::across(Tiles::matrix_or_alias(rows, weight.matrix), p.d, p.h, weight.across);
 }
@@ -160,7 +162,9 @@ class Step {
       list[c] = id < 0 ? 0 : static_cast<uint32_t>(id);
     }
     for (int c = 0; c < kColumns; ++c) {
-      tile.scale[c] = p_.softmax_scale * kLog2E * row_scale_of(t * kColumns + c);
+      const float row_scale = row_scale_of(t * kColumns + c);
+      tile.logit_scale[c] = p_.softmax_scale * row_scale;
+      tile.scale[c] = p_.softmax_scale * kLog2E * row_scale;
     }
     const Rows rows{static_cast<const char*>(p_.rows), p_.row_stride, p_.rows_dtype, columns, p_.d, list};
     Tiles::fill_panel(Tiles::matrix(rows, s_.candidates), columns, p_.d, tile.queries);
@@ -168,34 +172,50 @@ class Step {
 
   void attend(int64_t key, int64_t count, bool first) {
     const Rows keys{static_cast<const char*>(p_.keys) + key * p_.key_stride, p_.key_stride, p_.dtype, count, p_.d};
-    const Rows values{static_cast<const char*>(p_.values) + key * p_.value_stride, p_.value_stride, p_.dtype, count,
-                      p_.h};
-    const KeyBlock<Tiles> block{Tiles::matrix_or_alias(keys, s_.keys),
-                                Tiles::across(Tiles::matrix_or_alias(values, s_.values), count, p_.h, s_.across),
-                                count,
-                                p_.d,
-                                p_.h,
-                                first};
-    for (int64_t t = 0; t * kColumns < count_; ++t) {
-      QueryTile<Tiles>& tile = s_.tiles[t];
-      Tiles::multiply<false>(block.keys, count, tile.queries, p_.d, tile.columns, s_.logits);
-      with_parts<Tiles>(s_.weights, [&](auto parts) {
-        const unsigned far = weigh<parts>(s_.logits, tile.scale, block, tile, s_.weights);
-        if (far != 0) weigh_far<parts>(far, s_.logits, p_.softmax_scale, Bias{}, block, tile, s_.weights);
-      });
-      add_values(block, s_.weights, tile);
+    KeyBlock<Tiles> block{Tiles::matrix_or_alias(keys, s_.keys), {}, count, p_.d, p_.h, first};
+    if (p_.h > 0) {
+      const Rows values{static_cast<const char*>(p_.values) + key * p_.value_stride, p_.value_stride, p_.dtype, count,
+                        p_.h};
+      block.values = Tiles::across(Tiles::matrix_or_alias(values, s_.values), count, p_.h, s_.across);
+    }
+    const Bias bias{p_.bias == nullptr ? nullptr : p_.bias + key, 1};
+    for (int64_t t = 0; t * kColumns < count_; ++t) attend_by_softmax(block, bias, s_.logits, s_.weights, s_.tiles[t]);
+  }
+
+  // The logarithm of exp(lse_floor) plus the sum of exp(logit), of every column.
+  void find_lse(const QueryTile<Tiles>& tile, float* lse) const {
+    const Floats floor = broadcast<Floats>(p_.lse_floor * kLog2E);
+    for (int c = 0; c < tile.columns; c += kLanes) {
+      const Floats max = load<Floats>(tile.max + c), most = larger(max, floor);
+      const Floats base = only(most > -__builtin_inff(), most);  // infinity minus infinity is NaN
+      const Floats sum = multiply_add(load<Floats>(tile.sum + c), exp2(max - base), exp2(floor - base));
+      for (int lane = 0; lane < kLanes; ++lane) lse[c + lane] = (most[lane] + __builtin_log2f(sum[lane])) * kLn2;
+    }
+    for (int c = 0; c < tile.columns; ++c) {
+      if (tile.sum[c] == 0) {  // no keys, or all logits -infinity
+        lse[c] = p_.lse_floor;
+      } else if (is_far(tile.max[c])) {
+        const float own = lse_of(tile, c, p_.bias != nullptr), most = own > p_.lse_floor ? own : p_.lse_floor;
+        lse[c] = most + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(own - p_.lse_floor)));
+      }
     }
   }
 
   void finish(int64_t t, bool attended) {
     const QueryTile<Tiles>& tile = s_.tiles[t];
-    Tiles::multiply<false>(weight_, p_.h, tile.queries, p_.d, tile.columns, s_.logits);
-    alignas(64) float row_scale[kColumns], scores[kColumns];
+    if (p_.h > 0) Tiles::multiply<false>(weight_, p_.h, tile.queries, p_.d, tile.columns, s_.logits);
+    alignas(64) float row_scale[kColumns], scores[kColumns], lse[kColumns];
     for (int64_t c = 0; c < kColumns; ++c) row_scale[c] = row_scale_of(t * kColumns + c);
+    if (p_.lse_weight != 0) find_lse(tile, lse);
     for (int c = 0; c < tile.columns; c += kLanes) {
       const float* weighted = attended ? tile.out + c : nullptr;
-      store(scores + c, head(p_, weighted, 1.0f / load<Floats>(tile.sum + c), s_.logits + c,
-                             load<Floats>(row_scale + c), p_.user_hidden + user_ * p_.h));
+      const Floats sum = load<Floats>(tile.sum + c);  // 0: all keys are masked
+      store(scores + c, head(p_, weighted, only(~(sum == 0.0f), 1.0f / sum), s_.logits + c, load<Floats>(row_scale + c),
+                             p_.user_hidden + user_ * p_.h));
+    }
+    for (int c = 0; c < tile.columns && p_.lse_weight != 0; c += kLanes) {
+      store(scores + c,
+            multiply_add(broadcast<Floats>(p_.lse_weight), load<Floats>(lse + c), load<Floats>(scores + c)));
     }
     for (int64_t c = 0; c < columns_of(t); ++c) {
       const int64_t at = t * kColumns + c;

@@ -1,7 +1,7 @@
 // The part of score_candidates that is compiled once per instruction set.
 //
-//   a = softmax(softmax_scale e K^T), hidden = a V + e item_weight + user_hidden[b], score = out_weight act(hidden) +
-//   out_bias
+//   s = softmax_scale e K^T + bias, a = softmax(s), hidden = a V + e item_weight + user_hidden[b],
+//   score = out_weight act(hidden) + out_bias + lse_weight log(exp(lse_floor) + sum exp(s))
 //
 // for every user b and candidate c, e = scale[id] rows[id]; K (L, d) and V (L, h) are the user's rows of keys and
 // values.
@@ -46,8 +46,9 @@ struct ScoreCandidatesProblem {
   int64_t key_stride;  // bytes
   const void* values;
   int64_t value_stride;  // bytes
-  int64_t h;
+  int64_t h;             // 0: no head, its pointers are null
   const int64_t* cu_seqlens;
+  const float* bias;  // by key; or null
   // The head.
   const float* user_hidden;  // (num_users, h)
   const void* item_weight;   // (d, h)
@@ -55,6 +56,8 @@ struct ScoreCandidatesProblem {
   float out_bias;
   float softmax_scale;
   HeadActivation activation;
+  float lse_weight;  // 0: no such term
+  float lse_floor;   // below infinity
   int threads;
   float* scores;  // (num_users, num_candidates)
 };

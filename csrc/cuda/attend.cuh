@@ -62,6 +62,13 @@ struct OnlineSoftmax {
   __device__ __forceinline__ float log_sum(int half) const {
     return sum[half] == 0.0f ? INFINITY : max[half] * kLn2 + logf(sum[half]);
   }
+  // log(exp(floor) + sum(exp(logit))), floor below infinity; after normaliser().
+  __device__ __forceinline__ float log_sum_above(int half, float floor) const {
+    const float most = fmaxf(max[half], floor * kLog2E);
+    const float base = most == -INFINITY ? 0.0f : most;
+    const float total = sum[half] * exp2_approx(max[half] - base) + exp2_approx(floor * kLog2E - base);
+    return base * kLn2 + logf(total);
+  }
 };
 
 __device__ __forceinline__ float sigmoid(float x) { return rcp_approx(1.0f + exp2_approx(-kLog2E * x)); }

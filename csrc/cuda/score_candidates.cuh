@@ -1,6 +1,10 @@
 // score_candidates: ids in, scores out, in one kernel. For user b, candidate row e, history K (L, d), V (L, h):
 //
-//   score = out_weight . act(softmax(softmax_scale e K^T) V + e item_weight + user_hidden[b]) + out_bias
+//   s = softmax_scale e K^T + bias_k
+//   score = out_weight . act(softmax(s) V + e item_weight + user_hidden[b]) + out_bias
+//           + lse_weight log(exp(lse_floor) + sum(exp(s)))
+//
+// Without a head (out_weight is null) values and item_weight are not read, and the first summand is 0.
 //
 // A block of four warps scores a tile of 64 candidates of one user. Their rows are gathered by id; the history is
 // streamed in tiles of 64 keys and values, copied by cp.async to swizzled shared memory while the previous tile is
@@ -144,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   const Element* const keys = static_cast<const Element*>(p.keys) + history.begin * kWidth;
   const Element* const values = static_cast<const Element*>(p.values) + history.begin * kHidden;
   const int key_tiles = (history.count + kTileRows - 1) / kTileRows;
-  const bool stays = key_tiles < plan.stages;
+  const bool stays = key_tiles < plan.stages, head = p.out_weight != nullptr;
 
   // The id of a candidate, -1 if it is outside the table.
   const auto id_of = [&](int tile, int row) {
@@ -168,15 +172,18 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   const auto copy = [&](const Place& at) {
     unsigned char* const stage = stage_of(at);
     if (at.key_tile == key_tiles) {
-      copy_rows<kWidth, kHidden>(stage, static_cast<const Element*>(p.item_weight), kHidden, kWidth);
+      if (head) copy_rows<kWidth, kHidden>(stage, static_cast<const Element*>(p.item_weight), kHidden, kWidth);
       return;
     }
     const int first = at.key_tile * kTileRows, valid = history.count - first;
     copy_rows<kTileRows, kWidth>(stage, keys + int64_t{first} * kWidth, kWidth, valid);
-    copy_rows<kTileRows, kHidden>(stage + Shared::kKeys, values + int64_t{first} * kHidden, kHidden, valid);
+    if (head) copy_rows<kTileRows, kHidden>(stage + Shared::kKeys, values + int64_t{first} * kHidden, kHidden, valid);
     if (threadIdx.x < kTileRows) {
-      store_vec(stage + Shared::kKeys + Shared::kValues + 4 * threadIdx.x,
-                static_cast<int>(threadIdx.x) < valid ? 0.0f : -INFINITY);
+      float bias = static_cast<int>(threadIdx.x) < valid ? 0.0f : -INFINITY;
+      if (p.bias_k != nullptr && static_cast<int>(threadIdx.x) < valid) {
+        bias = p.bias_k[history.begin + first + threadIdx.x] * OnlineSoftmax::kUnit;
+      }
+      store_vec(stage + Shared::kKeys + Shared::kValues + 4 * threadIdx.x, bias);
     }
   };
   const auto after = [&](const Place& at) {
@@ -221,15 +228,21 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
       }
     }
     if (at.key_tile < key_tiles) {
-      attend<Element, kWidth, kHidden>(candidates, stage, stage + Shared::kKeys,
+      attend<Element, kWidth, kHidden>(candidates, stage, head ? stage + Shared::kKeys : nullptr,
                                        reinterpret_cast<const float*>(stage + Shared::kKeys + Shared::kValues), scale,
                                        softmax, attended);
     } else {
       const int64_t ids[2] = {id_of(at.candidate_tile, fragment_row(0)), id_of(at.candidate_tile, fragment_row(1))};
       const float row_scale[2] = {scale_of(ids[0]), scale_of(ids[1])};
       const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};
-      float scores[2];
-      score_rows<Element, kWidth, kHidden>(p, user, candidates, row_scale, stage, attended, normaliser, scores);
+      float scores[2] = {p.out_bias, p.out_bias};
+      if (head) {
+        score_rows<Element, kWidth, kHidden>(p, user, candidates, row_scale, stage, attended, normaliser, scores);
+      }
+      if (p.lse_weight != 0.0f) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) scores[half] += p.lse_weight * softmax.log_sum_above(half, p.lse_floor);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int candidate = first_candidate + at.candidate_tile * kTileRows + fragment_row(half);

@@ -20,16 +20,19 @@ struct ScoreCandidates {
   int64_t num_items;
   int64_t item_stride;        // bytes between rows, a multiple of 16
   const void* keys;           // (num_keys, width) of element
-  const void* values;         // (num_keys, hidden) of element
+  const void* values;         // (num_keys, hidden) of element; without a head null
   int64_t num_keys;           // below 2^31 - 64
   const int64_t* cu_seqlens;  // (users + 1,)
-  const void* user_hidden;    // (users, hidden) of element
-  const void* item_weight;    // (width, hidden) of element
-  const void* out_weight;     // (hidden,) of element
+  const float* bias_k;        // (num_keys,), added to every logit of a key; or null
+  const void* user_hidden;    // (users, hidden) of element; without a head null
+  const void* item_weight;    // (width, hidden) of element; without a head null
+  const void* out_weight;     // (hidden,) of element; without a head null
   float out_bias;
   float softmax_scale;
   HeadActivation activation;
-  float* scores;  // (users, candidates)
+  float lse_weight;  // 0: there is no term of the log-sum-exp
+  float lse_floor;   // below infinity
+  float* scores;     // (users, candidates)
 };
 
 // How a launch is divided into blocks.

@@ -145,7 +145,7 @@ def mips_topk_certified(problem: MipsTopkProblem, coarse: Coarse) -> tuple[torch
     return search.values, search.positions, rescored
 
 
-def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None) -> str | None:
     """Why `score_candidates` cannot run for these tensors."""
     if _cpu is None:
         return unavailable()
@@ -158,17 +158,22 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
 
 def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of every user's candidates."""
-    (B, C), (N, d), h = problem.candidate_ids.shape, problem.items.shape, problem.values.shape[1]
+    (B, C), (N, d) = problem.candidate_ids.shape, problem.items.shape
     candidate_ids, cu_seqlens = problem.candidate_ids.contiguous(), problem.cu_seqlens.contiguous()
-    rows, keys, values = (_rows_contiguous(x) for x in (problem.items, problem.keys, problem.values))
-    user_hidden, out_weight = (x.float().contiguous() for x in (problem.user_hidden, problem.out_weight))
-    item_weight = problem.item_weight.contiguous()
+    rows, keys = _rows_contiguous(problem.items), _rows_contiguous(problem.keys)
+    bias_k = None if problem.bias_k is None else problem.bias_k.contiguous()
+    values = user_hidden = item_weight = out_weight = None
+    if problem.head is not None:
+        values, user_hidden, item_weight, out_weight = problem.head
+        values, item_weight = _rows_contiguous(values), item_weight.contiguous()
+        user_hidden, out_weight = user_hidden.float().contiguous(), out_weight.float().contiguous()
     scores = torch.empty(B, C, dtype=torch.float32, device="cpu")
     _cpu.score_candidates(
         candidate_ids.data_ptr(), B, C, rows.data_ptr(), _DTYPES[rows.dtype], N, d, _row_bytes(rows),
-        _address(problem.row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), values.data_ptr(),
-        _row_bytes(values), h, cu_seqlens.data_ptr(), user_hidden.data_ptr(), item_weight.data_ptr(),
-        out_weight.data_ptr(), problem.out_bias, problem.scale, _HEAD_ACTIVATIONS[problem.activation],
+        _address(problem.row_scale), _DTYPES[keys.dtype], keys.data_ptr(), _row_bytes(keys), _address(values),
+        0 if values is None else _row_bytes(values), 0 if values is None else values.shape[1], cu_seqlens.data_ptr(),
+        _address(bias_k), _address(user_hidden), _address(item_weight), _address(out_weight), problem.out_bias,
+        problem.scale, _HEAD_ACTIVATIONS[problem.activation], problem.lse_weight, problem.lse_floor,
         torch.get_num_threads(), scores.data_ptr(),
     )  # fmt: skip
     return scores

@@ -64,7 +64,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 # ---- score_candidates ----
 
 
-def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None) -> str | None:
     """Why `score_candidates` cannot run for these tensors."""
     reason = _device_unsupported("items", rows)
     if reason is not None:
@@ -74,7 +74,7 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
     if rows.dtype not in (keys.dtype, torch.int8):
         return f"items are {rows.dtype} and keys {keys.dtype}; the kernels take items of the keys' dtype, or torch.int8"
     for name, x in (("items", rows), ("values", values)):
-        if x.shape[1] not in _WIDTHS:
+        if x is not None and x.shape[1] not in _WIDTHS:
             return f"{name} have width {x.shape[1]}; the kernels take {', '.join(map(str, _WIDTHS))}"
     if len(keys) > _MAX_ROWS:
         return f"there are {len(keys)} keys; the kernels take at most {_MAX_ROWS}"
@@ -88,21 +88,23 @@ def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     rows = problem.items
     if rows.data_ptr() % _ALIGNMENT:  # the table is not copied, and while torch.compile traces there is no address
         raise ValueError(f"items begin at {rows.data_ptr():#x}; the kernels take a multiple of {_ALIGNMENT} bytes")
-    (B, C), (d, h) = problem.candidate_ids.shape, problem.item_weight.shape
+    (B, C), d, h = problem.candidate_ids.shape, rows.shape[1], _WIDTHS[0]  # without a head, any hidden width
     candidate_ids, cu_seqlens = problem.candidate_ids.contiguous(), problem.cu_seqlens.contiguous()
     row_scale = None if problem.row_scale is None else problem.row_scale.contiguous()
-    keys, values, user_hidden, item_weight, out_weight = (
-        _aligned(x)
-        for x in (problem.keys, problem.values, problem.user_hidden, problem.item_weight, problem.out_weight)
-    )
+    keys, bias_k = _aligned(problem.keys), None if problem.bias_k is None else problem.bias_k.contiguous()
+    values = user_hidden = item_weight = out_weight = None
+    if problem.head is not None:
+        values, user_hidden, item_weight, out_weight = (_aligned(x) for x in problem.head)
+        h = len(out_weight)
     scores = torch.empty(B, C, dtype=torch.float32, device=rows.device)
     with _stream_of(rows.device) as stream:
         _cuda.score_candidates(
             _address(candidate_ids), B, C,
             _address(rows), _address(row_scale), len(rows), rows.stride(0) * rows.itemsize,
-            _address(keys), _address(values), len(keys), _address(cu_seqlens),
+            _address(keys), _address(values), len(keys), _address(cu_seqlens), _address(bias_k),
             _address(user_hidden), _address(item_weight), _address(out_weight),
             float(problem.out_bias), problem.scale, _HEAD_ACTIVATIONS[problem.activation],
+            float(problem.lse_weight), float(problem.lse_floor),
             _address(scores), _BFLOAT[keys.dtype], d, h, stream,
         )  # fmt: skip
     return scores

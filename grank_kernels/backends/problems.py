@@ -4,6 +4,7 @@ Shapes, dtypes and devices are validated; strides are arbitrary. On the CPU ids,
 on a GPU, where reading them would synchronise, they may hold anything.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class ScoreCandidatesProblem(NamedTuple):
         items: (N, d) float32, float16, bfloat16 or int8.
         row_scale: (N,) float32, the scales of int8 rows; else None.
         keys: (T, d) float32, float16 or bfloat16; the following tensors have the same dtype, `items` may have another.
-        values: (T, h).
+        values: (T, h); None without a head, and then `user_hidden`, `item_weight` and `out_weight` too.
         cu_seqlens: (B + 1,) int64, not decreasing: user b has the rows from `cu_seqlens[b]` to `cu_seqlens[b + 1]`; on
             a GPU clamped to [0, T]. Rows outside belong to no user. With an empty history the attention term of the
             hidden layer is 0.
@@ -53,20 +54,32 @@ class ScoreCandidatesProblem(NamedTuple):
         out_bias: added to every score.
         softmax_scale: of the logits; None: `d ** -0.5`.
         activation: "relu", "silu" or "gelu".
+        bias_k: (T,) float32, added to every logit of a key; or None.
+        lse_weight: weight of the log-sum-exp term; 0: there is none, whatever the logits.
+        lse_floor: below infinity: a further logit of the log-sum-exp of every candidate, but not of the attention.
     """
 
     candidate_ids: torch.Tensor
     items: torch.Tensor
     row_scale: torch.Tensor | None
     keys: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None
     cu_seqlens: torch.Tensor
-    user_hidden: torch.Tensor
-    item_weight: torch.Tensor
-    out_weight: torch.Tensor
+    user_hidden: torch.Tensor | None
+    item_weight: torch.Tensor | None
+    out_weight: torch.Tensor | None
     out_bias: float = 0.0
     softmax_scale: float | None = None
     activation: str = "relu"
+    bias_k: torch.Tensor | None = None
+    lse_weight: float = 0.0
+    lse_floor: float = -math.inf
+
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """values, user_hidden, item_weight and out_weight: all of them or none."""
+        given = (self.values, self.user_hidden, self.item_weight, self.out_weight)
+        return None if any(x is None for x in given) else given  # type: ignore[return-value]
 
     @property
     def scale(self) -> float:

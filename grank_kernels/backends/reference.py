@@ -199,7 +199,7 @@ def in_full(op: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | None) -> str | None:
     """Why `score_candidates` cannot run for these tensors."""
     return None
 
@@ -208,23 +208,32 @@ def score_candidates_unsupported(rows: torch.Tensor, keys: torch.Tensor, values:
 def score_candidates(problem: ScoreCandidatesProblem) -> torch.Tensor:
     """Scores (B, C) float32 of the candidates.
 
-    For user b and `e = items[candidate_ids[b, c]]` (times its scale), K and V the user's rows of keys and values:
-    `out_weight @ act(softmax(scale e K^T) V + e item_weight + user_hidden[b]) + out_bias`.
+    For user b and `e = items[candidate_ids[b, c]]` (times its scale), K, V and bias the user's rows of keys, values
+    and bias_k, `s = scale e K^T + bias`: the sum of `out_bias`; with a head `out_weight @ act(softmax(s) V +
+    e item_weight + user_hidden[b])`; and with an `lse_weight` not 0 `lse_weight * log(exp(lse_floor) + sum exp(s))`.
     """
     candidate_ids, rows, row_scale = problem.candidate_ids, problem.items, problem.row_scale
-    keys, values, user_hidden = problem.keys, problem.values, problem.user_hidden
+    keys, bias_k = problem.keys, problem.bias_k
+    head = None if problem.head is None else [x.float() for x in problem.head]
     activate = ACTIVATIONS[problem.activation]
     scores = torch.full(candidate_ids.shape, -torch.inf, dtype=torch.float32, device=rows.device)
-    item_weight, out_weight = problem.item_weight.float(), problem.out_weight.float()
     for b, user in enumerate(_sequences(keys, problem.cu_seqlens)):
         known = (candidate_ids[b] >= 0) & (candidate_ids[b] < len(rows))
         positions = candidate_ids[b][known]
         e = rows[positions].float()
         if row_scale is not None:
             e = e * row_scale[positions, None]
-        weights = (problem.scale * (e @ keys[user].float().T)).softmax(1)
-        hidden = weights @ values[user].float() + e @ item_weight + user_hidden[b].float()
-        scores[b, known] = activate(hidden) @ out_weight + problem.out_bias
+        logits = problem.scale * (e @ keys[user].float().T)
+        if bias_k is not None:
+            logits = logits + bias_k[user]
+        total = e.new_full((len(e),), problem.out_bias)
+        if head is not None:
+            values, user_hidden, item_weight, out_weight = head
+            hidden = _softmax(logits) @ values[user] + e @ item_weight + user_hidden[b]
+            total = activate(hidden) @ out_weight + problem.out_bias
+        if problem.lse_weight != 0:
+            total = total + problem.lse_weight * F.pad(logits, (1, 0), value=problem.lse_floor).logsumexp(1)
+        scores[b, known] = total
     return scores
 
 

@@ -21,9 +21,9 @@ def score(problem: ScoreCandidatesProblem, backend: str) -> torch.Tensor:
 
 torch.library.define(
     "grank::score_candidates",
-    "(Tensor candidate_ids, Tensor items, Tensor? row_scale, Tensor keys, Tensor values, Tensor cu_seqlens, "
-    "Tensor user_hidden, Tensor item_weight, Tensor out_weight, float out_bias, float? softmax_scale, str activation, "
-    "str backend) -> Tensor",
+    "(Tensor candidate_ids, Tensor items, Tensor? row_scale, Tensor keys, Tensor? values, Tensor cu_seqlens, "
+    "Tensor? user_hidden, Tensor? item_weight, Tensor? out_weight, float out_bias, float? softmax_scale, "
+    "str activation, Tensor? bias_k, float lse_weight, float lse_floor, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

@@ -10,28 +10,15 @@ namespace grank::cuda {
 GRANK_ENTRY emulated_score_candidates(const int64_t* candidate_ids, int64_t users, int64_t candidates,
                                       const void* items, const float* row_scale, int64_t num_items, int64_t item_stride,
                                       const void* keys, const void* values, int64_t num_keys, const int64_t* cu_seqlens,
-                                      const void* user_hidden, const void* item_weight, const void* out_weight,
-                                      float out_bias, float softmax_scale, int64_t activation, float* scores,
-                                      int64_t bfloat, int64_t width, int64_t hidden, void* stream, int64_t stages,
-                                      int64_t tiles_per_block) {
-  const ScoreCandidates problem{candidate_ids,
-                                users,
-                                candidates,
-                                items,
-                                row_scale,
-                                num_items,
-                                item_stride,
-                                keys,
-                                values,
-                                num_keys,
-                                cu_seqlens,
-                                user_hidden,
-                                item_weight,
-                                out_weight,
-                                out_bias,
-                                softmax_scale,
-                                static_cast<HeadActivation>(activation),
-                                scores};
+                                      const float* bias_k, const void* user_hidden, const void* item_weight,
+                                      const void* out_weight, float out_bias, float softmax_scale, int64_t activation,
+                                      float lse_weight, float lse_floor, float* scores, int64_t bfloat, int64_t width,
+                                      int64_t hidden, void* stream, int64_t stages, int64_t tiles_per_block) {
+  const ScoreCandidates problem{
+      candidate_ids, users,       candidates, items,    row_scale,     num_items,
+      item_stride,   keys,        values,     num_keys, cu_seqlens,    bias_k,
+      user_hidden,   item_weight, out_weight, out_bias, softmax_scale, static_cast<HeadActivation>(activation),
+      lse_weight,    lse_floor,   scores};
   const ScorePlan plan{static_cast<int>(stages), static_cast<int>(tiles_per_block)};
   score_candidates(problem, bfloat != 0, static_cast<int>(width), static_cast<int>(hidden), stream,
                    stages == 0 ? nullptr : &plan);

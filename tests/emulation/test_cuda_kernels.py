@@ -443,7 +443,7 @@ def test_compiled_module_accepts_the_arguments_of_the_launcher(monkeypatch: pyte
     grads = cuda.candidate_cross_attention_backward(q, None, nobody, out, lse)
     assert [x.shape for x in (out, lse, *grads)] == [x.shape for x in (q, bias, q, q, q, bias)]
     with pytest.raises(ValueError, match="width is 48; it takes 16, 32, 64 or 128"):
-        compiled.score_candidates(*[0] * 14, 0.0, 1.0, 0, 0, False, 48, 16, 0)
+        compiled.score_candidates(*[0] * 15, 0.0, 1.0, 0, 0.0, 0.0, 0, False, 48, 16, 0)
     with pytest.raises(ValueError, match="width is 48"):
         compiled.candidate_cross_attention(compiled.CandidateCrossAttention(*[0] * 14, 1.0, 0, 0, 0), False, 48, 0)
 

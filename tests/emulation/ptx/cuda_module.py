@@ -10,7 +10,7 @@ from .tensors import TensorMemory
 
 ROWS = 64  # candidates per block
 THREADS = 128
-SCORE_CANDIDATES = "@PqqPPqqPPqPPPPffiP0P"
+SCORE_CANDIDATES = "@PqqPPqqPPqPPPPPffiffP0P"
 ATTENTION = "@qqPPqq?PPPPqqPfiPP0P"
 GRADIENTS = "@PPPPPPP"
 

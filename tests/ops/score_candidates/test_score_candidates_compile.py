@@ -33,7 +33,7 @@ def op_arguments(problem: Scoring, backend: str) -> tuple[Any, ...]:
         *(vars(problem)[name] for name in ("keys", "values", "cu_seqlens")),
     )
     weights = (problem.user_hidden, problem.item_weight, problem.out_weight)
-    return (*(on(backend, x) for x in given + weights), 0.5, None, problem.activation, backend)
+    return (*(on(backend, x) for x in given + weights), 0.5, None, problem.activation, None, 0.5, -1.0, backend)
 
 
 @pytest.mark.parametrize(

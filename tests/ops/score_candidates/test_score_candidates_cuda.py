@@ -8,6 +8,7 @@ import pytest
 import test_score_candidates_compile as compiling
 import test_score_candidates_errors as errors
 import test_score_candidates_inputs as inputs
+import test_score_candidates_lse as lse
 import test_score_candidates_scores as scores
 import torch
 from emulated_cuda import BACKENDS_OF_CUDA, HALVES, with_emulator
@@ -23,7 +24,7 @@ LEFT_OUT = {
     "test_global_modes_of_torch",  # the emulator allocates tensors, which the modes affect
     "test_hypothesis_problems",  # has its own list of backends
 }
-CONTRACT = (scores, inputs, errors, compiling)
+CONTRACT = (scores, inputs, lse, errors, compiling)
 globals().update(contract_of(CONTRACT, LEFT_OUT))
 pytestmark = scores.pytestmark
 

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import test_score_candidates_inputs as inputs
+import test_score_candidates_lse as lse
 import test_score_candidates_scores as scores
 from oracle import contract_of, inactive, isas
 
 from grank_kernels.backends import cpu
 
 LEFT_OUT = {"test_hypothesis_problems"}
-globals().update(contract_of((scores, inputs), LEFT_OUT))
+globals().update(contract_of((scores, inputs, lse), LEFT_OUT))
 pytestmark = scores.pytestmark
 
 
