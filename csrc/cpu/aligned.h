@@ -1,4 +1,4 @@
-// Memory for kernels: uninitialised, at a boundary of 64 bytes, a piece for every thread.
+// Uninitialised scratch memory, 64-byte aligned, one block per thread.
 #pragma once
 
 #include <cstdint>

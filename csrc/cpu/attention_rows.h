@@ -1,4 +1,4 @@
-// The rows that the passes of candidate_cross_attention read.
+// Rows of a tensor of candidate_cross_attention as operands of tile_product.h.
 #pragma once
 
 #include "candidate_cross_attention_kernel.h"

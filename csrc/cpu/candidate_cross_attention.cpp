@@ -9,7 +9,7 @@
 namespace grank {
 namespace {
 
-// Runs a pass over every row of one side, those of a user and head one step after the other.
+// Runs a pass over all rows of one side, in steps ordered by user, head, row.
 class Run {
  public:
   Run(const CandidateCrossAttentionProblem& p, const AttentionPass& pass, const AttentionSequence& rows)
@@ -21,7 +21,7 @@ class Run {
       work += static_cast<double>(p.queries.count(user)) * static_cast<double>(p.keys.count(user));
     }
     work *= 2.0 * static_cast<double>(p.num_heads * p.d);
-    // Waking a thread costs about as much as a hundred thousand multiply-adds.
+    // Waking a thread costs about 100,000 multiply-adds.
     threads_ = static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
     scratch_ = AlignedMemory(pass.scratch_bytes(p), threads_);
   }
@@ -42,7 +42,7 @@ class Run {
   const CandidateCrossAttentionProblem& p_;
   const AttentionPass& pass_;
   const AttentionSequence& rows_;
-  std::vector<int64_t> steps_before_;  // a user
+  std::vector<int64_t> steps_before_;  // (num_users + 1,)
   int threads_;
   AlignedMemory scratch_{0};
 };

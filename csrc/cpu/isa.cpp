@@ -12,8 +12,8 @@
 
 namespace grank {
 
-// GRANK_ISAS has X(isa, wide) for each: `wide` is the one whose kernels it uses for what is not bfloat16, mostly
-// itself.
+// GRANK_ISAS lists X(isa, wide): `wide` is the instruction set whose kernels serve dtypes other than bfloat16, usually
+// `isa` itself.
 #define X(isa, wide)                                                                         \
   namespace isa {                                                                            \
   extern const MipsTopkKernel mips_topk_kernel;                                              \
@@ -27,14 +27,14 @@ GRANK_ISAS
 namespace {
 
 #if defined(__x86_64__)
-// AMX: the processor has it, the operating system saves the tile registers, and this process may use them, for which
-// Linux wants to be asked once (threads inherit it). Not all compilers' __builtin_cpu_supports know AMX.
+// AMX needs the processor's support, tile state enabled in XCR0, and a permission that Linux grants per process on
+// request (threads inherit it). Not every compiler's __builtin_cpu_supports knows AMX.
 bool may_use_amx() {
 #if defined(GRANK_EMULATE_AMX)
   return true;
 #elif defined(__linux__)
   constexpr unsigned kTileInt8Bf16 = 3u << 24 | 1u << 22;  // in EDX of CPUID leaf 7
-  constexpr unsigned kTileStates = 3u << 17;               // in XCR0; AVX-512 was seen before, so XCR0 can be read
+  constexpr unsigned kTileStates = 3u << 17;               // in XCR0, readable on every processor with AVX-512
   constexpr long kRequestPermission = 0x1023;              // ARCH_REQ_XCOMP_PERM, missing from older systems' headers
   constexpr long kTileData = 18;                           // XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
@@ -47,7 +47,7 @@ bool may_use_amx() {
 }
 #endif
 
-// GCC's and clang's __builtin_cpu_supports also ask the operating system whether it saves the wide registers.
+// __builtin_cpu_supports also checks that the operating system saves the wide registers (XCR0).
 bool runs_here(const std::string& isa) {
   if (isa == "baseline") return true;
 #if defined(__x86_64__)
@@ -67,7 +67,7 @@ bool runs_here(const std::string& isa) {
 }  // namespace
 
 const std::vector<Isa>& isas() {
-  // Never destroyed: threads may still search while the process exits.
+  // Never destroyed: daemon threads may search during process exit.
   static const auto& all = *new std::vector<Isa>{
 #define RANKER(isa) \
   {&isa::score_candidates_kernel,   &isa::attention_forward, &isa::attention_grad_queries, \

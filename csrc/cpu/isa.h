@@ -11,7 +11,7 @@
 
 namespace grank {
 
-// Of the ops that are made of the product of tile_product.h.
+// The kernels built on the product of tile_product.h.
 struct RankerKernels {
   const ScoreCandidatesKernel* score_candidates;
   const AttentionPass *attention_forward, *attention_grad_queries, *attention_grad_keys;
@@ -27,14 +27,14 @@ struct Isa {
   const RankerKernels& ranker(DType dtype) const { return dtype == DType::kBFloat16 ? bfloats : floats; }
 };
 
-// All that were compiled, weakest first.
+// The compiled instruction sets, weakest first.
 const std::vector<Isa>& isas();
 
-// The one in use: at first the best that runs here, or the one that the environment variable GRANK_CPU_ISA names.
-// Throws std::invalid_argument if that name is unknown or cannot run here.
+// The instruction set in use; initially the one named by the environment variable GRANK_CPU_ISA, else the best that
+// runs here. Throws std::invalid_argument if that name is unknown or cannot run here.
 const Isa& active_isa();
 
-// Replaces the one in use, for the whole process: for tests. Calls that have begun keep theirs. Throws as above.
+// Sets the instruction set of the process, for tests. Running calls keep theirs. Throws std::invalid_argument as above.
 void set_active_isa(const std::string& name);
 
 }  // namespace grank

@@ -1,15 +1,14 @@
-// int8 products in the tile registers of AMX: sixteen queries times all rows of a tile at once. Included by
-// mips_topk_kernel.cpp only; mips_topk_kernel.h has the formula.
+// int8 products with AMX tile registers: 16 queries x 64 rows per block. Included by mips_topk_kernel.cpp only; formula
+// in mips_topk_kernel.h.
 //
 //   C[16 queries][16 rows] += A[16 queries][64 bytes] * B[16 units][16 rows][4 bytes]
 //
-// B is the panel as every flavour packs it, its units kUnitBytes apart, hence four tiles side by side; bytes are signed
-// as they are. A is what pack_tiles() wrote. Registers: 4 C, 1 A, and 3 B in turn, so that loads run ahead of products.
+// B is the panel, units kUnitBytes apart, read as four tiles side by side; rows stay s8. A is written by pack_tiles().
+// Tile registers: 4 C, 1 A, 3 B in rotation, so that loads overlap products.
 //
-// 64 dimensions take 5 tile loads and 4 products of 16 x 16 x 64 multiply-adds. By Intel's manual a load occupies its
-// ports for 8 cycles and a product its unit for 16. Measured on two cores of a Xeon with AMX, 256 queries over
-// 1,000,000 x 64: 1.8 Top/s, at that width paced by the conversion and comparison of the sums. Results are also tested
-// through tests/csrc/amx_emulation.h, on processors without AMX.
+// 64 dimensions take 5 tile loads (8 cycles each by Intel's manual) and 4 products of 16 x 16 x 64 multiply-adds (16
+// cycles each). Measured on two cores of a Xeon with AMX, 256 queries, 1,000,000 x 64: 1.8 Top/s, bound by conversion
+// and comparison of the sums. Tested on processors without AMX by tests/csrc/amx_emulation.h.
 #pragma once
 
 #include <cstdint>
@@ -22,17 +21,17 @@ namespace grank {
 namespace GRANK_ISA {
 
 constexpr int kAmxQueries = 16;  // rows of a tile register
-constexpr int kAmxUnits = 16;    // packed units one product takes of a row
+constexpr int kAmxUnits = 16;    // packed units of a row per product
 static_assert(kTileRows == 4 * kAmxUnits, "four tiles of B side by side");
-static_assert(kQueriesMultiple % kAmxQueries == 0, "or packed queries would be cut within a block");
+static_assert(kQueriesMultiple % kAmxQueries == 0, "splits fall between blocks");
 
-// Products of kAmxUnits units that a row of width d takes.
+// Products per row of width d.
 inline int64_t amx_steps(int64_t d) { return (d + kAmxRowBytes - 1) / kAmxRowBytes; }
 
 #if GRANK_AMX
 
-// Blocks of kAmxQueries queries (the last may be smaller); in each, for every 64 bytes of width, the rows of A one
-// after the other. Zeros stand behind the width, so that it does not matter what the panel holds there.
+// Packs queries in blocks of kAmxQueries (the last may be smaller): per 64 bytes of width, the rows of a tile A. Zero
+// padded, so that the panel's padding does not count.
 inline void pack_tiles(const int8_t* queries, int64_t count, int64_t d, char* out) {
   for (int64_t first = 0; first < count; first += kAmxQueries) {
     const int64_t end = count - first < kAmxQueries ? count : first + kAmxQueries;
@@ -46,18 +45,17 @@ inline void pack_tiles(const int8_t* queries, int64_t count, int64_t d, char* ou
   }
 }
 
-// sums[q][i] for a block of `queries` queries and all rows of the panel. The registers are configured for
-// blocks of as many.
-template <typename Ahead>
-inline void multiply_tiles(const uint32_t* panel, const char* packed, int queries, int64_t steps, Ahead& ahead,
-                           int32_t (*sums)[kTileRows]) {
+// sums[q][i] for a block of `queries` queries and all rows of the panel. Call TileRegisters::configure(queries) before.
+template <typename Prefetcher>
+inline void multiply_tiles(const uint32_t* panel, const char* packed, int queries, int64_t steps,
+                           Prefetcher& prefetcher, int32_t (*sums)[kTileRows]) {
   constexpr int64_t kUnitBytes = 4 * kTileRows;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (; steps > 0; --steps) {
-    ahead.template fetch<16, 2>();
+    prefetcher.template fetch<16, 2>();
     _tile_loadd(4, packed, kAmxRowBytes);
     _tile_loadd(5, panel, kUnitBytes);
     _tile_loadd(6, panel + 16, kUnitBytes);

@@ -1,5 +1,4 @@
-// The schedule of a tile: which products, in which batches, and what is prefetched when. mips_topk_kernel.h says what
-// is computed.
+// The schedule of a tile: small-batch, panel or AMX path, and the prefetch distances (mips_topk_kernel.h).
 #include "mips_topk_kernel.h"
 
 #include "mips_topk_multiply.h"
@@ -12,7 +11,7 @@ namespace {
 static_assert(kRowsAtOnce == kTileRows, "a block of queries meets all rows of a tile at once");
 
 void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, const uint32_t* panel,
-                     Ahead ahead, MipsTopkEmit emit, void* context) {
+                     Prefetcher prefetcher, MipsTopkEmit emit, void* context) {
   TileRegisters registers;
   alignas(64) int32_t sums[kAmxQueries][kTileRows];
   const auto* packed = static_cast<const char*>(queries.packed);
@@ -20,7 +19,7 @@ void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries&
     const bool whole = queries.count - first >= kAmxQueries;
     const int block = whole ? kAmxQueries : static_cast<int>(queries.count - first);
     if (first == 0 || !whole) registers.configure(block);
-    multiply_tiles(panel, packed + queries_bytes(DType::kInt8, first, d), block, amx_steps(d), ahead, sums);
+    multiply_tiles(panel, packed + queries_bytes(DType::kInt8, first, d), block, amx_steps(d), prefetcher, sums);
     for (int q = 0; q < block; ++q) {
       Ints sum[1][kVectorsAtOnce];
       for (int v = 0; v < kVectorsAtOnce; ++v) sum[0][v] = load<Ints>(&sums[q][v * kLanes]);
@@ -30,17 +29,17 @@ void scan_packed_amx(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries&
 }
 #endif
 
-// As many queries as leave most of the next tile to be fetched when their products are done.
-int64_t few_queries(DType dtype) {
+// Largest batch whose products finish before the next tile could be prefetched.
+int64_t max_packing_bound(DType dtype) {
   if (kAmx && dtype == DType::kInt8) return 3 * kAmxQueries;
-  return most_of_few(dtype) > kQueryBlock ? most_of_few(dtype) : kQueryBlock;
+  return max_small_batch(dtype) > kQueryBlock ? max_small_batch(dtype) : kQueryBlock;
 }
 
-// `early` fetches while rows are transposed, `late` while packed rows are multiplied.
+// `early` prefetches during transposition, `late` during multiplication.
 template <typename Products, DType kType>
-void scan_tile(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, uint32_t* panel, Ahead early,
-               Ahead late, MipsTopkEmit emit, void* context) {
-  if (queries.count <= most_of_few(kType)) {
+void scan_tile(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, uint32_t* panel, Prefetcher early,
+               Prefetcher late, MipsTopkEmit emit, void* context) {
+  if (queries.count <= max_small_batch(kType)) {
     return scan_at_least<Products, kType, 1>(d, tile, queries, early, emit, context);
   }
   pack<kType>(tile, d, early, panel);
@@ -53,16 +52,16 @@ void scan_tile(int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queri
 void scan_tile(DType dtype, int64_t d, const MipsTopkTile& tile, const MipsTopkQueries& queries, void* panel,
                MipsTopkEmit emit, void* context) {
   auto* units = static_cast<uint32_t*>(panel);
-  // With few queries packing takes the time, so it fetches, a little ahead of itself; with many the multiplications do,
-  // the whole next tile.
+  // Few queries are packing-bound: packing prefetches kPrefetchBytes ahead. Many are compute-bound: the
+  // multiplication prefetches the whole next tile.
   const int64_t tile_bytes = tile.list == nullptr ? kTileRows * tile.row_stride : 0;
-  const bool few = queries.count <= few_queries(dtype);
+  const bool few = queries.count <= max_packing_bound(dtype);
   const char* near = tile.rows + kPrefetchBytes;
   const char* next = tile.rows + tile_bytes;
-  for (int64_t page = 0; page < tile_bytes; page += 4096) {  // or every page would be waited for
+  for (int64_t page = 0; page < tile_bytes; page += 4096) {  // hides the TLB misses
     __builtin_prefetch(tile.rows + kPagesBytes + page, 0, 2);
   }
-  const Ahead early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
+  const Prefetcher early{near, few ? near + tile_bytes : near}, late{next, few ? next : next + tile_bytes};
   switch (dtype) {
     case DType::kFloat32:
       return scan_tile<FloatProducts, DType::kFloat32>(d, tile, queries, units, early, late, emit, context);

@@ -1,5 +1,5 @@
-// How mips_topk lays out its operands: the packed units of rows and queries, and the packing of queries. Included by
-// mips_topk_kernel.cpp only; mips_topk_kernel.h has the formula.
+// Layouts of the operands of mips_topk: packed units of rows and queries, and the packing of queries. Included by
+// mips_topk_kernel.cpp only; formula in mips_topk_kernel.h.
 #pragma once
 
 #include "mips_topk_amx.h"
@@ -10,24 +10,24 @@ namespace grank {
 namespace GRANK_ISA {
 namespace {
 
-constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // times kQueryBlock accumulators fit the registers
-constexpr int64_t kPrefetchBytes = 8192;              // from what is transposed to what is fetched meanwhile
-constexpr int64_t kPagesBytes = 16384;           // from a tile to the pages whose addresses are looked up meanwhile
-constexpr int kUnitsPerFour = 4 / kInt8PerUnit;  // packed units of four int8
-constexpr uint32_t kFlipInt8 = kInt8PerUnit == 4 ? 0x80808080u : 0;  // of a packed row: s8 to u8
+constexpr int kVectorsAtOnce = kLanes == 16 ? 4 : 2;  // kQueryBlock x kVectorsAtOnce accumulators fit the registers
+constexpr int64_t kPrefetchBytes = 8192;              // prefetch distance of packing
+constexpr int64_t kPagesBytes = 16384;                // prefetch distance of the TLB
+constexpr int kUnitsPerFour = 4 / kInt8PerUnit;       // packed units of four int8
+constexpr uint32_t kFlipInt8 = kInt8PerUnit == 4 ? 0x80808080u : 0;  // XOR of packed rows: s8 to u8 (+128)
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // 32-bit units of a packed row of width d.
 int64_t units_of(DType dtype, int64_t d) { return dtype == DType::kInt8 ? kUnitsPerFour * divide_up(d, 4) : d; }
 
-// With AMX, int8 rows are read by whole products; what the panel holds behind their width is multiplied by zeros.
+// AMX reads int8 rows in whole tiles of 64 bytes; the panel's padding meets zeros of the packed queries.
 int64_t panel_bytes(DType dtype, int64_t d) {
   const bool whole = kAmx && dtype == DType::kInt8;
   return (whole ? amx_steps(d) * kAmxUnits : units_of(dtype, d)) * kTileRows * 4;
 }
 
-// For int8 one more unit a query, in front: what its accumulators start from. Not with AMX, where they start from zero.
+// An int8 query has one more unit in front: the u8/s8 compensation its accumulators start from. Not with AMX (s8 x s8).
 int64_t packed_units(DType dtype, int64_t d) {
   if (kAmx && dtype == DType::kInt8) return amx_steps(d) * kAmxUnits;
   return units_of(dtype, d) + (dtype == DType::kInt8);
@@ -51,21 +51,21 @@ void split_four(uint32_t four, uint32_t* units, int64_t stride) {
   }
 }
 
-// What the sum of an int8 query's products starts from: rows are multiplied as u8, 128 more than they are.
-int32_t start_of(const int8_t* query, int64_t d) {
-  int32_t start = 0;
-  for (int64_t j = 0; j < d; ++j) start -= 128 * query[j];
-  return start;
+// The u8/s8 compensation -128 sum(q): rows are multiplied as u8, +128.
+int32_t compensation_of(const int8_t* query, int64_t d) {
+  int32_t compensation = 0;
+  for (int64_t j = 0; j < d; ++j) compensation -= 128 * query[j];
+  return compensation;
 }
 
-// Writes a query's floats kQueryBlock units apart. (Restricted, or the compiler's code would ask which memory lies
-// first, and the instructions that a call executes would differ.)
+// Writes a query's floats kQueryBlock units apart. (__restrict: without it the compiler adds an overlap check whose
+// branch depends on the addresses, and the instruction count varies from run to run.)
 void spread(const float* __restrict query, int64_t d, uint32_t* __restrict units) {
   for (int64_t j = 0; j < d; ++j) __builtin_memcpy(units + j * kQueryBlock, query + j, 4);
 }
 
-// Interleaves blocks of kQueryBlock queries unit by unit: what the multiplication reads, in its order. The last block
-// is filled up with zeros.
+// Interleaves blocks of kQueryBlock queries unit by unit, the order in which the multiplication reads them. The last
+// block is zero padded.
 void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, void* packed) {
 #if GRANK_AMX
   if (dtype == DType::kInt8) {
@@ -83,8 +83,8 @@ void pack_queries(DType dtype, const void* queries, int64_t count, int64_t d, vo
         spread(static_cast<const float*>(queries) + (first + b) * d, d, unit);
       } else {
         const int8_t* query = static_cast<const int8_t*>(queries) + (first + b) * d;
-        const int32_t start = kInt8PerUnit == 4 ? start_of(query, d) : 0;
-        __builtin_memcpy(unit, &start, 4);
+        const int32_t compensation = kInt8PerUnit == 4 ? compensation_of(query, d) : 0;
+        __builtin_memcpy(unit, &compensation, 4);
         unit += kQueryBlock;
         for (int64_t j = 0; j < d; j += 4, unit += kUnitsPerFour * kQueryBlock) {
           uint32_t four = 0;

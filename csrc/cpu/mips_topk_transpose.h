@@ -1,4 +1,4 @@
-// Transposes the rows of a tile into a panel, or hands each transposed vector to a sink, and prefetches what follows.
+// Transposes the rows of a tile into a panel, or passes each transposed vector to a sink, and prefetches the next rows.
 // Included by mips_topk_kernel.cpp only.
 #pragma once
 
@@ -8,8 +8,8 @@ namespace grank {
 namespace GRANK_ISA {
 namespace {
 
-// Hands what `column` holds of one element (or of four int8) of consecutive rows to sink(unit, vector, values): kLanes
-// rows, or twice as many of 16-bit elements, which become floats here.
+// `column` holds one element (int8: four) of kLanes consecutive rows, or 16-bit elements of 2 kLanes rows. Converts
+// them to packed units and passes these to sink(unit, vector, values).
 template <DType kType, typename Sink>
 [[gnu::always_inline]] inline void give_column(int64_t unit, Units column, Sink& sink) {
   if constexpr (kType == DType::kFloat32) {
@@ -29,13 +29,13 @@ template <DType kType, typename Sink>
   }
 }
 
-// Fetches memory while something else is done. Rows are packed across, so the hardware sees no order in them; asked for
-// line by line, in the order of memory, they arrive at its full bandwidth.
-struct Ahead {
-  const char* line;  // the next to ask for
+// Software prefetcher. Packing reads 64 rows in turn, a pattern that hardware prefetchers do not follow; prefetching
+// line by line in memory order reaches the full memory bandwidth.
+struct Prefetcher {
+  const char* line;  // the next to fetch
   const char* end;
 
-  template <int kLines, int kCache>  // 3: into the first-level cache; 2: only into the second
+  template <int kLines, int kCache>  // kCache: locality hint of __builtin_prefetch, 3: L1, 2: L2
   [[gnu::always_inline]] void fetch() {
     if (line >= end) return;
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + 64 * i, 0, kCache);
@@ -43,7 +43,7 @@ struct Ahead {
   }
 };
 
-// Hands the two 16-bit elements in every lane of `column` to sink(unit, 0, values) and sink(unit + 1, 0, values).
+// Passes the two 16-bit elements in each lane of `column` to sink(unit, 0, values) and sink(unit + 1, 0, values).
 template <DType kType, bool kBoth, typename Sink>
 [[gnu::always_inline]] inline void give_pair(int64_t unit, Units column, Sink& sink) {
   if constexpr (kType == DType::kFloat16) {
@@ -55,8 +55,7 @@ template <DType kType, bool kBoth, typename Sink>
   }
 }
 
-// Transposes 16 bytes of every row of a square of kLanes rows and columns of pairs of 16-bit elements, or `bytes` of
-// them.
+// Transposes 16 bytes (kWhole) or the last `bytes` bytes of kLanes rows of 16-bit elements, moved in pairs.
 template <DType kType, bool kListed, bool kWhole, typename Sink>
 [[gnu::always_inline]] inline void transpose_pairs(const char* row, int64_t stride, const uint32_t* list, int64_t bytes,
                                                    int64_t unit, Sink& sink) {
@@ -72,12 +71,12 @@ template <DType kType, bool kListed, bool kWhole, typename Sink>
   }
 }
 
-// Transposes 16 bytes, or the last `bytes` ones, of every row of a square of rows and columns; `unit` is the first of
-// them.
+// Transposes 16 bytes (kWhole) or the last `bytes` bytes of a square of rows; `unit` is the index of the first packed
+// unit.
 template <DType kType, bool kListed, bool kWhole, typename Sink>
 [[gnu::always_inline]] inline void transpose_square(const char* row, int64_t stride, const uint32_t* list,
                                                     int64_t bytes, int64_t unit, Sink& sink) {
-  constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // what is moved as one
+  constexpr int kBytes = kType == DType::kInt8 ? 4 : element_bytes(kType);  // granularity of the transposition
   constexpr int kSize = 16 / kBytes;
   constexpr int kUnits = kType == DType::kInt8 ? kUnitsPerFour : 1;  // packed units of a column
   Units columns[kSize];
@@ -88,15 +87,15 @@ template <DType kType, bool kListed, bool kWhole, typename Sink>
   }
 }
 
-// Rows that are transposed together: a vector of them, or two of 16-bit elements, if these are not moved in pairs.
+// Rows transposed together: kLanes, or 2 kLanes of 16-bit elements that are not moved in pairs.
 template <DType kType, bool kPairs = false>
 constexpr int kRowsOfSquare = element_bytes(kType) == 2 && !kPairs ? 2 * kLanes : kLanes;
 
-// Transposes dimensions begin to end of the rows of a tile from number `first` on, kRowsOfSquare of them, units
-// ascending. `begin` is a multiple of 16.
+// Transposes dimensions [begin, end) of kRowsOfSquare rows of a tile from row `first`, units ascending. `begin` is a
+// multiple of 16.
 template <DType kType, bool kListed, bool kPairs = false, typename Sink>
 [[gnu::always_inline]] inline void transpose_rows(const MipsTopkTile& tile, int first, int64_t begin, int64_t end,
-                                                  Ahead& ahead, Sink sink) {
+                                                  Prefetcher& prefetcher, Sink sink) {
   const uint32_t* list = kListed ? tile.list + first : nullptr;
   const char* row = tile.rows + (kListed ? 0 : first * tile.row_stride) + begin * element_bytes(kType);
   int64_t unit = units_of(kType, begin);
@@ -109,7 +108,7 @@ template <DType kType, bool kListed, bool kPairs = false, typename Sink>
     }
   };
   for (; left >= 16; left -= 16, row += 16) {
-    ahead.fetch<16 * kRowsOfSquare<kType, kPairs> / 64, 3>();
+    prefetcher.fetch<16 * kRowsOfSquare<kType, kPairs> / 64, 3>();
     square(std::true_type(), 16);
     unit += units_of(kType, 16 / element_bytes(kType));
   }
@@ -117,18 +116,18 @@ template <DType kType, bool kListed, bool kPairs = false, typename Sink>
 }
 
 template <DType kType, bool kListed>
-void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
-  constexpr uint32_t kFlip = kType == DType::kInt8 && !kAmx ? kFlipInt8 : 0;  // AMX multiplies signed bytes
+void pack(const MipsTopkTile& tile, int64_t d, Prefetcher prefetcher, uint32_t* panel) {
+  constexpr uint32_t kFlip = kType == DType::kInt8 && !kAmx ? kFlipInt8 : 0;  // AMX multiplies s8 x s8
   for (int first = 0; first < kTileRows; first += kRowsOfSquare<kType>) {
-    transpose_rows<kType, kListed>(tile, first, 0, d, ahead, [&](int64_t unit, int v, Units values) {
+    transpose_rows<kType, kListed>(tile, first, 0, d, prefetcher, [&](int64_t unit, int v, Units values) {
       store(panel + unit * kTileRows + first + v * kLanes, values ^ kFlip);
     });
   }
 }
 
 template <DType kType>
-void pack(const MipsTopkTile& tile, int64_t d, Ahead ahead, uint32_t* panel) {
-  tile.list != nullptr ? pack<kType, true>(tile, d, ahead, panel) : pack<kType, false>(tile, d, ahead, panel);
+void pack(const MipsTopkTile& tile, int64_t d, Prefetcher prefetcher, uint32_t* panel) {
+  tile.list != nullptr ? pack<kType, true>(tile, d, prefetcher, panel) : pack<kType, false>(tile, d, prefetcher, panel);
 }
 
 }  // namespace

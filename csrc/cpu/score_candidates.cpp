@@ -9,7 +9,7 @@
 namespace grank {
 namespace {
 
-// Waking a thread costs about as much as a hundred thousand multiply-adds.
+// Waking a thread costs about 100,000 multiply-adds.
 int useful_threads(const ScoreCandidatesProblem& p) {
   const double keys =
       static_cast<double>(p.cu_seqlens[p.num_users] - p.cu_seqlens[0]) / static_cast<double>(p.num_users);
@@ -18,7 +18,7 @@ int useful_threads(const ScoreCandidatesProblem& p) {
   return static_cast<int>(std::min<double>(p.threads, 1 + work / (1 << 21)));
 }
 
-// Kernels for bfloat16 take tables of bfloat16 and int8.
+// The bfloat16 kernels take tables of bfloat16 and int8 only.
 const RankerKernels& kernels_of(const ScoreCandidatesProblem& p, const Isa& isa) {
   return isa.ranker(p.rows_dtype == DType::kInt8 || p.rows_dtype == p.dtype ? p.dtype : DType::kFloat32);
 }

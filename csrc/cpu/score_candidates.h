@@ -1,7 +1,7 @@
-// Scores of every user's candidates: score_candidates_kernel.h says what is computed. Here the work is handed out.
+// score_candidates: distributes steps of (user, group of candidates) to threads; formula in score_candidates_kernel.h.
 //
-// A step is one user and a few tiles of candidates; which thread does it makes no difference to any bit. Memory: what
-// the kernel says for every thread, and item_weight as the kernel takes it; nothing of the size of the inputs.
+// The bits do not depend on threads. Memory: the kernel's scratch memory per thread, and one copy of item_weight in the
+// kernel's layout.
 #pragma once
 
 #include "isa.h"

@@ -1,4 +1,4 @@
-// score_candidates_kernel.h says what is computed here, and how.
+// The steps of score_candidates; formula in score_candidates_kernel.h.
 #include "score_candidates_kernel.h"
 
 #include "attention_tile.h"
@@ -39,7 +39,7 @@ struct Scratch {
 
 int64_t scratch_bytes(const ScoreCandidatesProblem& p) { return Scratch(p, nullptr).bytes; }
 
-// item_weight as the left operand of products, behind the memory it was made in.
+// item_weight as an operand A of the products, and its memory.
 struct Weight {
   explicit Weight(const ScoreCandidatesProblem& p, void* memory) {
     Arena arena(memory);
@@ -68,19 +68,18 @@ void prepare_weight(const ScoreCandidatesProblem& p, void* memory) {
 
 template <HeadActivation kActivation>
 inline Floats activate(Floats x) {
-  const Floats positive = only(~(x < 0.0f), x);  // NaN stays
+  const Floats positive = only(~(x < 0.0f), x);  // NaN for NaN
   if constexpr (kActivation == HeadActivation::kRelu) {
     return positive;
   } else if constexpr (kActivation == HeadActivation::kSilu) {
     return silu(x);
   } else {
-    const Floats size = at_most(only(Ints{} + 0x7fffffff, x), 20.0f);  // beyond 20 erfc is 0, and infinity times it not
+    const Floats size = at_most(only(Ints{} + 0x7fffffff, x), 20.0f);  // erfc(20 / sqrt(2)) is 0; inf * 0 would be NaN
     return positive - 0.5f * size * erfc_of_positive(size * 0x1.6a09e6p-1f);  // sqrt(1/2)
   }
 }
 
-// The scores of a tile's columns from `column` on: hidden = weighted / sum + scale * own + user, one unit after
-// another.
+// The scores of kLanes columns: hidden = weighted * by + own * scale + user, hidden units ascending.
 template <HeadActivation kActivation>
 Floats head(const ScoreCandidatesProblem& p, const float* weighted, Floats by, const float* own, Floats scale,
             const float* user) {
@@ -135,7 +134,7 @@ class Step {
     return left < kColumns ? left : kColumns;
   }
 
-  // The rows lie apart: asked for together, they arrive together.
+  // Gathered rows: prefetching all of them overlaps the cache misses.
   void prefetch() const {
     const char* rows = static_cast<const char*>(p_.rows);
     for (int64_t c = 0; c < count_; ++c) {
@@ -151,7 +150,7 @@ class Step {
     return known ? p_.row_scale[ids_[candidate]] : 1.0f;
   }
 
-  // Columns without a candidate are computed as if they had the first row, and forgotten.
+  // Columns without a candidate compute with row 0; their scores are dropped.
   void gather(int64_t t) {
     QueryTile<Tiles>& tile = s_.tiles[t];
     const int64_t columns = columns_of(t);

@@ -1,24 +1,22 @@
-// The part of score_candidates that is compiled once per instruction set.
+// The kernel of score_candidates, compiled once per instruction set. For user b and candidate c:
 //
-//   s = softmax_scale e K^T + bias, a = softmax(s), hidden = a V + e item_weight + user_hidden[b],
-//   score = out_weight act(hidden) + out_bias + lse_weight log(exp(lse_floor) + sum exp(s))
+//   e      = scale[id] rows[id]
+//   s      = softmax_scale e K^T + bias                         K (L, d), V (L, h): the user's keys and values
+//   a      = softmax(s)
+//   hidden = a V + e item_weight + user_hidden[b]
+//   score  = out_weight act(hidden) + out_bias + lse_weight log(exp(lse_floor) + sum exp(s))
 //
-// for every user b and candidate c, e = scale[id] rows[id]; K (L, d) and V (L, h) are the user's rows of keys and
-// values.
+// A step is one user and kGroup tiles of 64 candidates, gathered and transposed once. For each block of kKeys keys and
+// each tile: logits (kKeys, 64) in the L1 cache, online softmax (attention_tile.h), weighted sum into (h, 64). Then the
+// head. Neither C x d nor C x L numbers are written to memory. Candidates lie in the vector lanes, so a score's bits
+// depend on its candidate and user alone; they are the same on every instruction set with FMA, except AMX, and AVX-512
+// BF16 for bfloat16. Summation order: tile_product.h; the head sums h ascending. The scale of an int8 row is folded
+// into the scale of its logits and of e item_weight.
 //
-// A step is one user and kGroup tiles of 64 candidates, whose rows are gathered and transposed once. Then the user's
-// keys and values, kKeys at a time, meet one tile after the other: logits (keys, 64) in the first-level cache, online
-// softmax (attention_tile.h), weighted sum into (h, 64). The head stands at the end, so that neither C x d nor C x L
-// numbers are ever written to memory. Candidates lie in the lanes: a score depends on its candidate and user alone, bit
-// for bit, and has the same bits on every instruction set with FMA, but for AMX and, of bfloat16 numbers, AVX512-BF16.
-// (The hidden layer adds e item_weight to the attended part and user_hidden; the head sums h ascending.) Products and
-// accumulators: tile_product.h.
-// An int8 row's scale is multiplied into its logits' scale and its share of the hidden layer.
-//
-// Work: 2 C L (d + h) + 2 C d h operations and C L exponentials a user; bytes read: C d of the table, and for every
-// step L (d + h) of keys and values, from the second-level cache. Memory: 4 (64 kGroup (d + h) + kKeys (d + 2 h + 128)
-// + 64 d) bytes a thread and 8 d h for item_weight, half as much again where float32 has three parts: measured 1.5 MB
-// for float32 and 0.5 MB for bfloat16 with AMX, two threads, d = h = 128.
+// Work per user: 2 C L (d + h) + 2 C d h operations and C L exponentials. Bytes read: C d of the table, and per step
+// L (d + h) of keys and values from the L2 cache. Memory: per thread 4 (64 kGroup (d + h) + kKeys (d + 2 h + 128) +
+// 64 d) bytes, and 8 d h for item_weight; 1.5 times that for float32 in three parts. Measured with AMX, two threads,
+// d = h = 128: 1.5 MB for float32, 0.5 MB for bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +39,7 @@ struct ScoreCandidatesProblem {
   int64_t row_stride;      // bytes
   const float* row_scale;  // (num_rows,), int8 only
   // Histories: the last dimension contiguous; user b has the rows [cu_seqlens[b], cu_seqlens[b + 1]).
-  DType dtype;  // of keys, values and item_weight; not int8
+  DType dtype;  // dtype of keys, values and item_weight; not int8
   const void* keys;
   int64_t key_stride;  // bytes
   const void* values;
@@ -64,12 +62,12 @@ struct ScoreCandidatesProblem {
 
 struct ScoreCandidatesKernel {
   int64_t candidates_a_step;
-  // item_weight as the products take it.
+  // Converts item_weight to the layout of the products, once per call.
   int64_t (*weight_bytes)(const ScoreCandidatesProblem& problem);
   void (*prepare_weight)(const ScoreCandidatesProblem& problem, void* weight);
-  // What a thread needs for a step, from a boundary of 64 bytes on.
+  // Scratch memory per thread, 64-byte aligned.
   int64_t (*scratch_bytes)(const ScoreCandidatesProblem& problem);
-  // The scores of one user's candidates [first, first + count), count up to candidates_a_step.
+  // Scores the candidates [first, first + count) of a user, count <= candidates_a_step.
   void (*run_step)(const ScoreCandidatesProblem& problem, const void* weight, int64_t user, int64_t first,
                    int64_t count, void* scratch);
 };

@@ -1,7 +1,7 @@
-// The vector types of the instruction set this file is compiled for. Included by kernel sources only, inside their
-// own namespace per instruction set, so that nothing compiled for one can be linked into another.
+// Vector types and operations of the instruction set of this compilation. Included by kernel sources only; one
+// namespace per instruction set, so that the linker cannot merge inline functions of different ones.
 //
-// Written with the compilers' vector extensions; intrinsics stand only where those have no word for the instruction.
+// Written with the compilers' vector extensions; intrinsics only for instructions that these cannot express.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline V load(const void* p) {
   return v;
 }
 
-// The first `bytes` bytes at p, the rest zero. Never touches what lies behind them.
+// The first `bytes` bytes at p, zero padded. Does not read past them.
 template <typename V>
 inline V load_first(const void* p, int64_t bytes) {
   V v{};
@@ -54,10 +54,10 @@ inline void store(void* p, V v) {
 
 template <typename V, typename T>
 inline V broadcast(T x) {
-  return x - V{};  // not V{} + x, which would turn -0.0 into 0.0
+  return x - V{};  // V{} + x would turn -0.0 into 0.0
 }
 
-// a * b + c, rounded once where the instruction set can.
+// a * b + c, rounded once on instruction sets with FMA.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -70,7 +70,7 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// The larger of a and b; where either is NaN, one that is a number.
+// The larger of a and b; if one is NaN, the other.
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return _mm512_range_ps(a, b, 0x5);
@@ -80,7 +80,7 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// One bit a lane: a >= b, false where either is NaN.
+// Bit i: a[i] >= b[i]; 0 if either is NaN.
 inline uint64_t at_least(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
@@ -120,16 +120,16 @@ inline Floats at_most(Floats x, float most) {
   return (Floats)(((Ints)broadcast<Floats>(most) & above) | ((Ints)x & ~above));
 }
 
-// 2^x for x < 127; 0 for x < -125, so that no flavour meets a subnormal number; NaN for NaN; 1 for 0. The bits are the
-// same for every instruction set with FMA. Error below 1.8e-7 of the result: 9.2e-8 of the polynomial, which is fitted
-// to 2^r on [-1/2, 1/2], and its roundings.
+// 2^x for x < 127; 0 for x < -125, so that no result is subnormal; NaN for NaN; 1 for 0. The same bits for every
+// instruction set with FMA. Relative error below 1.8e-7: 9.2e-8 of the polynomial, a fit of 2^r on [-1/2, 1/2], and its
+// rounding.
 inline Floats exp2(Floats x) {
   constexpr float kCoefficients[] = {
       1, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
 #if defined(__AVX512F__)
-  const Floats r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x minus the nearest integer, even between two
+  const Floats r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x minus the nearest integer, ties to even
 #else
-  const Floats shifted = x + 0x1.8p23f;  // that integer, in the lowest bits
+  const Floats shifted = x + 0x1.8p23f;  // that integer in the lowest bits
   const Floats r = x - (shifted - 0x1.8p23f);
 #endif
   Floats p = broadcast<Floats>(kCoefficients[5]);
@@ -142,7 +142,7 @@ inline Floats exp2(Floats x) {
 #endif
 }
 
-// The larger of x and -2^20, where silu and its gradient have long vanished: silu() divides by at most 2^126.
+// max(x, -2^20), where silu and its gradient are 0 in float32; silu() divides by at most 2^126, too little for -inf.
 inline Floats at_least_minus_far(Floats x) { return -at_most(-x, 0x1p20f); }
 
 // x / (1 + exp(-x))
@@ -151,7 +151,7 @@ inline Floats silu(Floats x) {
   return x / (1.0f + exp2(at_most(x * -kLog2E, 126.0f)));
 }
 
-// 1 - erf(x) for x >= 0, off by at most 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+// erfc(x) for x >= 0, absolute error <= 1.5e-7 (Abramowitz and Stegun, 7.1.26).
 inline Floats erfc_of_positive(Floats x) {
   const Floats t = 1.0f / multiply_add(x, broadcast<Floats>(0.3275911f), broadcast<Floats>(1.0f));
   Floats p = multiply_add(t, broadcast<Floats>(1.061405429f), broadcast<Floats>(-1.453152027f));
@@ -209,14 +209,14 @@ inline Halves float16_of_float(Floats x) {
 #endif
 }
 
-// ---- int8 products. A packed unit holds what one dot() takes of a row: kInt8PerUnit numbers in 32 bits. ----
+// ---- int8 products; a packed 32-bit unit holds kInt8PerUnit numbers of a row, the operand of one dot() ----
 #if defined(__AVX512VNNI__)
-constexpr int kInt8PerUnit = 4;  // u8 (row + 128) times s8 (query); the query's accumulator starts at -128 sum(q)
+constexpr int kInt8PerUnit = 4;  // u8 (row + 128) x s8 (query), compensated by -128 sum(q) in the accumulator
 inline Ints dot(Ints sum, Units row, Units query) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)row, (__m512i)query);
 }
 #else
-constexpr int kInt8PerUnit = 2;  // s16 times s16
+constexpr int kInt8PerUnit = 2;  // s16 x s16
 inline Ints dot(Ints sum, Units row, Units query) {
 #if defined(__AVX512BW__)
   return sum + (Ints)_mm512_madd_epi16((__m512i)row, (__m512i)query);
@@ -230,12 +230,12 @@ inline Ints dot(Ints sum, Units row, Units query) {
 }
 #endif
 
-// ---- transposition of rows that lie apart ----
+// ---- transposition of strided or gathered rows ----
 
 typedef uint32_t Piece __attribute__((vector_size(16)));
 constexpr int kPieces = kLanes / 4;  // 16-byte pieces in a register
 
-// `v` with its piece number `g` (a constant once the caller's loop is unrolled) replaced.
+// `v` with 16-byte piece `g` replaced; `g` is a constant after the caller's loop is unrolled.
 [[gnu::always_inline]] inline Units put_piece(Units v, Piece piece, int g) {
 #if defined(__AVX512F__)
   const __m512i x = (__m512i)v;
@@ -260,7 +260,7 @@ constexpr int kPieces = kLanes / 4;  // 16-byte pieces in a register
 #endif
 }
 
-// Within every 16-byte piece: the elements (of kBytes bytes) of the lower or upper halves of a and b in turn.
+// Interleaves, in each 16-byte piece, the elements of kBytes bytes of the lower or upper halves of a and b.
 template <int kBytes, bool kUpper>
 inline Units interleave(Units a, Units b) {
 #if defined(__AVX512F__)
@@ -282,11 +282,11 @@ inline Units interleave(Units a, Units b) {
 #endif
 }
 
-// Exchanges rows and columns of the square of elements in every piece: element j of v[i] becomes element i of v[j].
+// Transposes the square of elements in each 16-byte piece: element j of v[i] becomes element i of v[j].
 template <int kBytes>
 [[gnu::always_inline]] inline void transpose_pieces(Units (&v)[16 / kBytes]) {
   constexpr int kSize = 16 / kBytes;
-#pragma GCC unroll 3  // all loops, or the registers would be an array in memory
+#pragma GCC unroll 3  // all loops: else v becomes an array in memory
   for (int stage = 1; stage < kSize; stage *= 2) {
     Units out[kSize];
 #pragma GCC unroll 4
@@ -299,9 +299,9 @@ template <int kBytes>
   }
 }
 
-// 16 bytes, or the first `bytes` ones, of every row, transposed: element i of columns[j] is element j of row i.
-// Elements of kBytes bytes; kLanes rows of four, or 2 kLanes of eight. Row i stands at first + (kListed ? list[i] : i)
-// * stride.
+// Loads 16 bytes (kWhole) or the first `bytes` bytes of each row, transposed: element i of columns[j] is element j of
+// row i. Elements of kBytes bytes: 4, kLanes rows, or 2, 2 kLanes rows. Row i is at first + (kListed ? list[i] : i) *
+// stride.
 template <int kBytes, bool kListed, bool kWhole>
 [[gnu::always_inline]] inline void load_columns(const char* first, int64_t stride, const uint32_t* list, int64_t bytes,
                                                 Units (&columns)[16 / kBytes]) {
@@ -312,7 +312,7 @@ template <int kBytes, bool kListed, bool kWhole>
 #pragma GCC unroll 8
     for (int i = 0; i < kSize; ++i, row += stride) {
       if (kListed) row = first + list[g * kSize + i] * stride;
-      asm("" : "+r"(row));  // one running address; the compiler would keep one for every row, in memory
+      asm("" : "+r"(row));  // one running address; else the compiler spills one address per row
       columns[i] =
           put_piece(g == 0 ? Units{} : columns[i], kWhole ? load<Piece>(row) : load_first<Piece>(row, bytes), g);
     }

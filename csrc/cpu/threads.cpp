@@ -19,8 +19,8 @@
 namespace grank {
 namespace {
 
-// Scores must not depend on the thread that computes them, so every thread works with the default rounding and
-// denormals kept, whatever torch.set_flush_denormal did to the caller.
+// Default rounding, subnormals kept, on every thread: scores must not depend on the thread, nor on the caller's
+// torch.set_flush_denormal.
 class DefaultFloatMode {
 #if defined(__SSE__)
  public:
@@ -43,7 +43,7 @@ struct Interrupt {
 };
 thread_local Interrupt interrupt;
 
-// Helpers have no check of their own: the caller's exception ends their loop.
+// Helpers have no check; the caller's exception ends their loop.
 void check_interrupt() {
   if (interrupt.check == nullptr) return;
   const auto now = std::chrono::steady_clock::now();
@@ -58,7 +58,7 @@ struct Job {
   int64_t steps;
   int helpers_wanted;            // guarded by the pool's mutex
   int helpers_inside = 0;        // guarded by the pool's mutex
-  std::atomic<int64_t> next{0};  // the next step nobody has taken
+  std::atomic<int64_t> next{0};  // the next step
   std::atomic<bool> failed{false};
   std::exception_ptr failure{};  // the first one
 
@@ -98,7 +98,7 @@ class Pool {
     try {
       for (; helpers_ < helpers; ++helpers_) std::thread([this] { help(); }).detach();
     } catch (const std::system_error&) {
-      // No more threads to be had: the caller and the helpers there are do all the steps.
+      // No more threads available: the caller and the existing helpers run all steps.
     }
   }
 
@@ -107,7 +107,7 @@ class Pool {
     for (;;) {
       Job* job = nullptr;
       wake_.wait(lock, [&] { return (job = find_work()) != nullptr; });
-      const int worker = job->helpers_wanted--;  // each helper of a job has a number of its own, the caller has 0
+      const int worker = job->helpers_wanted--;  // unique per helper of a job; the caller is worker 0
       ++job->helpers_inside;
       lock.unlock();
       job->work(worker);
@@ -129,9 +129,9 @@ class Pool {
   int helpers_ = 0;
 };
 
-Pool* pool;  // never deleted: its threads sleep until the process ends
+Pool* pool;  // never deleted: its threads are detached
 
-// The child of a fork has none of the pool's threads, so it starts with a new pool.
+// fork() copies only the calling thread, so the child starts with a new pool.
 void make_pool() { pool = new Pool; }
 void before_fork() { pool->mutex().lock(); }
 void after_fork_in_parent() { pool->mutex().unlock(); }

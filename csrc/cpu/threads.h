@@ -1,14 +1,14 @@
-// A small pool of threads that several callers may use at once and that survives fork().
+// A thread pool for concurrent callers, safe to use after fork().
 #pragma once
 
 #include <cstdint>
 
 namespace grank {
 
-// Called by parallel_for between two steps of the calling thread, at most every 50 ms; it may throw to end the loop.
+// Called by parallel_for on the calling thread between two steps, at most every 50 ms; may throw to end the loop.
 using InterruptCheck = void (*)(void* context);
 
-// Sets the check of this thread while it lives.
+// Installs the calling thread's check for the lifetime of the object.
 class InterruptScope {
  public:
   InterruptScope(InterruptCheck check, void* context);
@@ -17,12 +17,12 @@ class InterruptScope {
   InterruptScope& operator=(const InterruptScope&) = delete;
 };
 
-// One step of a parallel loop: `worker` in [0, threads) names the scratch memory it may use.
+// One step of a parallel loop. `worker` in [0, threads): index for per-thread scratch memory.
 using ParallelBody = void (*)(void* context, int64_t step, int worker);
 
-// Runs body(context, step, worker) once for every step in [0, steps), on the caller and at most threads - 1 helpers.
-// Steps are handed out in ascending order. Returns when all are done. Where one throws, those that are not begun are
-// left out, and its exception is the caller's.
+// Runs body(context, step, worker) once per step in [0, steps), on the caller and at most threads - 1 helpers; steps
+// start in ascending order. Blocks until all are done. The first exception cancels the steps not yet started and is
+// rethrown.
 void parallel_for(int threads, int64_t steps, ParallelBody body, void* context);
 
 template <typename F>

@@ -27,7 +27,8 @@
 //   put_pair<kParts>(panel, pair, column, even, odd)   writes dimensions 2 pair and 2 pair + 1 of kLanes columns
 //   end_panel(panel, depth)           after the last put_pair(): zero padding behind the depth
 //   panel_of(numbers, depth, columns, panel)    float32 numbers (depth, 64) as a panel; FloatTiles returns an alias
-//   multiply<kAdd>(a, m, panel, depth, columns, c)     the product of a Matrix or Across: the first `columns` columns, a
+//   multiply<kAdd>(a, m, panel, depth, columns, c)     the product of a Matrix or Across: the first `columns` columns,
+//   a
 //                                               multiple of 32; may write rows of C up to the next multiple of 32
 #pragma once
 
