@@ -145,7 +145,8 @@ void forward(const CorpusCrossEntropyProblem& p, int64_t first, int64_t count, v
       Tiles::multiply<false>(block.keys, items, tile.queries, p.d, tile.columns, s.logits);
       complete_logits(p, k, items, first + t * kColumns, columns_of(count, t), tile.columns, s.cursors + t * kColumns,
                       s.logits);
-      with_parts<Tiles>(s.weights, [&](auto parts) { weigh_items<parts>(s.logits, block, tile, s.lost + t * kColumns, s.weights); });
+      with_parts<Tiles>(
+          s.weights, [&](auto parts) { weigh_items<parts>(s.logits, block, tile, s.lost + t * kColumns, s.weights); });
       if (pool) add_values(block, s.weights, tile);
     }
   }

@@ -27,8 +27,8 @@ struct CorpusCrossEntropyProblem {
   int64_t user_stride;  // bytes
   const char* items;
   int64_t item_stride;
-  const int64_t* targets;  // all in [0, num_items)
-  const float* bias;       // or null
+  const int64_t* targets;                                          // all in [0, num_items)
+  const float* bias;                                               // or null
   const int64_t *exclude_offsets, *exclude_ids, *exclude_windows;  // ids ascending in a list; null where there are none
   // Forward only.
   float *at_target, *peak, *mass;

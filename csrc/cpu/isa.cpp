@@ -69,9 +69,9 @@ bool runs_here(const std::string& isa) {
 const std::vector<Isa>& isas() {
   // Never destroyed: daemon threads may search during process exit.
   static const auto& all = *new std::vector<Isa>{
-#define RANKER(isa) \
-  {&isa::score_candidates_kernel,   &isa::attention_forward, &isa::attention_grad_queries, \
-   &isa::attention_grad_keys,       &isa::corpus_forward,    &isa::corpus_backward}
+#define RANKER(isa)                                                                      \
+  {&isa::score_candidates_kernel, &isa::attention_forward, &isa::attention_grad_queries, \
+   &isa::attention_grad_keys,     &isa::corpus_forward,    &isa::corpus_backward}
 #define X(isa, wide) {#isa, runs_here(#isa), &wide::mips_topk_kernel, RANKER(wide), RANKER(isa)},
       GRANK_ISAS
 #undef X

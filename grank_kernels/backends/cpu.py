@@ -344,9 +344,10 @@ def corpus_cross_entropy_backward(
     make = torch.empty if len(call.with_target) else torch.zeros  # the kernel writes nothing without rows
     grad_items = make(problem.items.shape, dtype=problem.items.dtype, device="cpu")
     grad_bias = make(len(problem.items), dtype=torch.float32, device="cpu")
-    of_rows = [call.of_rows(x) for x in (slope, target_slope, normaliser[0], normaliser[1])]
+    slope, target_slope, shift, log_sum = (call.of_rows(x) for x in (slope, target_slope, *normaliser))
     if len(call.with_target):
         _cpu.corpus_cross_entropy_backward(
-            *call.arguments, *(x.data_ptr() for x in of_rows), grad_items.data_ptr(), grad_bias.data_ptr()
-        )
+            *call.arguments, slope.data_ptr(), target_slope.data_ptr(), shift.data_ptr(), log_sum.data_ptr(),
+            grad_items.data_ptr(), grad_bias.data_ptr(),
+        )  # fmt: skip
     return grad_items, grad_bias
