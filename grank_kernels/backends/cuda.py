@@ -150,7 +150,7 @@ class _Operands:
         *key_rows, _, _ = self.k.shape
         return _cuda.CandidateCrossAttention(
             self.users, heads,
-            _address(self.q), _address(self.cu_seqlens_q), rows[-1], out.shape[:-2].numel(), self.shared,
+            _address(self.q), _address(self.cu_seqlens_q), rows[-1], self.shape[:-2].numel(), self.shared,
             _address(self.k), _address(self.v), _address(self.cu_seqlens_k), _address(self.seqused_k),
             key_rows[-1], self.k.shape[:-2].numel(),
             _address(self.bias_k), self.scale, _ACTIVATIONS[self.activation],
