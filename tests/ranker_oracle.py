@@ -107,6 +107,15 @@ class Scoring:
             scores[b, there] = HEAD[self.activation](hidden) @ out + self.out_bias
         return scores
 
+    def lse(self, bias: torch.Tensor | None, floor: float) -> torch.Tensor:
+        """(B, C) in float64: the logarithm of exp(floor) plus the sum of the exponentials of the logits."""
+        rows, found = self.rows().double(), []
+        for ids, (start, stop) in zip(self.candidate_ids, pairwise(self.cu_seqlens.tolist()), strict=True):
+            logits = self.scale() * (rows[ids.clamp(min=0)] @ self.keys[start:stop].double().T)
+            logits = logits if bias is None else logits + bias[start:stop].double()
+            found.append(F.pad(logits, (1, 0), value=floor).logsumexp(1))
+        return torch.stack(found)
+
     def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of |terms|, bound of the rounding error) of every score, (B, C) each.
 

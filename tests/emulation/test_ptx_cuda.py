@@ -18,6 +18,8 @@ from emulation.ptx.cuda_module import PtxModule
 from emulation.ptx.mutations import mutants
 from ranker_oracle import Scoring, allowed, attention, scoring, true_gradients
 
+import grank_kernels as gk
+
 pytestmark = pytest.mark.skipif(nvcc.MISSING is not None, reason=str(nvcc.MISSING))
 
 SEEDS = [None, 1, 2]
@@ -126,9 +128,9 @@ def test_planted_bugs_are_found(kernel: Planted, bug: str, seed: int | None) -> 
 # ---- score_candidates and candidate_cross_attention ----
 
 
-def scores_of(problem: Scoring, module: PtxModule) -> torch.Tensor:
+def scores_of(problem: Scoring, module: PtxModule, **more: Any) -> torch.Tensor:
     with standing_in(module, module.memory.torch):
-        return problem.scores("emulated")
+        return gk.score_candidates(**{**vars(problem), **more}, backend="emulated")
 
 
 SCORINGS = [
@@ -146,6 +148,11 @@ def check_scores(case: tuple[Any, ...], seed: int | None, coverage: dict[str, Co
     exact, plain, there = problem.formula(torch.float64), problem.formula(dtype), problem.candidate_ids >= 0
     assert bool((got[~there] == -torch.inf).all())
     assert float((got.double() - exact)[there].abs().max()) <= allowed(plain[there], exact[there], dtype, exact[there])
+    bias, floor = torch.randn(len(problem.keys)), -1.0
+    with_lse = scores_of(problem, PtxModule(coverage, plan, seed), bias_k=bias, lse_weight=0.5, lse_floor=floor)
+    biased = scores_of(problem, PtxModule(coverage, plan, seed), bias_k=bias)
+    term = 0.5 * problem.lse(bias, floor)
+    assert torch.allclose((with_lse - biased)[there].double(), term[there], rtol=4e-3, atol=4e-3)
 
 
 ATTENTIONS = [

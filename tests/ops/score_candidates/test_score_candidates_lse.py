@@ -21,17 +21,6 @@ def scores(problem: Scoring, backend: str, **more: Any) -> torch.Tensor:
     return gk.score_candidates(**given, backend=backend).cpu()
 
 
-def lse_of(problem: Scoring, bias: torch.Tensor | None, floor: float) -> torch.Tensor:
-    """(B, C) in float64: the logarithm of exp(floor) plus the sum of the exponentials of the logits."""
-    rows, found = problem.rows().double(), []
-    for b, ids in enumerate(problem.candidate_ids):
-        user = slice(*problem.cu_seqlens[b : b + 2].tolist())
-        logits = problem.scale() * (rows[ids.clamp(min=0)] @ problem.keys[user].double().T)
-        logits = logits if bias is None else logits + bias[user].double()
-        found.append(torch.nn.functional.pad(logits, (1, 0), value=floor).logsumexp(1))
-    return torch.stack(found)
-
-
 def problem_of(table: str, dtype: torch.dtype) -> Scoring:
     kind = torch.int8 if table == "int8" else dtype
     return scoring([70, 0, 3, 130], 70, 32, 16, dtype=dtype, table=kind)
@@ -45,7 +34,7 @@ def test_lse_alone(table: str, bias: bool, floor: float, dtype: torch.dtype, bac
     biases = torch.randn(len(problem.keys)).to(dtype) if bias else None
     got = scores(problem, backend, **HEADLESS, bias_k=biases, lse_weight=-0.7, lse_floor=floor)
     there = problem.candidate_ids >= 0
-    want = 0.25 - 0.7 * lse_of(problem, biases, floor)
+    want = 0.25 - 0.7 * problem.lse(biases, floor)
     assert (got[~there] == -INF).all()
     tolerance = 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(got[there].double(), want[there], rtol=tolerance, atol=tolerance)
