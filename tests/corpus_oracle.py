@@ -105,8 +105,9 @@ def loss_problem(
     if form == "pair":
         exclude = (torch.arange(R + 1) * 9, lists.flatten())
     elif form == "windows":
-        W = max(R // 4, 1)
-        exclude = (torch.arange(W + 1) * 9, lists[:W].flatten(), torch.randint(W, (R,), generator=g))
+        W = min(max(R // 4, 1), R)
+        windows = torch.randint(max(W, 1), (R,), generator=g)
+        exclude = (torch.arange(W + 1) * 9, lists[:W].flatten(), windows)
     return Loss(users, items, targets, exclude, torch.randn(N, generator=g) if bias else None, scale)
 
 

@@ -67,6 +67,9 @@ __device__ __forceinline__ void add_scores(float (&scores)[2], const float (&hid
 
 // The score head for the 16 candidates of this warp: each lane gets the scores of its two rows.
 // `attended` is a @ V before the factor `normaliser`, and is overwritten.
+// Read from constant memory at each use: a register for it would spill.
+__device__ __forceinline__ bool has_head(const ScoreCandidates& p) { return p.out_weight != nullptr; }
+
 template <class Element, int kWidth, int kHidden>
 __device__ __forceinline__ void score_rows(const ScoreCandidates& p, int64_t user,
                                            const uint32_t (&candidates)[kWidth / 16][4], const float (&row_scale)[2],
@@ -91,18 +94,19 @@ __device__ __forceinline__ void score_rows(const ScoreCandidates& p, int64_t use
     }
   }
   const Element* const out_weight = static_cast<const Element*>(p.out_weight);
-  scores[0] = scores[1] = 0.0f;
+  float of_head[2] = {0.0f, 0.0f};
   switch (p.activation) {
     case HeadActivation::kRelu:
-      add_scores(scores, attended, out_weight, Relu());
+      add_scores(of_head, attended, out_weight, Relu());
       break;
     case HeadActivation::kSilu:
-      add_scores(scores, attended, out_weight, Silu());
+      add_scores(of_head, attended, out_weight, Silu());
       break;
     case HeadActivation::kGelu:
-      add_scores(scores, attended, out_weight, Gelu());
+      add_scores(of_head, attended, out_weight, Gelu());
   }
-  for (float& score : scores) score = sum_of_row(score) + p.out_bias;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) scores[half] += sum_of_row(of_head[half]);
 }
 
 // Gathers int8 rows by id as elements. The tile may be read after the next barrier.
@@ -130,9 +134,16 @@ struct Place {
   int candidate_tile, key_tile, stage;
 };
 
-// At width 128 shared memory holds two blocks, so each may use half of the registers (0: the compiler's choice).
+// Blocks per multiprocessor that the compiler must leave registers for; 0: its choice. At width 128 shared memory holds
+// two blocks, so each may use half of the registers. At (16, 32) the compiler aims at six blocks and spills 8 bytes on
+// sm_80; with five it does not.
+template <int kWidth, int kHidden>
+constexpr int kScoreBlocks = kWidth == 128                   ? 2
+                             : kWidth == 16 && kHidden == 32 ? 5
+                                                             : 0;
+
 template <class Element, int kWidth, int kHidden>
-__global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
+__global__ void __launch_bounds__(kThreads, kScoreBlocks<kWidth, kHidden>)
     score_candidates_kernel(const ScoreCandidates p, const ScorePlan plan) {
   using Shared = ScoreShared<kWidth, kHidden>;
   GRANK_DYNAMIC_SHARED(shared);
@@ -148,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   const Element* const keys = static_cast<const Element*>(p.keys) + history.begin * kWidth;
   const Element* const values = static_cast<const Element*>(p.values) + history.begin * kHidden;
   const int key_tiles = (history.count + kTileRows - 1) / kTileRows;
-  const bool stays = key_tiles < plan.stages, head = p.out_weight != nullptr;
+  const bool stays = key_tiles < plan.stages;
 
   // The id of a candidate, -1 if it is outside the table.
   const auto id_of = [&](int tile, int row) {
@@ -172,12 +183,13 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
   const auto copy = [&](const Place& at) {
     unsigned char* const stage = stage_of(at);
     if (at.key_tile == key_tiles) {
-      if (head) copy_rows<kWidth, kHidden>(stage, static_cast<const Element*>(p.item_weight), kHidden, kWidth);
+      if (has_head(p)) copy_rows<kWidth, kHidden>(stage, static_cast<const Element*>(p.item_weight), kHidden, kWidth);
       return;
     }
     const int first = at.key_tile * kTileRows, valid = history.count - first;
     copy_rows<kTileRows, kWidth>(stage, keys + int64_t{first} * kWidth, kWidth, valid);
-    if (head) copy_rows<kTileRows, kHidden>(stage + Shared::kKeys, values + int64_t{first} * kHidden, kHidden, valid);
+    if (has_head(p))
+      copy_rows<kTileRows, kHidden>(stage + Shared::kKeys, values + int64_t{first} * kHidden, kHidden, valid);
     if (threadIdx.x < kTileRows) {
       float bias = static_cast<int>(threadIdx.x) < valid ? 0.0f : -INFINITY;
       if (p.bias_k != nullptr && static_cast<int>(threadIdx.x) < valid) {
@@ -228,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
       }
     }
     if (at.key_tile < key_tiles) {
-      attend<Element, kWidth, kHidden>(candidates, stage, head ? stage + Shared::kKeys : nullptr,
+      attend<Element, kWidth, kHidden>(candidates, stage, has_head(p) ? stage + Shared::kKeys : nullptr,
                                        reinterpret_cast<const float*>(stage + Shared::kKeys + Shared::kValues), scale,
                                        softmax, attended);
     } else {
@@ -236,12 +248,12 @@ __global__ void __launch_bounds__(kThreads, kWidth == 128 ? 2 : 0)
       const float row_scale[2] = {scale_of(ids[0]), scale_of(ids[1])};
       const float normaliser[2] = {softmax.normaliser(0), softmax.normaliser(1)};
       float scores[2] = {p.out_bias, p.out_bias};
-      if (head) {
-        score_rows<Element, kWidth, kHidden>(p, user, candidates, row_scale, stage, attended, normaliser, scores);
-      }
-      if (p.lse_weight != 0.0f) {
+      if (p.lse_weight != 0.0f) {  // before the head, which needs the registers of the softmax
 #pragma unroll
         for (int half = 0; half < 2; ++half) scores[half] += p.lse_weight * softmax.log_sum_above(half, p.lse_floor);
+      }
+      if (has_head(p)) {
+        score_rows<Element, kWidth, kHidden>(p, user, candidates, row_scale, stage, attended, normaliser, scores);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
