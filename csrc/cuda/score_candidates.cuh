@@ -135,12 +135,13 @@ struct Place {
 };
 
 // Blocks per multiprocessor that the compiler must leave registers for; 0: its choice. At width 128 shared memory holds
-// two blocks, so each may use half of the registers. At (16, 32) the compiler aims at six blocks and spills 8 bytes on
-// sm_80; with five it does not.
+// two blocks, so each may use half of the registers. At (16, 32) and (64, 32) the compiler's choice spills 8 bytes.
 template <int kWidth, int kHidden>
-constexpr int kScoreBlocks = kWidth == 128                   ? 2
-                             : kWidth == 16 && kHidden == 32 ? 5
-                                                             : 0;
+constexpr int kScoreBlocks = kWidth == 128   ? 2
+                             : kHidden != 32 ? 0
+                             : kWidth == 16  ? 5
+                             : kWidth == 64  ? 3
+                                             : 0;
 
 template <class Element, int kWidth, int kHidden>
 __global__ void __launch_bounds__(kThreads, kScoreBlocks<kWidth, kHidden>)

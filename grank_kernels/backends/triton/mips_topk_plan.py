@@ -71,7 +71,8 @@ def choose_tile(device: Device, d: int, compute: torch.dtype, B: int, most: int,
     if device.name == "interpreter":  # one shape for every product: one BLAS kernel, one order of addition
         return Tile(256, 16, min(width, 256), 4, 1)
     if compute == torch.float32:
-        return Tile(64, min(64, most, needed), 16, 8 if min(64, most, needed) == 64 else 4, 3)
+        queries = min(64, most, needed)  # 8 warps: with 4, sm_90 spills; gfx942 has twice the threads in a warp
+        return Tile(64, queries, 16, 8 if queries == 64 and device.name != "gfx942" else 4, 3)
     row = width * compute.itemsize
     if row > 256:
         row, most = 128, min(most, 64)  # a piece of the queries is held in registers too

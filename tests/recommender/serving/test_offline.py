@@ -281,11 +281,11 @@ def write_table(table, file):
     if len(calls) == 3:
         file.truncate(100)
         end()
-def best(*operands):
+def best(*operands, **filters):
     calls.append(operands)
     if len(calls) == 5:
         end()
-    return real_best(*operands)
+    return real_best(*operands, **filters)
 if moment == "half a file": parquet.write_table = write_table
 if moment == "a search": offline.Serving.best = best
 if moment == "the manifest": os.fsync = end
