@@ -77,7 +77,7 @@ class Candidates : public SharedBuffers<Candidate, Candidates> {
   void tighten(int64_t query) {
     Buffer& b = buffer(query);
     Candidate* c = entries(query);
-    if (b.count >= keep_) {
+    if (keep_ > 0 && b.count >= keep_) {  // 0: every query was given up before the first scan
       const auto better = [](const Candidate& x, const Candidate& y) { return x.lower > y.lower; };
       std::nth_element(c, c + keep_ - 1, c + b.count, better);
       raise(query, std::max(threshold(query), c[keep_ - 1].lower));
