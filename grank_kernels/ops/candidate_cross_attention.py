@@ -1,6 +1,6 @@
 """The torch ops `grank::candidate_cross_attention` and its gradient `grank::candidate_cross_attention_backward`."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -8,7 +8,7 @@ from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import CandidateCrossAttentionProblem
 from grank_kernels.common.checks import check_offsets
 from grank_kernels.ops.dispatch import is_plain
-from grank_kernels.ops.transforms import TransformableOp, dispatch, save_nothing
+from grank_kernels.ops.transforms import TransformableOp, dispatch, refused, save_nothing
 
 
 def attend(problem: CandidateCrossAttentionProblem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,14 +123,10 @@ def _backward(
     return grad_q, grad_k, grad_v, None, None, None, None, grad_bias, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("candidate_cross_attention has no second derivative")
-
-
-def _no_tangent(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "candidate_cross_attention has no forward-mode derivative (jvp, jacfwd): reverse mode (grad, vjp, jacrev) works"
-    )
+_no_second_derivative = refused("candidate_cross_attention has no second derivative")
+_no_tangent = refused(
+    "candidate_cross_attention has no forward-mode derivative (jvp, jacfwd): reverse mode (grad, vjp, jacrev) works"
+)
 
 
 class _Attention(TransformableOp):

@@ -1,6 +1,6 @@
 """The torch ops `grank::corpus_cross_entropy` and its gradient `grank::corpus_cross_entropy_backward`."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -9,7 +9,7 @@ from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import CorpusCrossEntropyProblem
 from grank_kernels.ops.dispatch import is_plain
 from grank_kernels.ops.requests import check_exclude_windows
-from grank_kernels.ops.transforms import TransformableOp, dispatch, save_nothing
+from grank_kernels.ops.transforms import TransformableOp, dispatch, refused, save_nothing
 
 
 def corpus_loss(problem: CorpusCrossEntropyProblem, backend: str) -> torch.Tensor:
@@ -119,14 +119,10 @@ def _backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor 
     return grad_users, grad_items, None, None, None, None, None if bias is None else grad_bias, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("corpus_cross_entropy has no second derivative")
-
-
-def _no_tangent(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "corpus_cross_entropy has no forward-mode derivative (jvp, jacfwd): reverse mode (grad, vjp, jacrev) works"
-    )
+_no_second_derivative = refused("corpus_cross_entropy has no second derivative")
+_no_tangent = refused(
+    "corpus_cross_entropy has no forward-mode derivative (jvp, jacfwd): reverse mode (grad, vjp, jacrev) works"
+)
 
 
 class _Loss(TransformableOp):

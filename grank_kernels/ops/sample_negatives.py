@@ -1,6 +1,6 @@
 """The torch op `grank::sample_negatives`."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -8,7 +8,7 @@ from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import SampleNegativesProblem
 from grank_kernels.ops.dispatch import is_plain
 from grank_kernels.ops.requests import check_exclude_windows
-from grank_kernels.ops.transforms import TransformableOp, dispatch, save_nothing
+from grank_kernels.ops.transforms import TransformableOp, dispatch, refused, save_nothing
 
 
 def draw(problem: SampleNegativesProblem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +40,7 @@ def _fake(users: torch.Tensor, items: torch.Tensor, m: int, *_: Any) -> tuple[to
     return users.new_empty(shape, dtype=torch.int64), users.new_empty(shape, dtype=torch.float32)
 
 
-def _no_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("sample_negatives has no derivative; corpus_cross_entropy has a gradient")
+_no_derivative = refused("sample_negatives has no derivative; corpus_cross_entropy has a gradient")
 
 
 class _Draw(TransformableOp):

@@ -1,6 +1,6 @@
 """The torch op `grank::score_candidates`."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -8,7 +8,7 @@ from grank_kernels.backends import BACKENDS
 from grank_kernels.backends.problems import ScoreCandidatesProblem
 from grank_kernels.common.checks import check_offsets
 from grank_kernels.ops.dispatch import is_plain
-from grank_kernels.ops.transforms import TransformableOp, dispatch, save_nothing
+from grank_kernels.ops.transforms import TransformableOp, dispatch, refused, save_nothing
 
 
 def score(problem: ScoreCandidatesProblem, backend: str) -> torch.Tensor:
@@ -45,8 +45,7 @@ def _fake(candidate_ids: torch.Tensor, *_: Any) -> torch.Tensor:
     return candidate_ids.new_empty(candidate_ids.shape, dtype=torch.float32)
 
 
-def _no_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise NotImplementedError("score_candidates has no derivative; candidate_cross_attention has a gradient")
+_no_derivative = refused("score_candidates has no derivative; candidate_cross_attention has a gradient")
 
 
 class _Scores(TransformableOp):

@@ -4,7 +4,8 @@
 tangents of zero. An `autograd.Function` with `setup_context`, `jvp` and `vmap` covers both.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -20,6 +21,15 @@ def in_transform() -> bool:
 def dispatch(op: Any, in_transforms: "type[TransformableOp]", *operands: Any) -> Any:
     """The op's result by torch's dispatcher, or inside a transform by the op's `autograd.Function`."""
     return in_transforms.apply(*operands) if in_transform() else op(*operands)  # type: ignore[no-untyped-call]
+
+
+def refused(message: str) -> Callable[..., NoReturn]:
+    """A derivative that an op does not have: calling it raises NotImplementedError."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(message)
+
+    return refuse
 
 
 class TransformableOp(torch.autograd.Function):
